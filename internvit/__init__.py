@@ -1,0 +1,1 @@
+"""InternViT as a fast, exact, drop-in PyTorch module."""

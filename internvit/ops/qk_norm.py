@@ -1,0 +1,131 @@
+"""QK-norm in memory: RMSNorm of q and of k over all heads together.
+
+    q_normed = q * rstd_q * q_weight,  k_normed = k * rstd_k * k_weight,  rstd as in `qk_norm_stats`
+
+q, k [B, N, H, D], any strides; q_weight, k_weight [H * D], T or float32; q_normed, k_normed [B, N, H, D], contiguous.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+
+from internvit.ops import validation as check
+from internvit.ops.backends import reference, resolve
+from internvit.ops.norm_math import accumulate_dtype
+from internvit.ops.registration import Mask, below_autograd, define, empty_grad, wanted
+from internvit.ops.rms_norm import rms_norm_backward_reference, rms_norm_reference
+
+OP = "qk_norm"
+
+
+@reference(OP)
+def qk_norm_reference(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, rounding: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q_normed, rstd_q = rms_norm_reference(q.flatten(2), q_weight, eps, rounding)
+    k_normed, rstd_k = rms_norm_reference(k.flatten(2), k_weight, eps, rounding)
+    return q_normed.view(q.shape), k_normed.view(k.shape), rstd_q, rstd_k
+
+
+@reference(f"{OP}_backward")
+def qk_norm_backward_reference(
+    grad_q_normed: Tensor,
+    grad_k_normed: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rstd_q: Tensor,
+    rstd_k: Tensor,
+    output_mask: Mask,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = []
+    for grad, x, weight, rstd, mask in (
+        (grad_q_normed, q, q_weight, rstd_q, (output_mask[0], output_mask[2])),
+        (grad_k_normed, k, k_weight, rstd_k, (output_mask[1], output_mask[3])),
+    ):
+        grad_x, grad_weight = rms_norm_backward_reference(grad.flatten(2), x.flatten(2), weight, rstd, mask)
+        grads.append((grad_x.view(x.shape) if mask[0] else grad_x, grad_weight))
+    (grad_q, grad_q_weight), (grad_k, grad_k_weight) = grads
+    return grad_q, grad_k, grad_q_weight, grad_k_weight
+
+
+class QKNormFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, rounding: str, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs = below_autograd(QK_NORM, q, k, q_weight, k_weight, eps, rounding, backend)
+        ctx.save_for_backward(q, k, q_weight, k_weight, *outputs[2:])
+        ctx.backend = backend
+        ctx.mark_non_differentiable(*outputs[2:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        mask = ctx.needs_input_grad[:4]
+        grads = QK_NORM_BACKWARD(grad_q, grad_k, *ctx.saved_tensors, mask, ctx.backend)
+        return (*wanted(grads, mask), None, None, None)
+
+
+def _fake_forward(q, k, q_weight, k_weight, eps, rounding, backend):  # type: ignore[no-untyped-def]
+    statistics = [t.new_empty(t.shape[:2], dtype=accumulate_dtype(t)) for t in (q, k)]
+    return (q.new_empty(q.shape), k.new_empty(k.shape), *statistics)
+
+
+def _fake_backward(gq, gk, q, k, q_weight, k_weight, rstd_q, rstd_k, output_mask, backend):  # type: ignore[no-untyped-def]
+    return tuple(
+        t.new_empty(t.shape) if asked else empty_grad(t)
+        for t, asked in zip((q, k, q_weight, k_weight), output_mask, strict=True)
+    )
+
+
+QK_NORM = define(
+    f"{OP}(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, str rounding, str backend)"
+    " -> (Tensor q_normed, Tensor k_normed, Tensor rstd_q, Tensor rstd_k)",
+    fake=_fake_forward,
+    autograd=QKNormFunction,
+)
+QK_NORM_BACKWARD = define(
+    f"{OP}_backward(Tensor grad_q_normed, Tensor grad_k_normed, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight,"
+    " Tensor rstd_q, Tensor rstd_k, bool[4] output_mask, str backend)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_q_weight, Tensor grad_k_weight)",
+    fake=_fake_backward,
+)
+
+
+def qk_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float = 1e-6,
+    rounding: str = "fused",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of q and of k over all heads together, written to memory.
+
+    q_normed = q / sqrt(mean(q[b, n]^2) + eps) * q_weight, the same for k
+
+    Args:
+        q, k: [B, N, H, D], one dtype and device, any strides.
+        q_weight, k_weight: [H * D], q's dtype or float32.
+        eps: added to the mean square.
+        rounding: "fused" or "reference", as in `rms_norm`.
+        backend: overrides `internvit.backend`.
+
+    Returns:
+        q_normed, k_normed: [B, N, H, D], q's dtype, contiguous.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or choice.
+
+    Source: InternAttention in OpenGVLab's modeling_intern_vit.py (q_norm, k_norm over embed_dim).
+    """
+    check.heads(OP, q=q, k=k)
+    check.qk_weights(OP, q, q_weight=q_weight, k_weight=k_weight)
+    check.eps(OP, eps)
+    check.choice(OP, "rounding", rounding, check.ROUNDINGS)
+    outputs = QK_NORM(q, k, q_weight, k_weight, eps, rounding, resolve(OP, q, backend))
+    return outputs[0], outputs[1]
