@@ -158,8 +158,9 @@ ATTENTION = define(
 )
 ATTENTION_BACKWARD = define(
     f"{OP}_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
-    " Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q, Tensor? rstd_k, str backend) -> (Tensor grad_q,"
-    " Tensor grad_k, Tensor grad_v, Tensor grad_q_weight, Tensor grad_k_weight, Tensor grad_rstd_q, Tensor grad_rstd_k)",
+    " Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q, Tensor? rstd_k, str backend)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_weight, Tensor grad_k_weight,"
+    " Tensor grad_rstd_q, Tensor grad_rstd_k)",
     fake=_fake_backward,
     run=_run_backward,
 )

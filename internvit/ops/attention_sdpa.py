@@ -1,7 +1,7 @@
 """Backend `sdpa`: attention by `torch.nn.functional.scaled_dot_product_attention`.
 
-On CPU it calls the flash kernel under SDPA, which returns the log-sum-exp that its backward needs. Elsewhere the log-sum-exp
-has a layout of its own per device and kernel, so it is not exposed: backward runs SDPA's forward once more.
+On CPU it calls the flash kernel under SDPA, which returns the log-sum-exp that its backward needs. Elsewhere that has a
+layout of its own per device and kernel, so it is not exposed: backward runs SDPA's forward once more.
 """
 
 import torch
@@ -27,7 +27,7 @@ def attention(
     rstd_q: Tensor | None,
     rstd_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
     if not _flash_on(q):
@@ -57,7 +57,7 @@ def attention_backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if _flash_on(q):
         grads = getattr(torch.ops.aten, f"{_CPU_FLASH}_backward")(
             grad_out.transpose(1, 2), *heads_first, out.transpose(1, 2), lse, 0.0, False, scale=scale
@@ -65,7 +65,7 @@ def attention_backward(
     else:
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in heads_first]
-            again = scaled_dot_product_attention(*leaves, scale=scale)
+            again = scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], scale=scale)
             grads = torch.autograd.grad(again, leaves, grad_out.transpose(1, 2))
     for destination, grad in zip((grad_q, grad_k, grad_v), grads, strict=True):
         destination.copy_(grad.transpose(1, 2))

@@ -162,7 +162,8 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 }
 _AUTO_ORDER_ELSEWHERE = ("sdpa", "reference")
 
-_requested: ContextVar[str] = ContextVar("internvit_backend", default=os.environ.get("INTERNVIT_BACKEND", "auto"))
+_FROM_ENVIRONMENT = os.environ.get("INTERNVIT_BACKEND", "auto")
+_requested: ContextVar[str] = ContextVar("internvit_backend", default=_FROM_ENVIRONMENT)
 
 
 class backend(contextlib.AbstractContextManager):  # noqa: N801 (used like a function, as torch.set_grad_enabled is)
@@ -254,7 +255,7 @@ def _resolve_once(
         return asked
     if context != "auto" and not asked and _usable(context).find(op) is not None:
         return _resolve_once(op, device, dtype, head_dim, folded, context, "auto")
-    passed_over = []
+    passed_over: list[str] = []
     for name in AUTO_ORDER.get(device, _AUTO_ORDER_ELSEWHERE):
         candidate = BACKENDS[name]
         why = candidate.missing()

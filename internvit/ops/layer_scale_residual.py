@@ -52,7 +52,8 @@ def layer_scale_residual_backward_reference(
     if output_mask[0]:
         grad_branch = factor(grad, gamma, row_scale).to(branch_dtype, copy=True).contiguous()
     if output_mask[1]:
-        assert branch is not None and gamma is not None
+        assert branch is not None
+        assert gamma is not None
         grad_gamma = sum_rows(factor(grad * branch.to(grad.dtype), None, row_scale)).to(gamma.dtype)
     return grad_branch, grad_gamma
 

@@ -3,7 +3,7 @@
     out = attention(q_hat, k_hat, v),  q_hat = q * rstd_q * q_weight,  rstd over all heads together;  k alike
 
 rounding="fused": `qk_norm_stats`, then `attention` with the norm inside; q_hat and k_hat never exist in memory.
-rounding="reference", or a backend whose attention does not fold: `qk_norm` writes q_hat and k_hat, then plain attention.
+rounding="reference", or a backend that does not fold: `qk_norm` writes q_hat and k_hat, then plain attention.
 Backward keeps q, k, v, out, lse and two numbers per token; a packed [B, N, 3, H, D] input gets one packed gradient.
 
     grad_q = rstd_q * q_weight * grad_q_hat - rstd_q^2 / C * row_dot_q * q,  row_dot_q = sum over all heads of dS * S
@@ -62,6 +62,7 @@ def _forward(
 def _backward(
     grad_out: Tensor,
     qkv: Heads,
+    grads: Heads,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     out: Tensor,
@@ -72,7 +73,6 @@ def _backward(
     scale: float,
     rounding: str,
     backend: str,
-    grads: Heads,
 ) -> tuple[Tensor, Tensor]:
     """Fills `grads` (any strides); returns the gradients of the weights."""
     q, k, v = qkv
@@ -109,12 +109,12 @@ def _run_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    return (*grads, *_backward(grad_out, (q, k, v), *rest, grads=grads))
+    return (*grads, *_backward(grad_out, (q, k, v), grads, *rest))
 
 
 def _run_packed_backward(grad_out: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad_qkv = qkv.new_empty(qkv.shape)
-    return (grad_qkv, *_backward(grad_out, _unpack(qkv), *rest, grads=_unpack(grad_qkv)))
+    return (grad_qkv, *_backward(grad_out, _unpack(qkv), _unpack(grad_qkv), *rest))
 
 
 def _function(inputs: int, op: str) -> type[Function]:

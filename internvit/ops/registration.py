@@ -1,4 +1,4 @@
-"""Defines the ops of namespace `internvit`, once, in Python: schema, fake, autograd and the choice of implementation by name.
+"""Defines the ops of namespace `internvit`, once, in Python: schema, fake, autograd, choice of implementation.
 
 Every schema ends in `str backend`, a name already resolved (see `backends.resolve`): it is kept for backward, so that
 backward runs where forward ran, and it is baked into compiled and exported graphs. Calls go through the dispatcher
@@ -80,7 +80,7 @@ def _undifferentiable(name: str, op: Callable) -> type[Function]:
 
 
 def empty_grad(like: torch.Tensor) -> torch.Tensor:
-    """Stands in an op's outputs for a gradient nobody asked for (schemas know no optional output): float32, shape [0]."""
+    """Stands in an op's outputs for a gradient nobody asked for (schemas know no optional output): float32 [0]."""
     return like.new_empty(0, dtype=torch.float32)
 
 

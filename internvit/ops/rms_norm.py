@@ -93,7 +93,7 @@ def rms_norm(
     Raises:
         ValueError: a wrong shape, dtype, device or choice.
 
-    Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467; InternRMSNorm in OpenGVLab's modeling_intern_vit.py.
+    Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467; InternRMSNorm in OpenGVLab's code.
     """
     check.rows("rms_norm", "x", x)
     check.floating("rms_norm", x=x, weight=weight)
