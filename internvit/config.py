@@ -1,0 +1,308 @@
+"""InternViT's configuration, and every published variant by name.
+
+Reads each upstream's spelling: OpenGVLab's `config.json` (older ones lack `norm_type`), a whole InternVL `config.json`
+with its `vision_config`, transformers' `InternVLVisionConfig`, and the constructor arguments of the mmseg/mmdet
+backbones and of timm. Keys that do not describe the vision tower are ignored, as upstream's parsers do.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NORM_TYPES = ("rms_norm", "layer_norm")
+POS_EMBED_MODES = ("float32", "param_dtype", "antialias", "static")
+
+
+@dataclass(frozen=True)
+class InternViTConfig:
+    """The architecture of one InternViT.
+
+    Args:
+        num_channels: of the pixels.
+        patch_size: side of a square patch, in pixels.
+        image_size: native height and width in pixels, an int for square images; fixes the stored position embedding.
+        hidden_size: width C.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: H; C must be a multiple of it.
+        intermediate_size: width of the MLP.
+        norm_type: "rms_norm" (6B) or "layer_norm" (300M).
+        layer_norm_eps: of the block norms, whatever their type.
+        qkv_bias: whether the packed qkv projection has a bias.
+        qk_normalization: RMSNorm of q and of k over the whole width, all heads together.
+        qk_norm_eps: of QK-norm; None takes layer_norm_eps (transformers has 1e-6 always).
+        drop_path_rate: of the last block; it grows linearly from 0 at the first.
+        initializer_factor: initial value of LayerScale.
+        initializer_range: standard deviation of the initial weights.
+        pos_embed_mode: how the position embedding is resized to another grid: "float32" (OpenGVLab: bicubic in
+            float32), "param_dtype" (transformers: bicubic in the parameter's dtype), "antialias" (timm: bicubic in
+            float32 with antialias), "static" (mmseg: never).
+        name: of the published variant, if it is one.
+
+    Raises:
+        ValueError: a value that no InternViT can have, naming the field.
+
+    Source: configuration_intern_vit.py of OpenGVLab/InternVL.
+    """
+
+    num_channels: int = 3
+    patch_size: int = 14
+    image_size: int | tuple[int, int] = 224
+    hidden_size: int = 3200
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 25
+    intermediate_size: int = 12800
+    norm_type: str = "rms_norm"
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_normalization: bool = True
+    qk_norm_eps: float | None = None
+    drop_path_rate: float = 0.0
+    initializer_factor: float = 0.1
+    initializer_range: float = 0.02
+    pos_embed_mode: str = "float32"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("num_channels", "patch_size", "hidden_size", "num_attention_heads", "intermediate_size")
+        for field in sizes:
+            self._require(field, isinstance(getattr(self, field), int) and getattr(self, field) > 0, "a positive int")
+        layers = self.num_hidden_layers
+        self._require("num_hidden_layers", isinstance(layers, int) and layers >= 0, "an int >= 0")
+        self._require("norm_type", self.norm_type in NORM_TYPES, f"one of {', '.join(NORM_TYPES)}")
+        self._require("pos_embed_mode", self.pos_embed_mode in POS_EMBED_MODES, f"one of {', '.join(POS_EMBED_MODES)}")
+        self._require("layer_norm_eps", self.layer_norm_eps >= 0, "a number >= 0")
+        self._require("qk_norm_eps", self.qk_norm_eps is None or self.qk_norm_eps >= 0, "a number >= 0 or None")
+        self._require("drop_path_rate", 0 <= self.drop_path_rate < 1, "in [0, 1)")
+        self._require("initializer_range", self.initializer_range >= 0, "a number >= 0")
+        heads = self.num_attention_heads
+        self._require("hidden_size", self.hidden_size % heads == 0, f"a multiple of num_attention_heads={heads}")
+        if isinstance(self.image_size, list | tuple):
+            height, width = self.image_size
+            object.__setattr__(self, "image_size", height if height == width else (height, width))
+        fits = all(isinstance(s, int) and s > 0 and s % self.patch_size == 0 for s in self.image_hw)
+        self._require("image_size", fits, f"positive multiples of patch_size={self.patch_size}")
+
+    def _require(self, field: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"InternViTConfig: {field} must be {expected}, got {getattr(self, field)!r}")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Native (height, width) in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Native (rows, columns) of patches."""
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens at the native size: patches plus the class token."""
+        rows, columns = self.grid_size
+        return rows * columns + 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def effective_qk_norm_eps(self) -> float:
+        return self.layer_norm_eps if self.qk_norm_eps is None else self.qk_norm_eps
+
+    def drop_path_rates(self) -> list[float]:
+        """The drop probability of each block, in plain Python, so that a model can be built on the meta device."""
+        last = max(self.num_hidden_layers - 1, 1)
+        return [self.drop_path_rate * layer / last for layer in range(self.num_hidden_layers)]
+
+    def num_parameters(self) -> int:
+        """Exact number of parameters."""
+        width, inner = self.hidden_size, self.intermediate_size
+        norm = width if self.norm_type == "rms_norm" else 2 * width
+        qkv = 3 * width * width + (3 * width if self.qkv_bias else 0)
+        qk_norm = 2 * width if self.qk_normalization else 0
+        mlp = 2 * width * inner + inner + width
+        block = 2 * norm + qkv + qk_norm + width * width + width + mlp + 2 * width
+        patch = self.num_channels * self.patch_size**2 * width + width
+        return self.num_hidden_layers * block + patch + width + self.num_tokens * width
+
+    def replace(self, **changes: Any) -> "InternViTConfig":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration under OpenGVLab's keys, as JSON can hold it; `from_dict` reads it back."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        if isinstance(self.image_size, tuple):
+            fields["image_size"] = list(self.image_size)
+        return {"model_type": "intern_vit_6b", "architectures": ["InternVisionModel"], "hidden_act": "gelu", **fields}
+
+    @classmethod
+    def from_name(cls, name: str, **changes: Any) -> "InternViTConfig":
+        """A published variant by its registry name or hub id.
+
+        Raises:
+            ValueError: no such name; the message lists the known ones.
+        """
+        known = {**VARIANTS, **{hub_id: VARIANTS[variant] for variant, hub_id in HUB_IDS.items()}}
+        if name not in known:
+            raise ValueError(f"InternViTConfig: name must be one of {', '.join(VARIANTS)}, got {name!r}")
+        return known[name].replace(**changes)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "InternViTConfig":
+        """Reads a `config.json`, of the vision tower or of a whole InternVL model.
+
+        Raises:
+            ValueError: not a JSON object, or an impossible value; the message names the file.
+        """
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"InternViTConfig: {path} is not valid JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"InternViTConfig: {path} must hold a JSON object, got {type(fields).__name__}")
+        return cls.from_dict(fields)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "InternViTConfig":
+        """Reads any upstream's spelling; unknown keys are ignored, missing ones take that upstream's defaults.
+
+        Raises:
+            ValueError: a feature that InternViT does not have here (dropout, per-head QK-norm, a final norm, another
+                activation), or an impossible value; the message names the key.
+        """
+        fields = dict(fields)
+        while isinstance(fields.get("vision_config"), Mapping):
+            fields = dict(fields["vision_config"])
+        spelling = _spelling_of(fields)
+        _refuse_unsupported(fields, spelling)
+        known = {f.name for f in dataclasses.fields(cls)}
+        renamed = {_RENAMES.get(key, key): value for key, value in fields.items()}
+        values = {**_DEFAULTS[spelling], **{k: v for k, v in renamed.items() if k in known and v is not None}}
+        if "mlp_ratio" in fields and "intermediate_size" not in renamed:
+            values["intermediate_size"] = int(values.get("hidden_size", 3200) * fields["mlp_ratio"])
+        if isinstance(values.get("patch_size"), list | tuple):
+            rows, columns = values["patch_size"]
+            if rows != columns:
+                raise ValueError(f"InternViTConfig: patch_size must be square, got {values['patch_size']!r}")
+            values["patch_size"] = rows
+        if isinstance(values.get("image_size"), list | tuple):
+            values["image_size"] = tuple(values["image_size"])
+            if len(values["image_size"]) != 2:
+                raise ValueError(
+                    f"InternViTConfig: image_size must be one int or two, got {fields.get('image_size')!r}"
+                )
+        return cls(**values)
+
+
+_RENAMES = {
+    # transformers' InternVLVisionConfig
+    "attention_bias": "qkv_bias",
+    "use_qk_norm": "qk_normalization",
+    "layer_scale_init_value": "initializer_factor",
+    # the mmseg/mmdet backbones and timm's VisionTransformer
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "in_chans": "num_channels",
+    "img_size": "image_size",
+    "init_values": "initializer_factor",
+    "eps": "layer_norm_eps",
+}
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "opengvlab": {},
+    "transformers": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "norm_type": "layer_norm",
+        "image_size": 448,
+        "qkv_bias": False,
+        "qk_normalization": False,
+        "qk_norm_eps": 1e-6,
+        "pos_embed_mode": "param_dtype",
+    },
+    "mmseg": {"pos_embed_mode": "static"},
+    "timm": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "patch_size": 16,
+        "norm_type": "layer_norm",
+        "qkv_bias": True,
+        "qk_normalization": False,
+        "pos_embed_mode": "antialias",
+    },
+}
+
+
+def _spelling_of(fields: Mapping[str, Any]) -> str:
+    if fields.get("model_type") == "internvl_vision" or fields.keys() & {"attention_bias", "use_qk_norm"}:
+        return "transformers"
+    if fields.keys() & {"embed_dim", "depth", "num_heads", "img_size"}:
+        return "mmseg" if fields.keys() & {"qk_normalization", "pretrain_size", "use_flash_attn"} else "timm"
+    return "opengvlab"
+
+
+def _refuse_unsupported(fields: Mapping[str, Any], spelling: str) -> None:
+    dropouts = ("dropout", "attention_dropout", "hidden_dropout_prob", "projection_dropout", "proj_drop_rate")
+    refusals = [(key, fields[key], "0") for key in dropouts if fields.get(key)]
+    if fields.get("hidden_act", "gelu") != "gelu":
+        refusals.append(("hidden_act", fields["hidden_act"], "'gelu' (exact erf)"))
+    if spelling == "transformers":
+        for key, wanted in (("use_mean_pooling", True), ("use_absolute_position_embeddings", True)):
+            if fields.get(key, wanted) != wanted:
+                refusals.append((key, fields[key], repr(wanted)))
+    if spelling == "timm":
+        for key in ("qk_norm", "final_norm"):
+            if fields.get(key):
+                refusals.append((key, fields[key], "False"))
+    if refusals:
+        key, value, expected = refusals[0]
+        raise ValueError(f"InternViTConfig: {key} must be {expected} for an InternViT, got {value!r}")
+
+
+def _variants() -> dict[str, InternViTConfig]:
+    six_billion = InternViTConfig(initializer_range=1e-10)
+    small = InternViTConfig(
+        image_size=448,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        norm_type="layer_norm",
+        qkv_bias=True,
+        qk_normalization=False,
+        drop_path_rate=0.1,
+        initializer_factor=1.0,
+    )
+    variants = {
+        "internvit-6b-224px": six_billion,
+        "internvit-6b-448px-v1.0": six_billion.replace(image_size=448),
+        "internvit-6b-448px-v1.2": six_billion.replace(image_size=448, num_hidden_layers=45),
+        "internvit-6b-448px-v1.5": six_billion.replace(image_size=448, num_hidden_layers=45),
+        "internvit-6b-448px-v2.5": six_billion.replace(image_size=448, num_hidden_layers=45),
+        "internvit-300m-448px": small,
+        "internvit-300m-448px-v2.5": small,
+    }
+    return {name: config.replace(name=name) for name, config in variants.items()}
+
+
+VARIANTS: dict[str, InternViTConfig] = _variants()
+HUB_IDS: dict[str, str] = {
+    "internvit-6b-224px": "OpenGVLab/InternViT-6B-224px",
+    "internvit-6b-448px-v1.0": "OpenGVLab/InternViT-6B-448px-V1-0",
+    "internvit-6b-448px-v1.2": "OpenGVLab/InternViT-6B-448px-V1-2",
+    "internvit-6b-448px-v1.5": "OpenGVLab/InternViT-6B-448px-V1-5",
+    "internvit-6b-448px-v2.5": "OpenGVLab/InternViT-6B-448px-V2_5",
+    "internvit-300m-448px": "OpenGVLab/InternViT-300M-448px",
+    "internvit-300m-448px-v2.5": "OpenGVLab/InternViT-300M-448px-V2_5",
+}
