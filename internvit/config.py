@@ -131,8 +131,8 @@ class InternViTConfig:
         return self.num_hidden_layers * block + patch + width + self.num_tokens * width
 
     def replace(self, **changes: Any) -> "InternViTConfig":
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed; it is a published variant no more, unless `name` says so."""
+        return dataclasses.replace(self, **{**({"name": None} if changes else {}), **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration under OpenGVLab's keys, as JSON can hold it; `from_dict` reads it back."""
