@@ -421,6 +421,30 @@ Tensor run_gelu(const Tensor& pre_activation, const Maybe& grad_y) {
 Tensor gelu(const Tensor& pre_activation) { return run_gelu(pre_activation, {}); }
 Tensor gelu_backward(const Tensor& grad_y, const Tensor& pre_activation) { return run_gelu(pre_activation, grad_y); }
 
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+// q, k, v as they are when a head's channels are contiguous; else a copy.
+Tensor dense_heads(const Tensor& t) {
+  return t.numel() == 0 || t.stride(3) == 1 || t.size(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
+HeadsView view_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+std::tuple<Tensor, Tensor> attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, double scale, const Maybe& q_weight, const Maybe& k_weight,
+    const Maybe& rstd_q, const Maybe& rstd_k) {
+  const Tensor dense_q = dense_heads(q), dense_k = dense_heads(k), dense_v = dense_heads(v);
+  const Floats wq{q_weight}, wk{k_weight}, rq{rstd_q}, rk{rstd_k};
+  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
+  Tensor out = empty_like_of(q, q.scalar_type()), lse = empty_floats(q, {batch, heads, tokens});
+  if (out.numel() == 0) return {out, lse};
+  const AttentionParams p = {dtype_of(q), view_of(dense_q), view_of(dense_k), view_of(dense_v), wq.data, wk.data,
+                             rq.data, rk.data, out.data_ptr(), floats(lse), batch, tokens, heads, head_dim,
+                             float(scale)};
+  kernels().attention(p, kExecutor);
+  return {out, lse};
+}
+
 }  // namespace
 }  // namespace internvit
 
@@ -456,6 +480,9 @@ STABLE_TORCH_LIBRARY(internvit_cpu, m) {
       " Tensor rstd_q, Tensor rstd_k, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("gelu(Tensor pre_activation) -> Tensor");
   m.def("gelu_backward(Tensor grad_y, Tensor pre_activation) -> Tensor");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q,"
+      " Tensor? rstd_k) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CompositeExplicitAutograd, m) {
@@ -478,4 +505,5 @@ STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CPU, m) {
   m.impl("qk_norm_backward", TORCH_BOX(&internvit::qk_norm_backward));
   m.impl("gelu", TORCH_BOX(&internvit::gelu));
   m.impl("gelu_backward", TORCH_BOX(&internvit::gelu_backward));
+  m.impl("attention", TORCH_BOX(&internvit::attention));
 }
