@@ -14,7 +14,7 @@
 namespace internvit::INTERNVIT_ISA {
 
 constexpr int64_t kGroup = 32;                     // keys of two score tiles
-constexpr int64_t kGroups = 4;                     // groups of a block
+constexpr int64_t kGroups = 12;                     // groups of a block
 constexpr float kHeadroom = 32.0f;                 // P <= 2^32, so 1e18 * P summed over all keys stays finite
 constexpr float kLeastSum = 8.6736173798840355e-19f;  // 2^-60
 
@@ -50,6 +50,15 @@ struct AttentionAmxScratch {
 inline float attention_pack_amx(const AttentionParams& p, const AttentionAmxScratch& s, int64_t b, int64_t h) {
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t n = g * kGroup, left = p.tokens - n;
+    // Tokens lie 3 C apart: no hardware prefetcher follows. Ask for the next group's lines while this one is packed.
+    for (int64_t i = kGroup; i < min_of(2 * kGroup, left); ++i) {
+      const char* k = reinterpret_cast<const char*>(token<bf16>(p.k, b, n + i, h));
+      const char* v = reinterpret_cast<const char*>(token<bf16>(p.v, b, n + i, h));
+      for (int64_t byte = 0; byte < p.head_dim * 2; byte += 64) {
+        _mm_prefetch(k + byte, _MM_HINT_T0);
+        _mm_prefetch(v + byte, _MM_HINT_T0);
+      }
+    }
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t rows = min_of(16, left - half * 16);
       for (int64_t d = 0; d < s.depth; ++d) {
@@ -204,8 +213,7 @@ INTERNVIT_INLINE void exp_row(const AttentionAmxScratch& s, int64_t block, int64
   const float* scale = s.key_scale + block * kGroups * kGroup;
   bf16* out = s.probabilities[block & 1] + i / 16 * kTile + i % 16 * 32;
   const Vec shift = broadcast(s.shift[i]);
-  __m512 total = _mm512_load_ps(s.sums + i * kLanes);
-  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  Vec total = load(s.sums + i * kLanes), other = broadcast(0.0f);
   for (int64_t g = 0; g < groups; ++g) {
     Vec p[2];
     for (int u = 0; u < 2; ++u) {
@@ -219,12 +227,11 @@ INTERNVIT_INLINE void exp_row(const AttentionAmxScratch& s, int64_t block, int64
       p[0] = {_mm512_maskz_mov_ps(__mmask16(last), p[0].v)};
       p[1] = {_mm512_maskz_mov_ps(__mmask16(last >> 16), p[1].v)};
     }
-    // The sum is of P as rounded: what a key gains above the line it gains below, and one key alone is exact.
-    const __m512i rounded = narrow_pair(p[0], p[1]);
-    total = _mm512_dpbf16_ps(total, (__m512bh)rounded, ones);
-    _mm512_store_si512(out + g * 2 * kTile, rounded);
+    total = total + p[0];
+    other = other + p[1];
+    _mm512_store_si512(out + g * 2 * kTile, narrow_pair(p[0], p[1]));
   }
-  _mm512_store_ps(s.sums + i * kLanes, total);
+  store(s.sums + i * kLanes, total + other);
 }
 
 INTERNVIT_INLINE uint32_t last_group_mask(int64_t tokens, int64_t group) {
@@ -252,6 +259,7 @@ template <bool kExact>
 void attention_pass(const AttentionParams& p, const AttentionAmxScratch& s, const AttentionTiles& tiles, int64_t rows) {
   const int64_t blocks = (s.groups + kGroups - 1) / kGroups;
   __builtin_memset(s.sums, 0, sizeof(float) * kStrip * kLanes);
+  const int64_t reciprocal_rows = 65536 / rows;
   tiles.scores_of(0);
   for (int64_t block = 0; block <= blocks; ++block) {
     // Steps of the tile unit: scores of the next block, then P v of the one before.
@@ -259,7 +267,7 @@ void attention_pass(const AttentionParams& p, const AttentionAmxScratch& s, cons
     const int64_t score_steps = next * s.depth, steps = score_steps + before * s.depth;
     const int64_t groups = block < blocks ? tiles.groups_of(block) : 0;
     const uint32_t last = last_group_mask(p.tokens, block * kGroups + groups - 1);
-    int64_t step = 0, g = 0, d = 0;
+    int64_t step = 0, g = 0, d = 0, due = -steps;
     const auto advance = [&](int64_t until) __attribute__((always_inline)) {
       for (; step < until; ++step) {
         if (step < score_steps) {
@@ -274,7 +282,8 @@ void attention_pass(const AttentionParams& p, const AttentionAmxScratch& s, cons
     };
     if (groups) {
       for (int64_t i = 0; i < rows; ++i) {
-        advance(steps * i / rows);
+        due += steps;  // step / rows of the block's work is to be under way before row i
+        advance((due * reciprocal_rows) >> 16);
         exp_row<kExact>(s, block, i, groups, last);
       }
     }

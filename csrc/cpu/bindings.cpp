@@ -445,6 +445,40 @@ std::tuple<Tensor, Tensor> attention(
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    double scale, const Maybe& q_weight, const Maybe& k_weight, const Maybe& rstd_q, const Maybe& rstd_k,
+    const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
+  const Tensor inputs[] = {dense_heads(q),   dense_heads(k),      dense_heads(v),     dense_heads(grad_out),
+                           dense_heads(out), dense_heads(grad_q), dense_heads(grad_k), dense_heads(grad_v)};
+  const Tensor dense_lse = torch::stable::contiguous(lse);
+  const Floats wq{q_weight}, wk{k_weight}, rq{rstd_q}, rk{rstd_k};
+  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
+  const std::vector<int64_t> nothing = {0}, by_token = {batch, heads, tokens}, by_channel = {batch, heads * head_dim};
+  const bool normed = bool(q_weight);
+  Tensor partial_q = empty_floats(q, normed ? by_channel : nothing), partial_k = empty_floats(q, normed ? by_channel : nothing);
+  Tensor row_dot_q = empty_floats(q, normed ? by_token : nothing), row_dot_k = empty_floats(q, normed ? by_token : nothing);
+  if (q.numel() > 0) {
+    const AttentionBackwardParams p = {dtype_of(q), view_of(inputs[0]), view_of(inputs[1]), view_of(inputs[2]),
+                                       view_of(inputs[3]), view_of(inputs[4]), floats(dense_lse), wq.data, wk.data,
+                                       rq.data, rk.data, view_of(inputs[5]), view_of(inputs[6]), view_of(inputs[7]),
+                                       floats(partial_q), floats(partial_k), floats(row_dot_q), floats(row_dot_k),
+                                       batch, tokens, heads, head_dim, float(scale)};
+    kernels().attention_backward(p, kExecutor);
+    const Tensor* targets[] = {&grad_q, &grad_k, &grad_v};
+    for (int i = 0; i < 3; ++i) {
+      Tensor target = *targets[i];
+      if (inputs[5 + i].data_ptr() != target.data_ptr()) torch::stable::copy_(target, inputs[5 + i]);
+    }
+  }
+  if (!normed) return {partial_q, partial_k, row_dot_q, row_dot_k};
+  const std::vector<int64_t> over_images = {0};
+  const auto total = [&](const Tensor& partial, const Tensor& weight) {
+    return converted(torch::stable::sum(partial, over_images), weight.scalar_type());
+  };
+  return {total(partial_q, *q_weight), total(partial_k, *k_weight), row_dot_q, row_dot_k};
+}
+
 }  // namespace
 }  // namespace internvit
 
@@ -483,6 +517,10 @@ STABLE_TORCH_LIBRARY(internvit_cpu, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q,"
       " Tensor? rstd_k) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
+      " Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q, Tensor? rstd_k, Tensor(a!) grad_q, Tensor(b!) grad_k,"
+      " Tensor(c!) grad_v) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CompositeExplicitAutograd, m) {
@@ -506,4 +544,5 @@ STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CPU, m) {
   m.impl("gelu", TORCH_BOX(&internvit::gelu));
   m.impl("gelu_backward", TORCH_BOX(&internvit::gelu_backward));
   m.impl("attention", TORCH_BOX(&internvit::attention));
+  m.impl("attention_backward", TORCH_BOX(&internvit::attention_backward));
 }
