@@ -1,1 +1,24 @@
-"""InternViT as a fast, exact, drop-in PyTorch module."""
+"""InternViT as a fast, exact, drop-in PyTorch module, and the fused kernels under it.
+
+>>> import internvit
+>>> model = internvit.InternViT.from_pretrained("OpenGVLab/InternViT-300M-448px-V2_5")
+>>> features = model(pixels).last_hidden_state
+"""
+
+from internvit import ops, reference
+from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
+from internvit.modeling import InternViT
+from internvit.ops import backend
+from internvit.output import InternViTOutput
+
+__version__ = "0.1.0"
+__all__ = [
+    "HUB_IDS",
+    "VARIANTS",
+    "InternViT",
+    "InternViTConfig",
+    "InternViTOutput",
+    "backend",
+    "ops",
+    "reference",
+]

@@ -169,7 +169,7 @@ ATTENTION_BACKWARD = define(
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast casts float32 operands of a matrix product to its dtype, as torch does for its own."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors)

@@ -234,9 +234,12 @@ def resolve(op: str, x: torch.Tensor, asked: str | None = None, head_dim: int = 
     return _resolve(op, x.device.type, x.dtype, head_dim, folded, asked or "", context)
 
 
-@torch.compiler.assume_constant_result
 def _resolve(*key: Any) -> str:
     return _resolve_once(*key)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import torch._dynamo, 1.3 s of `import internvit`.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

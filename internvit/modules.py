@@ -1,0 +1,223 @@
+"""The parts of an InternViT block on the fused ops, under OpenGVLab's names.
+
+`attn.qkv`, `attn.proj`, `mlp.fc1` and `mlp.fc2` are plain `nn.Linear`s, called as modules: LoRA and quantisers attach
+there. A fused op replaces a module's forward only where that module is still what was built here.
+"""
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internvit.config import InternViTConfig
+from internvit.ops import attention, layer_norm, qk_norm_attention, recompute, rms_norm
+from internvit.ops.linear_gelu import gelu, linear_gelu_with_pre_activation
+from internvit.reference import check_pixels, resize_position_embedding
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension; see `internvit.ops.rms_norm`."""
+
+    kind = "rms_norm"
+    bias: None = None
+
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-6,
+        rounding: str = "fused",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.eps = eps
+        self.rounding = rounding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, self.rounding)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, rounding={self.rounding!r}"
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension; see `internvit.ops.layer_norm`."""
+
+    kind = "layer_norm"
+    rounding = "fused"
+
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def make_norm(config: InternViTConfig, rounding: str, **factory: Any) -> RMSNorm | LayerNorm:
+    """A block norm of the config's type."""
+    if config.norm_type == "rms_norm":
+        return RMSNorm(config.hidden_size, config.layer_norm_eps, rounding, **factory)
+    return LayerNorm(config.hidden_size, config.layer_norm_eps, **factory)
+
+
+def is_plain_norm(module: nn.Module) -> TypeGuard[RMSNorm | LayerNorm]:
+    """Whether `module` is a norm built here whose call a fused op may stand for."""
+    return type(module) in (RMSNorm, LayerNorm) and not has_hooks(module) and _is_plain_tensor(module.weight)
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` is an `nn.Linear` without hooks, adapters, parametrisation or a tensor subclass inside."""
+    return type(module) is nn.Linear and not has_hooks(module) and _is_plain_tensor(module.weight)
+
+
+def _is_plain_tensor(t: Any) -> bool:
+    return type(t) in (nn.Parameter, Tensor)
+
+
+def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), remembered as a recipe for backward where it is one of ours."""
+    y = norm(x)
+    return remember_norm(norm, x, y) if is_plain_norm(norm) else y
+
+
+def remember_norm(norm: RMSNorm | LayerNorm, x: Tensor, y: Tensor) -> Tensor:
+    """Notes that y is norm(x), in y's dtype."""
+    if not recompute.active():
+        return y
+    x_only, dtype = x.detach(), y.dtype
+    return recompute.remember(y, lambda: norm(x_only).to(dtype), x, norm.weight, norm.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with optional QK-norm over all heads together; see `internvit.ops.qk_norm_attention`."""
+
+    def __init__(self, config: InternViTConfig, rounding: str = "fused", **factory: Any) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.rounding = rounding
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias, **factory)
+        self.proj = nn.Linear(width, width, **factory)
+        self.qk_normalization = config.qk_normalization
+        if config.qk_normalization:
+            self.q_norm = RMSNorm(width, config.effective_qk_norm_eps, rounding, **factory)
+            self.k_norm = RMSNorm(width, config.effective_qk_norm_eps, rounding, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The branch [B, N, C] of normed tokens x [B, N, C]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
+        if not self.qk_normalization:
+            out = qk_norm_attention(qkv)
+        elif is_plain_norm(self.q_norm) and is_plain_norm(self.k_norm):
+            q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+            out = qk_norm_attention(qkv, None, None, q_weight, k_weight, eps, rounding=self.rounding)
+        else:
+            q, k, v = self._normed_heads(qkv)
+            out = attention(q, k, v)
+        return self.proj(out.flatten(2))
+
+    def _normed_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unbind(2)
+        if self.qk_normalization:
+            q = self.q_norm(q.flatten(2)).view(q.shape).to(v.dtype)
+            k = self.k_norm(k.flatten(2)).view(k.shape).to(v.dtype)
+        return q, k, v
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """The softmax probabilities [B, H, N, N] for normed tokens x, computed in float32, in x's dtype.
+
+        A diagnostic: it runs the projection once more and holds all scores in memory.
+        """
+        q, k, _ = self._normed_heads(self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)))
+        scores = (q.transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float()) * self.head_dim**-0.5
+        return scores.softmax(-1).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1(x))) with the exact (erf) GELU; see `internvit.ops.linear_gelu`."""
+
+    def __init__(self, config: InternViTConfig, **factory: Any) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, **factory)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The branch [B, N, C] of normed tokens x [B, N, C]."""
+        if not is_plain_linear(self.fc1):
+            return self.fc2(F.gelu(self.fc1(x)))
+        remembers = recompute.active()
+        hidden, pre, backend = linear_gelu_with_pre_activation(x, self.fc1.weight, self.fc1.bias, remembers, None)
+        if remembers:
+            recompute.remember(hidden, lambda: gelu(pre, backend), pre)
+        return self.fc2(hidden)
+
+
+class _GridCache(dict[tuple, Tensor]):
+    """The position embedding per grid: never copied or pickled with the model."""
+
+    def __deepcopy__(self, memo: dict) -> "_GridCache":
+        return _GridCache()
+
+    def __reduce__(self) -> tuple:
+        return (_GridCache, ())
+
+
+class Embeddings(nn.Module):
+    """The class token and one token per patch, plus the position embedding of the pixels' grid."""
+
+    def __init__(self, config: InternViTConfig, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        width, size = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, width, **factory))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=size, stride=size, **factory)
+        self.position_embedding = nn.Parameter(torch.randn(1, config.num_tokens, width, **factory))
+        self._resized = _GridCache()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Tokens [B, 1 + patches, C] of pixels [B, channels, height, width], cast to the weights' dtype."""
+        grid = check_pixels(self.config, pixel_values)
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.expand(patches.shape[0], -1, -1).to(patches.dtype)
+        return torch.cat([class_token, patches], dim=1) + self.position_embedding_for(grid)
+
+    def position_embedding_for(self, grid: tuple[int, int]) -> Tensor:
+        """The position embedding [1, 1 + rows * columns, C]; resized once per grid while nobody trains it."""
+        position, native, mode = self.position_embedding, self.config.grid_size, self.config.pos_embed_mode
+        trains = position.requires_grad and torch.is_grad_enabled()
+        if grid == native or trains or torch.compiler.is_compiling() or position.is_inference():
+            return resize_position_embedding(position, native, grid, mode)
+        # An inference tensor may not enter autograd later: the two modes have entries of their own.
+        inference = torch.is_inference_mode_enabled()
+        key = (grid, mode, position.device, position.dtype, position.data_ptr(), position._version, inference)
+        if key not in self._resized:
+            if len(self._resized) >= 8:
+                self._resized.clear()
+            self._resized[key] = resize_position_embedding(position.detach(), native, grid, mode)
+        return self._resized[key]
