@@ -126,14 +126,36 @@ class InternViTConfig:
 
     def num_parameters(self) -> int:
         """Exact number of parameters."""
-        width, inner = self.hidden_size, self.intermediate_size
-        norm = width if self.norm_type == "rms_norm" else 2 * width
-        qkv = 3 * width * width + (3 * width if self.qkv_bias else 0)
-        qk_norm = 2 * width if self.qk_normalization else 0
-        mlp = 2 * width * inner + inner + width
-        block = 2 * norm + qkv + qk_norm + width * width + width + mlp + 2 * width
-        patch = self.num_channels * self.patch_size**2 * width + width
-        return self.num_hidden_layers * block + patch + width + self.num_tokens * width
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter, under OpenGVLab's name."""
+        width, inner, patch = self.hidden_size, self.intermediate_size, self.patch_size
+        norm_bias = self.norm_type == "layer_norm"
+        layer: dict[str, tuple[int, ...]] = {
+            "norm1.weight": (width,),
+            **({"norm1.bias": (width,)} if norm_bias else {}),
+            "attn.qkv.weight": (3 * width, width),
+            **({"attn.qkv.bias": (3 * width,)} if self.qkv_bias else {}),
+            **({"attn.q_norm.weight": (width,), "attn.k_norm.weight": (width,)} if self.qk_normalization else {}),
+            "attn.proj.weight": (width, width),
+            "attn.proj.bias": (width,),
+            "norm2.weight": (width,),
+            **({"norm2.bias": (width,)} if norm_bias else {}),
+            "mlp.fc1.weight": (inner, width),
+            "mlp.fc1.bias": (inner,),
+            "mlp.fc2.weight": (width, inner),
+            "mlp.fc2.bias": (width,),
+            "ls1": (width,),
+            "ls2": (width,),
+        }
+        return {
+            "embeddings.class_embedding": (1, 1, width),
+            "embeddings.position_embedding": (1, self.num_tokens, width),
+            "embeddings.patch_embedding.weight": (width, self.num_channels, patch, patch),
+            "embeddings.patch_embedding.bias": (width,),
+            **{f"encoder.layers.{i}.{name}": s for i in range(self.num_hidden_layers) for name, s in layer.items()},
+        }
 
     def replace(self, **changes: Any) -> "InternViTConfig":
         """A copy with some fields changed; it is a published variant no more, unless `name` says so."""

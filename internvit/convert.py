@@ -67,9 +67,9 @@ class Piece(NamedTuple):
     key: str
     part: int | None
 
-    def rows(self, size: int) -> slice:
-        """The rows of a source tensor with `size` rows."""
-        return slice(0, size) if self.part is None else slice(self.part * size // 3, (self.part + 1) * size // 3)
+    def of(self, tensor: Tensor) -> Tensor:
+        """The rows of a source tensor that are meant."""
+        return tensor if self.part is None else tensor.chunk(3)[self.part]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ class ConversionPlan:
     targets: dict[str, tuple[Piece, ...]]
     set_aside: tuple[str, ...]
     unexpected: tuple[str, ...]
+
+    def sources(self) -> list[str]:
+        """The source keys that are needed."""
+        return list(dict.fromkeys(piece.key for pieces in self.targets.values() for piece in pieces))
 
     def log_set_aside(self, source: str) -> None:
         if self.set_aside:
@@ -293,61 +297,37 @@ def convert_state_dict(
     """
     tensors = unwrap(state_dict)
     plan = conversion_plan(tensors, to)
-    shapes = target_shapes(plan if to == "opengvlab" else conversion_plan(tensors), tensors)
+    target_shapes(plan, tensors)  # thirds that are no thirds
+    shapes = target_shapes(conversion_plan(tensors), tensors)
     _refuse_per_head_qk_norm(shapes)
     if config is not None:
-        compare_shapes(shapes, parameter_shapes(config), plan.unexpected, source="state dict")
+        compare_shapes(shapes, config.parameter_shapes(), plan.unexpected, source="state dict")
     elif plan.unexpected:
         raise ValueError(f"state dict: unexpected keys: {_listed(plan.unexpected)}")
     plan.log_set_aside("state dict")
     converted = {}
     for name, pieces in plan.targets.items():
-        parts = [tensors[piece.key][piece.rows(len(tensors[piece.key]))] for piece in pieces]
+        parts = [piece.of(tensors[piece.key]) for piece in pieces]
         converted[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return converted
 
 
 def target_shapes(plan: ConversionPlan, sources: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes that a plan's targets will have; `sources` maps its keys to tensors or shapes."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = {}
     for name, pieces in plan.targets.items():
-        rows, rest = 0, ()
-        for piece in pieces:
-            shape = tuple(getattr(sources[piece.key], "shape", sources[piece.key]))
-            if piece.part is not None and shape[0] % 3:
-                raise ValueError(f"state dict: expected q, k and v of one size in {piece.key}, got {shape}")
-            span = piece.rows(shape[0])
-            rows, rest = rows + span.stop - span.start, shape[1:]
-        shapes[name] = (rows, *rest)
+        parts = [tuple(getattr(sources[piece.key], "shape", sources[piece.key])) for piece in pieces]
+        first, *others = parts
+        if pieces[0].part is not None:
+            if not first or first[0] % 3:
+                raise ValueError(f"state dict: expected q, k and v of one size in {pieces[0].key}, got {first}")
+            first = (first[0] // 3, *first[1:])
+        elif others:
+            if not first or any(other != first for other in others):
+                raise ValueError(f"state dict: expected q, k and v of one shape, got {parts} for {name}")
+            first = (3 * first[0], *first[1:])
+        shapes[name] = first
     return shapes
-
-
-def parameter_shapes(config: InternViTConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a model with this configuration, under OpenGVLab's names."""
-    width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
-    norm = {"weight": (width,), **({"bias": (width,)} if config.norm_type == "layer_norm" else {})}
-    layer: dict[str, tuple[int, ...]] = {
-        **{f"norm1.{leaf}": shape for leaf, shape in norm.items()},
-        "attn.qkv.weight": (3 * width, width),
-        **({"attn.qkv.bias": (3 * width,)} if config.qkv_bias else {}),
-        **({"attn.q_norm.weight": (width,), "attn.k_norm.weight": (width,)} if config.qk_normalization else {}),
-        "attn.proj.weight": (width, width),
-        "attn.proj.bias": (width,),
-        **{f"norm2.{leaf}": shape for leaf, shape in norm.items()},
-        "mlp.fc1.weight": (inner, width),
-        "mlp.fc1.bias": (inner,),
-        "mlp.fc2.weight": (width, inner),
-        "mlp.fc2.bias": (width,),
-        "ls1": (width,),
-        "ls2": (width,),
-    }
-    return {
-        "embeddings.class_embedding": (1, 1, width),
-        "embeddings.position_embedding": (1, config.num_tokens, width),
-        "embeddings.patch_embedding.weight": (width, config.num_channels, patch, patch),
-        "embeddings.patch_embedding.bias": (width,),
-        **{f"encoder.layers.{i}.{name}": s for i in range(config.num_hidden_layers) for name, s in layer.items()},
-    }
 
 
 def compare_shapes(
