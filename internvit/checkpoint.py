@@ -2,7 +2,7 @@
 
 Reading: find the files -> plan the conversion from their keys -> compare every shape -> only then allocate and copy, a
 few rows at a time. The files are mapped; mapped pages count as the process's memory until the mapping goes, so a file
-is closed and opened again after each `_window` bytes.
+is closed and opened again after each sixteenth of the checkpoint.
 
 Writing: every file goes to a temporary name, to the disk, and then to its own name; what makes the new weights current
 comes after the weights, and what it replaces goes last.
@@ -31,7 +31,7 @@ from internvit.convert import (
     infer_config,
     target_shapes,
 )
-from internvit.weight_files import CONFIG, INDEX, WEIGHTS, Checkpoint, locate, read_index
+from internvit.weight_files import CONFIG, INDEX, WEIGHTS, Checkpoint, locate, naming, read_index
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -76,17 +76,17 @@ def load_pretrained(
         raise ValueError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
     path = locate(name_or_path, revision, cache_dir, token, local_files_only)
     checkpoint = Checkpoint(path)
-    try:
+    config = config or checkpoint.config()
+    with naming(path):
         plan = conversion_plan(checkpoint.keys)
-        shapes = checkpoint.shapes(plan.sources())
+    shapes = checkpoint.shapes(plan.sources())
+    with naming(path):
         found = target_shapes(plan, shapes)
-        config = config or checkpoint.config()
         if config is None:
             config = infer_config(found)
-            heads = config.num_attention_heads
-            logger.warning("%s: no config.json; inferred from the weights, with %s heads: %s", path, heads, config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+            logger.warning(
+                "%s: no config.json; from the weights, with head_dim taken to be %s: %s", path, config.head_dim, config
+            )
     plan.log_set_aside(str(path))
 
     with torch.device("meta"):
@@ -121,7 +121,9 @@ def _read_parameters(
     copies.sort(key=lambda copy: str(copy[0].path))
     total = sum(_numel(found[name]) // len(plan.targets[name]) for _, _, name, _ in copies)
     parameters: dict[str, Tensor] = {}
-    window, mapped = _window(checkpoint), 0
+    # How many bytes of a file may be mapped and touched at once: a sixteenth of the checkpoint, 16 to 256 MiB.
+    size = sum(path.stat().st_size for path in {file.path for file, *_ in copies})
+    window, mapped = min(max(size // 16, 16 * 2**20), 256 * 2**20), 0
     with _progress(total, f"Loading {checkpoint.path.name}") as advance:
         for position, (file, piece, name, index) in enumerate(copies):
             stored = file.read(piece.key)
@@ -129,6 +131,8 @@ def _read_parameters(
                 raise ValueError(f"{file.path}: expected {piece.key} in floating point, got {stored.dtype}")
             if name not in parameters:
                 parameters[name] = torch.empty(found[name], dtype=dtype or stored.dtype, device=device)
+            elif dtype is None and parameters[name].dtype != stored.dtype:
+                raise ValueError(f"{file.path}: expected {piece.key} in {parameters[name].dtype}, got {stored.dtype}")
             rows = len(stored)
             step = max(1, window // max(1, stored.nbytes // max(1, rows)))
             for start in range(0, rows, step):
@@ -146,12 +150,6 @@ def _read_parameters(
                 file.give_back()
                 mapped = 0
     return parameters
-
-
-def _window(checkpoint: Checkpoint) -> int:
-    """How many bytes of a file may be mapped and touched at once: a sixteenth of the checkpoint, 16 to 256 MiB."""
-    size = sum((checkpoint.folder / name).stat().st_size for name in set(checkpoint.keys.values()))
-    return min(max(size // 16, 16 * 2**20), 256 * 2**20)
 
 
 def _numel(shape: Iterable[int]) -> int:

@@ -308,6 +308,8 @@ def convert_state_dict(
     converted = {}
     for name, pieces in plan.targets.items():
         parts = [piece.of(tensors[piece.key]) for piece in pieces]
+        if len({part.dtype for part in parts}) > 1:
+            raise ValueError(f"state dict: expected q, k and v of one dtype, got {[p.dtype for p in parts]} for {name}")
         converted[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return converted
 

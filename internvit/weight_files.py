@@ -4,7 +4,8 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ _WEIGHT_FILES = (
     "*.pth",
     "*.pt",
 )
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the path before the message of a ValueError from inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class TensorFile:
@@ -70,11 +80,11 @@ def _map_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of torch.save; those of before torch 1.6 cannot be mapped and are read at once."""
     try:
         try:
-            return unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):
                 raise
-            return unwrap(torch.load(path, map_location="cpu", weights_only=True))
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: holds pickled objects other than tensors, and reading them could run code. If you trust the "
@@ -82,6 +92,8 @@ def _map_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: not a whole file of torch.save: {error}") from error
+    with naming(path):
+        return unwrap(loaded)
 
 
 class Checkpoint:

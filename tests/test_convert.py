@@ -34,7 +34,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(*bits), key
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 @given(
     configs().filter(lambda config: config.num_hidden_layers > 0),
     st.data(),
@@ -251,6 +251,9 @@ def test_incomplete_qkv_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"expected q, k and v of one size in encoder.layers.0.attn.qkv.bias"):
         convert_state_dict(packed, "transformers")
     theirs = convert_state_dict(random_weights(PLAIN), "transformers")
+    theirs["encoder.layer.1.attention.v_proj.bias"] = torch.zeros(256, dtype=torch.float16)
+    with pytest.raises(ValueError, match="expected q, k and v of one dtype"):
+        convert_state_dict(theirs)
     theirs["encoder.layer.1.attention.v_proj.bias"] = torch.zeros(1)
     with pytest.raises(ValueError, match="expected q, k and v of one shape"):
         convert_state_dict(theirs)
