@@ -62,8 +62,9 @@ class TensorFile:
 
     def read(self, key: str) -> Tensor:
         """The tensor as a view of the mapped file: it must be dropped before `give_back`."""
-        opened = self._open()
-        return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
+        with torch.device("cpu"):  # whatever the caller's default device is
+            opened = self._open()
+            return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
 
     def give_back(self) -> None:
         self._opened = None
@@ -87,8 +88,8 @@ def _map_pickle(path: Path) -> dict[str, Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: holds pickled objects other than tensors, and reading them could run code. If you trust the "
-            f"file, load it yourself, save its tensors with safetensors.torch.save_file and load that."
+            f"{path}: holds pickled objects other than tensors, and reading them could run code; or it is no file of "
+            f"torch.save. If you trust it, load it yourself and save its tensors with safetensors.torch.save_file."
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: not a whole file of torch.save: {error}") from error
