@@ -472,6 +472,14 @@ def test_weights_are_not_overwritten_unasked(tmp_path) -> None:
     assert_loaded(load_pretrained(InternViT, tmp_path), first.state_dict())
     save_pretrained(second, tmp_path, overwrite=True)
     assert_loaded(load_pretrained(InternViT, tmp_path), second.state_dict())
+    for name, is_weights in (("pytorch_model.bin", True), ("x.safetensors", True), ("rng_state.pth", False)):
+        (tmp_path / name[:3]).mkdir()
+        (tmp_path / name[:3] / name).write_bytes(b"")
+        if is_weights:
+            with pytest.raises(FileExistsError):
+                save_pretrained(first, tmp_path / name[:3])
+        else:
+            save_pretrained(first, tmp_path / name[:3])
 
 
 @pytest.mark.parametrize("before", ["5GB", "600KB", "1MB"])
@@ -511,6 +519,8 @@ def test_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, befor
     monkeypatch.setattr(checkpoint, "save_file", interrupted(checkpoint.save_file))
     monkeypatch.setattr(os, "replace", interrupted(os.replace))
     monkeypatch.setattr(os, "fsync", interrupted(os.fsync))
+    unlink, unlink_step = Path.unlink, interrupted(Path.unlink)
+    monkeypatch.setattr(Path, "unlink", lambda p, **kw: (unlink if p.name[0] == "." else unlink_step)(p, **kw))
     outcomes = []
     for fail_at in range(1, 100):
         folder = tmp_path / str(fail_at)
