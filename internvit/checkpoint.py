@@ -36,6 +36,7 @@ from internvit.weight_files import CONFIG, INDEX, WEIGHTS, Checkpoint, locate, n
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
+_WEIGHTS = re.compile(r"[^.].*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
 _SHARD = re.compile(r"model(-\d+)?-\d{5}-of-\d{5}\.safetensors")
 _TEMPORARY = ".writing"
 
@@ -96,8 +97,8 @@ def load_pretrained(
     if any(name not in found for name in expected):
         model = model_class(config)  # its own initial values
     parameters = {name: tensor for name, tensor in model.state_dict().items() if name not in found}
-    for name, tensor in parameters.items():
-        parameters[name] = tensor.to(device=device or torch.get_default_device(), dtype=dtype)
+    where = torch.get_default_device() if device is None else device
+    parameters = {name: tensor.to(device=where, dtype=dtype) for name, tensor in parameters.items()}
     parameters.update(_read_parameters(checkpoint, plan, found, expected, dtype, device))
     model.load_state_dict(parameters, assign=True)
     return model.eval()
@@ -178,7 +179,8 @@ def save_pretrained(
 ) -> Path:
     """Writes `config.json` and the weights, as `model.safetensors` or as shards with an index.
 
-    A save that is interrupted leaves an earlier checkpoint in the folder as it was, and loadable.
+    A save that is interrupted leaves a whole checkpoint: the earlier one or the new one. (Only if the new one has
+    another configuration can a crash between the last two renames leave its weights beside the earlier config.json.)
 
     Args:
         model: with a `config` and OpenGVLab's parameter names.
@@ -212,7 +214,7 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     present = {entry.name for entry in folder.iterdir()}
-    if not overwrite and any(name == INDEX or name.endswith((".safetensors", ".bin", ".pth")) for name in present):
+    if not overwrite and any(_WEIGHTS.fullmatch(name) for name in present):
         raise FileExistsError(f"{folder}: holds weights; pass overwrite=True to replace them")
     stale = {name for name in present if _SHARD.fullmatch(name) or name.endswith(_TEMPORARY)}
     with suppress(ValueError, FileNotFoundError):  # no index, or a broken one

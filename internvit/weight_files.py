@@ -47,6 +47,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._opened: Any = None
+        self._mapped = True
         opened = self._open()
         if isinstance(opened, dict):
             self.shapes = {key: tuple(tensor.shape) for key, tensor in opened.items()}
@@ -57,16 +58,21 @@ class TensorFile:
         if self._opened is None:
             if not self.path.is_file():
                 raise FileNotFoundError(f"{self.path}: no such file; the checkpoint is not complete")
-            self._opened = _map_safetensors(self.path) if self.path.suffix == ".safetensors" else _map_pickle(self.path)
+            if self.path.suffix == ".safetensors":
+                self._opened = _map_safetensors(self.path)
+            else:
+                self._opened, self._mapped = _map_pickle(self.path)
         return self._opened
 
     def read(self, key: str) -> Tensor:
         """The tensor as a view of the mapped file: it must be dropped before `give_back`."""
-        opened = self._open()
-        return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
+        with torch.device("cpu"):  # whatever the caller's default device is
+            opened = self._open()
+            return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
 
     def give_back(self) -> None:
-        self._opened = None
+        if self._mapped:
+            self._opened = None
 
 
 def _map_safetensors(path: Path) -> Any:
@@ -76,24 +82,26 @@ def _map_safetensors(path: Path) -> Any:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
 
 
-def _map_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save; those of before torch 1.6 cannot be mapped and are read at once."""
+def _map_pickle(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a file of torch.save, and whether they are mapped: files from before torch 1.6 cannot be."""
+    mapped = True
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):
                 raise
+            mapped = False
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: holds pickled objects other than tensors, and reading them could run code. If you trust the "
-            f"file, load it yourself, save its tensors with safetensors.torch.save_file and load that."
+            f"{path}: holds pickled objects other than tensors, and reading them could run code; or it is no file of "
+            f"torch.save. If you trust it, load it yourself and save its tensors with safetensors.torch.save_file."
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: not a whole file of torch.save: {error}") from error
     with naming(path):
-        return unwrap(loaded)
+        return unwrap(loaded), mapped
 
 
 class Checkpoint:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from strategies import random_weights
 from torch import Tensor, nn
 
 from internvit import checkpoint
@@ -18,6 +17,7 @@ from internvit.checkpoint import load_pretrained, save_pretrained
 from internvit.config import VARIANTS, InternViTConfig
 from internvit.convert import convert_state_dict
 from internvit.modeling import InternViT
+from tests.strategies import random_weights
 
 QK_NORM = InternViTConfig(
     image_size=28, hidden_size=256, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
@@ -41,7 +41,8 @@ def assert_loaded(model: nn.Module, weights: dict[str, Tensor]) -> None:
         assert state[name].dtype == tensor.dtype, name
         assert torch.equal(state[name], tensor), name
     assert not model.training
-    assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def names(folder: Path) -> set[str]:
@@ -138,10 +139,28 @@ def test_dtype_and_device(tmp_path) -> None:
     assert_loaded(load_pretrained(InternViT, tmp_path, dtype=torch.bfloat16, device="cpu"), weights)
     meta = load_pretrained(InternViT, tmp_path, device="meta", dtype=torch.float16)
     assert all(p.is_meta and p.dtype == torch.float16 for p in meta.parameters())
+    write_pth(tmp_path / "x.pth", model.state_dict())
+    for path in (tmp_path, tmp_path / "x.pth"):
+        with torch.device("meta"):
+            assert all(p.is_meta for p in load_pretrained(InternViT, path).parameters())
+            loaded = load_pretrained(InternViT, path, device="cpu")
+        assert_loaded(loaded, model.state_dict())
     with pytest.raises(ValueError, match=r"dtype: expected a floating-point torch\.dtype or None, got torch\.int8"):
         load_pretrained(InternViT, tmp_path, dtype=torch.int8)
     with pytest.raises(ValueError, match="model: expected weights, got parameters on the meta device"):
         save_pretrained(meta, tmp_path / "meta")
+
+
+@pytest.mark.gpu
+def test_straight_to_a_gpu(tmp_path) -> None:
+    model = make_model(QK_NORM)
+    save_pretrained(model, tmp_path, layout="transformers", max_shard_size="500KB")
+    loaded = load_pretrained(InternViT, tmp_path, device="cuda", dtype=torch.bfloat16)
+    weights = {name: tensor.to("cuda", torch.bfloat16) for name, tensor in model.state_dict().items()}
+    assert_loaded(loaded, weights)
+    assert loaded.device.type == "cuda"
+    save_pretrained(loaded, tmp_path / "again")
+    assert_loaded(load_pretrained(InternViT, tmp_path / "again", device="cuda"), weights)
 
 
 def test_features_survive(tmp_path) -> None:
@@ -362,9 +381,11 @@ def test_weights_that_are_no_internvit(tmp_path) -> None:
         load_pretrained(InternViT, tmp_path)
     assert str(tmp_path) in str(error.value)
     torch.save([1, 2], tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="expected a dict of tensors, got list") as error:
+    with pytest.raises(ValueError, match=r"x\.pth: state dict: expected a dict of tensors, got list"):
         load_pretrained(InternViT, tmp_path / "x.pth")
-    assert "x.pth" in str(error.value)
+    (tmp_path / "x.pth").write_text("<html>404</html>")
+    with pytest.raises(ValueError, match=r"x\.pth: .* or it is no file of torch\.save"):
+        load_pretrained(InternViT, tmp_path / "x.pth")
 
 
 def test_integer_weights(tmp_path) -> None:
@@ -451,6 +472,14 @@ def test_weights_are_not_overwritten_unasked(tmp_path) -> None:
     assert_loaded(load_pretrained(InternViT, tmp_path), first.state_dict())
     save_pretrained(second, tmp_path, overwrite=True)
     assert_loaded(load_pretrained(InternViT, tmp_path), second.state_dict())
+    for name, is_weights in (("pytorch_model.bin", True), ("x.safetensors", True), ("rng_state.pth", False)):
+        (tmp_path / name[:3]).mkdir()
+        (tmp_path / name[:3] / name).write_bytes(b"")
+        if is_weights:
+            with pytest.raises(FileExistsError):
+                save_pretrained(first, tmp_path / name[:3])
+        else:
+            save_pretrained(first, tmp_path / name[:3])
 
 
 @pytest.mark.parametrize("before", ["5GB", "600KB", "1MB"])
@@ -490,6 +519,8 @@ def test_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, befor
     monkeypatch.setattr(checkpoint, "save_file", interrupted(checkpoint.save_file))
     monkeypatch.setattr(os, "replace", interrupted(os.replace))
     monkeypatch.setattr(os, "fsync", interrupted(os.fsync))
+    unlink, unlink_step = Path.unlink, interrupted(Path.unlink)
+    monkeypatch.setattr(Path, "unlink", lambda p, **kw: (unlink if p.name[0] == "." else unlink_step)(p, **kw))
     outcomes = []
     for fail_at in range(1, 100):
         folder = tmp_path / str(fail_at)

@@ -6,9 +6,9 @@ import pickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import configs
 
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
+from tests.strategies import configs
 
 SIX_BILLION = {
     "num_channels": 3,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import configs, random_weights
 from torch import Tensor
 
 from internvit.config import InternViTConfig
 from internvit.convert import LAYOUTS, conversion_plan, convert_state_dict, detect_layout, infer_config
+from tests.strategies import configs, random_weights
 
 QK_NORM = InternViTConfig(
     image_size=28, hidden_size=256, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
