@@ -115,6 +115,20 @@ def test_layers_called_alone_hooked_or_threaded_give_the_same_bits(name) -> None
     assert seen == ["InternViTLayer", *[type(middle.norm1).__name__] * 2, "Linear", "Linear"]
 
 
+@pytest.mark.parametrize("name", ["300m-2-layers", "6b-2-layers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_image_has_the_same_features_alone_and_in_any_batch(name, dtype) -> None:
+    small = name.startswith("300m")
+    model = InternViT(CONFIGS[name].replace(num_hidden_layers=1), dtype=dtype).eval()
+    random_weights(model)
+    for size in (224, 336, 448, 504) if small else (224,):  # 257, 577, 1025 and 1297 tokens
+        pixels = torch.randn(8 if small else 3, 3, size, size)
+        with torch.no_grad():
+            alone = model(pixels[:1]).last_hidden_state
+            for batch in (2, 3, 4, 8) if small else (2, 3):
+                assert torch.equal(model(pixels[:batch]).last_hidden_state[:1], alone), (size, batch)
+
+
 def test_a_replaced_linear_falls_back_for_its_layer_alone() -> None:
     class Adapter(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
@@ -266,6 +280,8 @@ def test_autocast_trains(name) -> None:
         out = model(pixels).last_hidden_state
     out.float().square().mean().backward()
     assert relative_error(out, reference(pixels).last_hidden_state) < 0.02
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert relative_error(model(pixels).last_hidden_state, out) < 0.02
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
