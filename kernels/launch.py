@@ -105,14 +105,14 @@ def _target_of_device(index: int) -> Target:
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 1, **constants: Any) -> None:
-    """Starts `kernel` on the device and current stream of its first argument; an empty grid starts nothing."""
+    """Starts `kernel` on the device and current stream of its tensors; an empty grid starts nothing."""
     if 0 in grid:
         return
     recording = _recording.get()
     if recording is not None:
         recording.launches.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
         return
-    with torch.cuda.device_of(args[0]):
+    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
 
 

@@ -31,11 +31,16 @@ from internvit.ops.registration import Mask, empty_grad
 def standardize(b_x, m_tile, eps, C: tl.constexpr, CENTRED: tl.constexpr):
     """x_hat [ROWS, BLOCK_C], mean [ROWS] and rstd [ROWS] of rows held whole.
 
-    Squares are divided by C before they are summed, so that |x| up to 1e18 stays finite in float32.
+    Squares are divided by C before they are summed, so that |x| up to 1e18 stays finite in float32. What rounding left
+    in the mean is subtracted a second time: with values around 30 the few that lie next to the mean were off by up to
+    14 ulp in bfloat16 without it.
     """
     b_mean = tl.sum(b_x, 1) / C
     if CENTRED:
         b_x = tl.where(m_tile, b_x - b_mean[:, None], 0.0)
+        b_rest = tl.sum(b_x, 1) / C
+        b_x = tl.where(m_tile, b_x - b_rest[:, None], 0.0)
+        b_mean += b_rest
     b_rstd = tl.rsqrt(tl.sum(b_x * (b_x * (1.0 / C)), 1) + eps)
     return b_x * b_rstd[:, None], b_mean, b_rstd
 
