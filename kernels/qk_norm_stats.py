@@ -102,8 +102,8 @@ def heads_adjacent(*tensors: Tensor) -> bool:
 
 
 def dense_heads(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, a copy only where it is not."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    """x with its last dimension contiguous and 128 tokens within an int32 offset, a copy only where it is not so."""
+    return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(1) < 2**24 else x.contiguous()
 
 
 def qk_norm_stats(q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:

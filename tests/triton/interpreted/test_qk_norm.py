@@ -61,7 +61,7 @@ def test_qk_norm(case):
 
     grads = heads(memory, case, batch, "normal", g)[:2]
     mask = (True,) * 4
-    actual = run(memory, "qk_norm_backward", *grads, q, k, *weights, *actual[2:], mask)
+    actual = run(memory, "qk_norm_backward", *grads, q, k, *weights, *(s.float() for s in truth[2:]), mask)
     truth, eager = (
         reference("qk_norm_backward", d, *grads, q, k, *weights, *(s.to(d) for s in truth[2:]), mask)
         for d in (torch.float64, torch.float32)

@@ -18,6 +18,7 @@ from harness import (
 
 from internvit import contract
 from internvit.ops import layer_norm, layer_scale_residual, layer_scale_residual_norm, rms_norm
+from internvit.ops.layer_scale_residual import factor
 
 FACTORS = {
     "op": ("layer_scale_residual", "rms_norm", "layer_norm"),
@@ -53,10 +54,11 @@ def test_residual(case):
     if row_scale is not None and case["tokens"] == 1:
         row_scale = row_scale.flip(0)
 
+    terms = residual.double().abs() + (factor(branch.double(), gamma, row_scale)).abs()
     if case["op"] == "layer_scale_residual":
         inputs = (residual, branch, gamma, row_scale)
         actual, truth, eager = outputs(memory, "layer_scale_residual", *inputs)
-        agree("norm", "residual_out", actual, truth, eager)
+        agree("norm", "residual_out", actual, truth, eager, terms)
         grad = tensor("normal", residual.dtype)
         inputs = (grad, branch, gamma, row_scale, dtype, (True, gamma is not None))
         actual, truth, eager = outputs(memory, "layer_scale_residual_backward", *inputs)
@@ -70,11 +72,13 @@ def test_residual(case):
     op = "layer_scale_residual_norm"
     actual = run(memory, op, *inputs)
     summed = reference("layer_scale_residual", torch.float64, *inputs[:4])
-    agree("norm", "residual_out", actual[:1], summed, reference("layer_scale_residual", torch.float32, *inputs[:4]))
+    eager = reference("layer_scale_residual", torch.float32, *inputs[:4])
+    agree("norm", "residual_out", actual[:1], summed, eager, terms)
     # the norm's truth starts from residual_out as it was rounded, which may be one ulp from the correctly rounded sum
     norm_inputs = (actual[0], *inputs[4:6], 1e-6) if kind == "layer_norm" else (actual[0], weight, 1e-6, "fused")
     truth, eager = (reference(kind, d, *norm_inputs) for d in (torch.float64, torch.float32))
-    agree("norm", "normed", actual[1:2], truth[:1], eager[:1])
+    terms = bias.double().abs() + (truth[0] - bias.double()).abs() if kind == "layer_norm" else None
+    agree("norm", "normed", actual[1:2], truth[:1], eager[:1], terms)
     statistics = actual[2:] if kind == "layer_norm" else actual[3:]
     check_statistics(statistics, truth[1:])
 
@@ -82,7 +86,7 @@ def test_residual(case):
     mask = (True, True, gamma is not None, True, kind == "layer_norm")
     given = (grad_residual, tensor("normal", dtype), actual[0], branch, gamma, row_scale, weight)
     mean = truth[1] if kind == "layer_norm" else actual[2]
-    grads = run(memory, f"{op}_backward", *given, *actual[2:], kind, mask)
+    grads = run(memory, f"{op}_backward", *given, mean.float(), truth[-1].float(), kind, mask)
     truth_grads, eager_grads = (
         reference(f"{op}_backward", d, *given, mean.to(d), truth[-1].to(d), kind, mask)
         for d in (torch.float64, torch.float32)
