@@ -7,6 +7,7 @@
 
 from internvit import ops, reference
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
+from internvit.convert import convert_state_dict
 from internvit.modeling import InternViT
 from internvit.ops import backend
 from internvit.output import InternViTOutput
@@ -19,6 +20,7 @@ __all__ = [
     "InternViTConfig",
     "InternViTOutput",
     "backend",
+    "convert_state_dict",
     "ops",
     "reference",
 ]

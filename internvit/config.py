@@ -7,6 +7,7 @@ backbones and of timm. Keys that do not describe the vision tower are ignored, a
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +67,15 @@ class InternViTConfig:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("num_channels", "patch_size", "hidden_size", "num_attention_heads", "intermediate_size")
-        for field in sizes:
-            self._require(field, isinstance(getattr(self, field), int) and getattr(self, field) > 0, "a positive int")
-        layers = self.num_hidden_layers
-        self._require("num_hidden_layers", isinstance(layers, int) and layers >= 0, "an int >= 0")
+        for field in ("num_channels", "patch_size", "hidden_size", "num_attention_heads", "intermediate_size"):
+            self._require(field, _is_int(getattr(self, field), 1), "a positive int")
+        self._require("num_hidden_layers", _is_int(self.num_hidden_layers, 0), "an int >= 0")
+        for field in ("layer_norm_eps", "drop_path_rate", "initializer_factor", "initializer_range"):
+            self._require(field, _is_number(getattr(self, field)), "a finite number")
+        self._require("qk_norm_eps", self.qk_norm_eps is None or _is_number(self.qk_norm_eps), "a number >= 0 or None")
+        for field in ("qkv_bias", "qk_normalization"):
+            self._require(field, isinstance(getattr(self, field), bool), "True or False")
+        self._require("name", self.name is None or isinstance(self.name, str), "a string or None")
         self._require("norm_type", self.norm_type in NORM_TYPES, f"one of {', '.join(NORM_TYPES)}")
         self._require("pos_embed_mode", self.pos_embed_mode in POS_EMBED_MODES, f"one of {', '.join(POS_EMBED_MODES)}")
         self._require("layer_norm_eps", self.layer_norm_eps >= 0, "a number >= 0")
@@ -79,11 +84,11 @@ class InternViTConfig:
         self._require("initializer_range", self.initializer_range >= 0, "a number >= 0")
         heads = self.num_attention_heads
         self._require("hidden_size", self.hidden_size % heads == 0, f"a multiple of num_attention_heads={heads}")
-        if isinstance(self.image_size, list | tuple):
-            height, width = self.image_size
-            object.__setattr__(self, "image_size", height if height == width else (height, width))
-        fits = all(isinstance(s, int) and s > 0 and s % self.patch_size == 0 for s in self.image_hw)
-        self._require("image_size", fits, f"positive multiples of patch_size={self.patch_size}")
+        size = self.image_size
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        fits = len(sides) == 2 and all(_is_int(side, 1) and side % self.patch_size == 0 for side in sides)
+        self._require("image_size", fits, f"one or two positive multiples of patch_size={self.patch_size}")
+        object.__setattr__(self, "image_size", sides[0] if sides[0] == sides[1] else sides)
 
     def _require(self, field: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -121,25 +126,77 @@ class InternViTConfig:
 
     def num_parameters(self) -> int:
         """Exact number of parameters."""
-        width, inner = self.hidden_size, self.intermediate_size
-        norm = width if self.norm_type == "rms_norm" else 2 * width
-        qkv = 3 * width * width + (3 * width if self.qkv_bias else 0)
-        qk_norm = 2 * width if self.qk_normalization else 0
-        mlp = 2 * width * inner + inner + width
-        block = 2 * norm + qkv + qk_norm + width * width + width + mlp + 2 * width
-        patch = self.num_channels * self.patch_size**2 * width + width
-        return self.num_hidden_layers * block + patch + width + self.num_tokens * width
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter, under OpenGVLab's name."""
+        width, inner, patch = self.hidden_size, self.intermediate_size, self.patch_size
+        norm_bias = self.norm_type == "layer_norm"
+        layer: dict[str, tuple[int, ...]] = {
+            "norm1.weight": (width,),
+            **({"norm1.bias": (width,)} if norm_bias else {}),
+            "attn.qkv.weight": (3 * width, width),
+            **({"attn.qkv.bias": (3 * width,)} if self.qkv_bias else {}),
+            **({"attn.q_norm.weight": (width,), "attn.k_norm.weight": (width,)} if self.qk_normalization else {}),
+            "attn.proj.weight": (width, width),
+            "attn.proj.bias": (width,),
+            "norm2.weight": (width,),
+            **({"norm2.bias": (width,)} if norm_bias else {}),
+            "mlp.fc1.weight": (inner, width),
+            "mlp.fc1.bias": (inner,),
+            "mlp.fc2.weight": (width, inner),
+            "mlp.fc2.bias": (width,),
+            "ls1": (width,),
+            "ls2": (width,),
+        }
+        return {
+            "embeddings.class_embedding": (1, 1, width),
+            "embeddings.position_embedding": (1, self.num_tokens, width),
+            "embeddings.patch_embedding.weight": (width, self.num_channels, patch, patch),
+            "embeddings.patch_embedding.bias": (width,),
+            **{f"encoder.layers.{i}.{name}": s for i in range(self.num_hidden_layers) for name, s in layer.items()},
+        }
 
     def replace(self, **changes: Any) -> "InternViTConfig":
         """A copy with some fields changed; it is a published variant no more, unless `name` says so."""
         return dataclasses.replace(self, **{**({"name": None} if changes else {}), **changes})
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration under OpenGVLab's keys, as JSON can hold it; `from_dict` reads it back."""
+    def to_dict(self, spelling: str = "opengvlab") -> dict[str, Any]:
+        """The configuration under OpenGVLab's or transformers' keys, as JSON can hold it; `from_dict` reads it back.
+
+        What transformers has no key for (drop path, how the position embedding is resized) goes along under ours,
+        which it keeps and does not use.
+
+        Raises:
+            ValueError: another spelling, or QK-norm with an eps other than the 1e-6 which transformers always takes.
+        """
         fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         if isinstance(self.image_size, tuple):
             fields["image_size"] = list(self.image_size)
-        return {"model_type": "intern_vit_6b", "architectures": ["InternVisionModel"], "hidden_act": "gelu", **fields}
+        if spelling == "opengvlab":
+            return {
+                "model_type": "intern_vit_6b",
+                "architectures": ["InternVisionModel"],
+                "hidden_act": "gelu",
+                **fields,
+            }
+        if spelling != "transformers":
+            raise ValueError(f"InternViTConfig: spelling must be opengvlab or transformers, got {spelling!r}")
+        if self.qk_normalization and self.effective_qk_norm_eps != 1e-6:
+            raise ValueError(
+                f"InternViTConfig: qk_norm_eps must be 1e-6 for transformers, got {self.effective_qk_norm_eps}"
+            )
+        renames = {ours: theirs for theirs, ours in _TRANSFORMERS_RENAMES.items()}
+        fields = {renames.get(key, key): value for key, value in fields.items()}
+        fields["image_size"] = list(self.image_hw)
+        fields["patch_size"] = [self.patch_size, self.patch_size]
+        return {
+            "model_type": "internvl_vision",
+            "architectures": ["InternVLVisionModel"],
+            "hidden_act": "gelu",
+            "qk_norm_eps": None,
+            **fields,
+        }
 
     @classmethod
     def from_name(cls, name: str, **changes: Any) -> "InternViTConfig":
@@ -179,32 +236,47 @@ class InternViTConfig:
         fields = dict(fields)
         while isinstance(fields.get("vision_config"), Mapping):
             fields = dict(fields["vision_config"])
+        if "architecture" in fields:  # the config.json of timm's hub repositories
+            architecture = fields["architecture"]
+            if architecture not in _TIMM_ARCHITECTURES:
+                known_architectures = ", ".join(_TIMM_ARCHITECTURES)
+                raise ValueError(
+                    f"InternViTConfig: architecture must be one of {known_architectures}, got {architecture!r}"
+                )
+            fields = {**_TIMM_ARCHITECTURES[architecture], **(fields.get("model_args") or {})}
         spelling = _spelling_of(fields)
         _refuse_unsupported(fields, spelling)
         known = {f.name for f in dataclasses.fields(cls)}
         renamed = {_RENAMES.get(key, key): value for key, value in fields.items()}
-        values = {**_DEFAULTS[spelling], **{k: v for k, v in renamed.items() if k in known and v is not None}}
-        if "mlp_ratio" in fields and "intermediate_size" not in renamed:
-            values["intermediate_size"] = int(values.get("hidden_size", 3200) * fields["mlp_ratio"])
+        given = {k: v for k, v in renamed.items() if k in known and (v is not None or k == "qk_norm_eps")}
+        values = {**_DEFAULTS[spelling], **given}
+        if spelling in ("mmseg", "timm") and "intermediate_size" not in given:
+            values["intermediate_size"] = int(values.get("hidden_size", 3200) * fields.get("mlp_ratio", 4))
         if isinstance(values.get("patch_size"), list | tuple):
-            rows, columns = values["patch_size"]
-            if rows != columns:
+            sides = set(values["patch_size"])
+            if len(sides) != 1:
                 raise ValueError(f"InternViTConfig: patch_size must be square, got {values['patch_size']!r}")
-            values["patch_size"] = rows
-        if isinstance(values.get("image_size"), list | tuple):
-            values["image_size"] = tuple(values["image_size"])
-            if len(values["image_size"]) != 2:
-                raise ValueError(
-                    f"InternViTConfig: image_size must be one int or two, got {fields.get('image_size')!r}"
-                )
+            values["patch_size"] = sides.pop()
+        if not isinstance(values.get("name"), str):  # not ours: a stray key
+            values.pop("name", None)
         return cls(**values)
 
 
-_RENAMES = {
-    # transformers' InternVLVisionConfig
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_TRANSFORMERS_RENAMES = {
     "attention_bias": "qkv_bias",
     "use_qk_norm": "qk_normalization",
     "layer_scale_init_value": "initializer_factor",
+}
+_RENAMES = {
+    **_TRANSFORMERS_RENAMES,
     # the mmseg/mmdet backbones and timm's VisionTransformer
     "embed_dim": "hidden_size",
     "depth": "num_hidden_layers",
@@ -243,16 +315,34 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+_TIMM_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "vit_intern300m_patch14_448": {
+        "img_size": 448,
+        "patch_size": 14,
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "init_values": 0.1,
+    },
+}
+
 
 def _spelling_of(fields: Mapping[str, Any]) -> str:
     if fields.get("model_type") == "internvl_vision" or fields.keys() & {"attention_bias", "use_qk_norm"}:
         return "transformers"
-    if fields.keys() & {"embed_dim", "depth", "num_heads", "img_size"}:
-        return "mmseg" if fields.keys() & {"qk_normalization", "pretrain_size", "use_flash_attn"} else "timm"
+    mmseg = {"qk_normalization", "pretrain_size", "use_flash_attn", "with_cp", "freeze_vit", "out_indices"}
+    if fields.keys() & {"embed_dim", "depth", "num_heads", "img_size"} or fields.get("type") == "InternViT6B":
+        return "mmseg" if fields.keys() & mmseg or fields.get("type") == "InternViT6B" else "timm"
     return "opengvlab"
 
 
 def _refuse_unsupported(fields: Mapping[str, Any], spelling: str) -> None:
+    model_type = str(fields.get("model_type") or "intern_vit_6b")
+    if not model_type.startswith(("intern_vit", "internvl")):
+        raise ValueError(
+            f"InternViTConfig: model_type must be intern_vit_6b or internvl_vision, or a whole model's with its "
+            f"vision_config, got {model_type!r}"
+        )
     dropouts = ("dropout", "attention_dropout", "hidden_dropout_prob", "projection_dropout", "proj_drop_rate")
     refusals = [(key, fields[key], "0") for key in dropouts if fields.get(key)]
     if fields.get("hidden_act", "gelu") != "gelu":

@@ -67,30 +67,43 @@ def _failures(actual: Tensor, truth: Tensor) -> Iterator[str]:
         yield f"{int((~actual.isfinite()).sum())} of {actual.numel()} elements are not finite"
 
 
-def norm_failures(actual: Tensor, truth: Tensor, eager: Tensor | None = None) -> list[str]:
+def norm_failures(
+    actual: Tensor,
+    truth: Tensor,
+    eager: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    condition: float = 1.0,
+) -> list[str]:
     """What a norm-type result breaks of the contract; empty when it keeps it.
 
     Args:
         actual: the result, in its storage dtype.
         truth: the float64 truth, computed from the same rounded inputs.
         eager: eager PyTorch's float32 result, the measure for float32.
+        magnitude: per element the sum of the absolute terms, for LayerNorm (|x| + |mean|) * rstd * |weight| + |bias|:
+            where they cancel, float32 arithmetic errs by a few of its own roundings of them, however small the sum.
+        condition: |mean| / standard deviation of a LayerNorm's input where it is large: a mean rounded to float32
+            costs that many roundings, and on few rows eager's own may be lucky.
     """
     failures = list(_failures(actual, truth))
     if failures or actual.numel() == 0:
         return failures
+    float32_eps = torch.finfo(torch.float32).eps
     if actual.dtype in (torch.bfloat16, torch.float16):
         distance = ulp_distance(actual, truth.to(actual.dtype))
-        if distance.max() > 1:
-            failures.append(
-                f"{int((distance > 1).sum())} elements are off by up to {int(distance.max())} ulp, allowed 1"
-            )
-        equal = (distance == 0).double().mean().item()
-        if equal < 0.99:
-            failures.append(f"{equal:.2%} of elements are correctly rounded, wanted 99 %")
+        excused = torch.zeros_like(distance, dtype=torch.bool)
+        if magnitude is not None:
+            excused = (actual.double() - truth).abs().cpu() <= 8 * float32_eps * magnitude.double().cpu()
+        far = (distance > 1) & ~excused
+        if far.any():
+            failures.append(f"{int(far.sum())} elements are off by up to {int(distance[far].max())} ulp, allowed 1")
+        differing = int(((distance > 0) & ~excused).sum())
+        if differing > max(0.01 * actual.numel(), 2):
+            failures.append(f"{differing} of {actual.numel()} elements are not correctly rounded, allowed 1 %")
         return failures
     error = relative_error(actual, truth)
     allowed = 2 * relative_error(eager, truth) if eager is not None else 0.0
-    allowed = max(allowed, 2 * torch.finfo(actual.dtype).eps)
+    allowed = max(allowed, 2 * torch.finfo(actual.dtype).eps * max(condition, 1.0))
     if error > allowed:
         failures.append(f"relative error {error:.2e}, allowed {allowed:.2e}")
     return failures

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from internvit.config import InternViTConfig
 from internvit.ops import attention, layer_norm, qk_norm_attention, recompute, rms_norm
+from internvit.ops.linear import linear
 from internvit.ops.linear_gelu import gelu, linear_gelu_with_pre_activation
 from internvit.reference import check_pixels, resize_position_embedding
 
@@ -99,6 +100,13 @@ def _is_plain_tensor(t: Any) -> bool:
     return type(t) in (nn.Parameter, Tensor)
 
 
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) of a Linear; without gradients, the same bits for an image alone and in any batch."""
+    if torch.is_grad_enabled() or not is_plain_linear(module):
+        return module(x)
+    return linear(x, module.weight, module.bias)
+
+
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x), remembered as a recipe for backward where it is one of ours."""
     y = norm(x)
@@ -131,7 +139,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch [B, N, C] of normed tokens x [B, N, C]."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
+        qkv = project(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
         if not self.qk_normalization:
             out = qk_norm_attention(qkv)
         elif is_plain_norm(self.q_norm) and is_plain_norm(self.k_norm):
@@ -140,7 +148,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self._normed_heads(qkv)
             out = attention(q, k, v)
-        return self.proj(out.flatten(2))
+        return project(self.proj, out.flatten(2))
 
     def _normed_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.unbind(2)
@@ -175,7 +183,7 @@ class MLP(nn.Module):
         hidden, pre, backend = linear_gelu_with_pre_activation(x, self.fc1.weight, self.fc1.bias, remembers, None)
         if remembers:
             recompute.remember(hidden, lambda: gelu(pre, backend), pre)
-        return self.fc2(hidden)
+        return project(self.fc2, hidden)
 
 
 class _GridCache(dict[tuple, Tensor]):

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class InternViTOutput(NamedTuple):
@@ -23,3 +24,7 @@ class InternViTOutput(NamedTuple):
     def to_tuple(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """The fields that were asked for, as `return_dict=False` gives them."""
         return tuple(field for field in self if field is not None)
+
+
+# torch.export.save writes the output's type by this name.
+_pytree._register_namedtuple(InternViTOutput, serialized_type_name="internvit.output.InternViTOutput")

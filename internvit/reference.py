@@ -31,7 +31,8 @@ class Numerics:
             else it goes back to the activations' dtype (OpenGVLab).
         scale_scores: the scores are scaled (transformers, flash-attention); else the queries before the product
             (OpenGVLab, timm), which rounds when the scale is no power of two, as for head_dim 128.
-        float32_softmax: softmax in float32 (flash-attention, SDPA); else in the activations' dtype.
+        float32_softmax: scores and softmax stay in float32 (flash-attention, SDPA); else the scores are rounded to the
+            activations' dtype.
     """
 
     weight_before_cast: bool = False
@@ -83,9 +84,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
         scale = q.shape[-1] ** -0.5
+        if self.numerics.float32_softmax and q.dtype != torch.float64:
+            q, k = q.float(), k.float()
         scores = (q @ k.transpose(-1, -2)) * scale if self.numerics.scale_scores else (q * scale) @ k.transpose(-1, -2)
-        wide = torch.float32 if self.numerics.float32_softmax and scores.dtype != torch.float64 else scores.dtype
-        attention = scores.softmax(-1, dtype=wide).to(scores.dtype)
+        attention = scores.softmax(-1).to(v.dtype)
         return self.proj((attention @ v).transpose(1, 2).flatten(2)), attention
 
 

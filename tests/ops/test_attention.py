@@ -1,0 +1,189 @@
+import importlib.machinery
+import inspect
+import sys
+import types
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from internvit import ops
+from internvit.contract import product_failures, relative_error, sample
+from tests.ops.cases import backends_here
+
+backends = pytest.mark.parametrize("backend", backends_here("attention"))
+SHAPES = [(1, 1, 8), (3, 2, 64), (257, 2, 88), (1025, 1, 128), (577, 2, 64)]  # tokens, heads, head_dim
+shapes = pytest.mark.parametrize(("tokens", "heads", "head_dim"), SHAPES)
+
+
+def qkv(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, generator, batch: int = 2) -> torch.Tensor:
+    return sample((batch, tokens, 3, heads, head_dim), "normal", dtype, generator)
+
+
+def attend(q, k, v, scale: float) -> torch.Tensor:
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+
+
+def emulate(q, k, v, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """float64 with only the unnormalised probabilities and the output rounded to dtype."""
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    p = (scores - scores.amax(-1, keepdim=True)).exp()
+    out = torch.einsum("bhij,bjhd->bihd", p.to(dtype).double(), v) / p.sum(-1).transpose(1, 2).unsqueeze(-1)
+    return out.to(dtype)
+
+
+@backends
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_contract_on_packed_views(backend, tokens, heads, head_dim, dtype, generator) -> None:
+    q, k, v = qkv(tokens, heads, head_dim, dtype, generator).unbind(2)
+    out = ops.attention(q, k, v, backend=backend)
+    assert out.is_contiguous()
+    scale = head_dim**-0.5
+    truth = attend(q.double(), k.double(), v.double(), scale)
+    if dtype == torch.float32:
+        emulation = attend(q, k, v, scale)
+    else:
+        emulation = emulate(q.double(), k.double(), v.double(), scale, dtype)
+    assert product_failures(out, truth, emulation) == []
+
+
+@backends
+def test_log_sum_exp(backend, generator) -> None:
+    q, k, v = qkv(17, 2, 64, torch.float32, generator).unbind(2)
+    lse = torch.ops.internvit.attention(q, k, v, 0.125, None, None, None, None, backend)[1]
+    truth = (torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * 0.125).logsumexp(-1)
+    assert relative_error(lse, truth) < 1e-6
+
+
+@backends
+@shapes
+def test_gradients(backend, tokens, heads, head_dim, generator) -> None:
+    tensors = [
+        t.contiguous().requires_grad_() for t in qkv(tokens, heads, head_dim, torch.float32, generator).unbind(2)
+    ]
+    grad = sample((2, tokens, heads, head_dim), "normal", torch.float32, generator)
+    actual = torch.autograd.grad(ops.attention(*tensors, backend=backend), tensors, grad)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    truth = torch.autograd.grad(attend(*wide, head_dim**-0.5), wide, grad.double())
+    for a, t in zip(actual, truth, strict=True):
+        assert (t == 0).all() or relative_error(a, t) < 3e-6
+
+
+@backends
+def test_large_scores_stay_finite(backend, generator) -> None:
+    q, k, v = (100 * t for t in qkv(33, 1, 64, torch.bfloat16, generator).unbind(2))
+    out = ops.attention(q, k, v, 1.0, backend=backend)
+    assert relative_error(out, attend(q.double(), k.double(), v.double(), 1.0)) < 0.02
+
+
+def test_sdpa_backward_where_no_log_sum_exp_is_exposed(monkeypatch, generator) -> None:
+    tensors = [t.contiguous().requires_grad_() for t in qkv(9, 2, 8, torch.float64, generator).unbind(2)]
+    expected = torch.autograd.grad(ops.attention(*tensors, backend="reference").square().sum(), tensors)
+    monkeypatch.setattr("internvit.ops.attention_sdpa._flash_on", lambda x: False)
+    actual = torch.autograd.grad(ops.attention(*tensors, backend="sdpa").square().sum(), tensors)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+# The recorded signatures of flash-attn 2.8's flash_attn_interface.
+def _flash_attn_forward(
+    q,
+    k,
+    v,
+    dropout_p,
+    softmax_scale,
+    causal,
+    window_size_left,
+    window_size_right,
+    softcap,
+    alibi_slopes,
+    return_softmax,
+):
+    assert (dropout_p, causal, window_size_left, window_size_right, softcap) == (0.0, False, -1, -1, 0.0)
+    assert alibi_slopes is None
+    assert not return_softmax
+    out, lse = torch.ops.internvit.attention(q, k, v, softmax_scale, None, None, None, None, "reference")
+    return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
+
+
+def _flash_attn_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+    softcap, alibi_slopes, deterministic, rng_state=None,
+):  # fmt: skip
+    assert deterministic
+    args = (dout, q, k, v, out, softmax_lse, softmax_scale, None, None, None, None, "reference")
+    for destination, grad in zip((dq, dk, dv), torch.ops.internvit.attention_backward(*args)[:3], strict=True):
+        destination.copy_(grad)
+    return softmax_lse
+
+
+def test_flash_calls_the_package_by_its_recorded_signature_without_copies(monkeypatch, generator) -> None:
+    seen = []
+    package = types.ModuleType("flash_attn")
+    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    interface = types.ModuleType("flash_attn.flash_attn_interface")
+
+    def forward(*args, **kwargs):
+        bound = inspect.signature(_flash_attn_forward).bind(*args, **kwargs).arguments
+        seen.append((bound["q"].data_ptr(), bound["k"].data_ptr(), bound["v"].data_ptr()))
+        return _flash_attn_forward(*args, **kwargs)
+
+    interface._flash_attn_forward = forward
+    interface._flash_attn_backward = _flash_attn_backward
+    package.flash_attn_interface = interface
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    from internvit.ops import attention_flash
+
+    packed = qkv(9, 2, 8, torch.bfloat16, generator)
+    q, k, v = packed.unbind(2)
+    out, lse = attention_flash.attention(q, k, v, 0.3, None, None, None, None)
+    assert seen == [(q.data_ptr(), k.data_ptr(), v.data_ptr())]
+    assert torch.equal(out, ops.attention(q, k, v, 0.3, backend="reference"))
+    grad_packed = torch.full_like(packed, torch.nan)
+    attention_flash.attention_backward(
+        torch.ones_like(out), q, k, v, out, lse, 0.3, None, None, None, None, *grad_packed.unbind(2)
+    )
+    assert grad_packed.isfinite().all()
+
+
+def test_agrees_with_torch_at_true_size(generator) -> None:
+    q, k, v = qkv(1025, 16, 64, torch.bfloat16, generator, batch=1).unbind(2)
+    expected = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    assert relative_error(ops.attention(q, k, v), expected) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(q=torch.ones(2, 3, 8)), r"q must have shape \[B, N, H, D\], got \[2, 3, 8\]"),
+        (dict(k=torch.ones(2, 4, 2, 8)), r"k must have q's shape \[2, 3, 2, 8\], got \[2, 4, 2, 8\]"),
+        (dict(v=torch.ones(2, 3, 2, 8).half()), "v must have q's dtype torch.float32, got torch.float16"),
+        (dict(q_weight=torch.ones(16)), "go together, got None for k_weight, rstd_q, rstd_k"),
+        (dict(backend="flash"), "flash"),
+        (
+            dict(q_weight=torch.ones(15), k_weight=torch.ones(16), rstd_q=torch.ones(2, 3), rstd_k=torch.ones(2, 3)),
+            r"q_weight must have shape \[16\]",
+        ),
+        (
+            dict(q_weight=torch.ones(16), k_weight=torch.ones(16), rstd_q=torch.ones(2, 4), rstd_k=torch.ones(2, 3)),
+            r"rstd_q must have shape \[2, 3\] \(q's \[B, N\]\), got \[2, 4\]",
+        ),
+        (
+            dict(
+                q_weight=torch.ones(16),
+                k_weight=torch.ones(16),
+                rstd_q=torch.ones(2, 3),
+                rstd_k=torch.ones(2, 3),
+                backend="sdpa",
+            ),
+            "its attention has no QK-norm inside",
+        ),
+    ],
+)
+def test_bad_input(change, message) -> None:
+    heads = {n: torch.ones(2, 3, 2, 8) for n in "qkv"}
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ops.attention(**{**heads, **change})

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from internvit import ops
+from internvit.contract import norm_failures, relative_error, sample
+from tests.ops.cases import backends_here
+from tests.ops.shapes import layer_norm_magnitude, mean_over_std, norm_shapes
+
+backends = pytest.mark.parametrize("backend", backends_here("layer_norm"))
+
+
+@backends
+@norm_shapes
+def test_contract(backend, rows, width, distribution, dtype, generator) -> None:
+    x = sample((rows, width), distribution, dtype, generator)
+    weight, bias = (sample((width,), "normal", dtype, generator) for _ in range(2))
+    truth = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-6)
+    y = ops.layer_norm(x, weight, bias, 1e-6, backend)
+    assert y.dtype == dtype
+    eager = F.layer_norm(x, (width,), weight, bias, 1e-6)
+    assert norm_failures(y, truth, eager, layer_norm_magnitude(x, weight, bias), mean_over_std(x)) == []
+
+
+@backends
+def test_gradients_at_true_width(backend, generator) -> None:
+    x = sample((2, 257, 1024), "massive", torch.float32, generator).requires_grad_()
+    weight, bias = (sample((1024,), "normal", torch.float32, generator).requires_grad_() for _ in range(2))
+    grad = sample((2, 257, 1024), "normal", torch.float32, generator)
+    actual = torch.autograd.grad(ops.layer_norm(x, weight, bias, backend=backend), (x, weight, bias), grad)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    truth = torch.autograd.grad(F.layer_norm(wide[0], (1024,), *wide[1:], 1e-6), wide, grad.double())
+    eager = torch.autograd.grad(F.layer_norm(x, (1024,), weight, bias, 1e-6), (x, weight, bias), grad)
+    for a, t, e in zip(actual, truth, eager, strict=True):
+        assert relative_error(a, t) <= max(2 * relative_error(e, t), 2.4e-7)
+
+
+@backends
+def test_without_bias(backend, generator) -> None:
+    x = sample((3, 40), "normal", torch.float32, generator)
+    weight = sample((40,), "normal", torch.float32, generator)
+    truth = F.layer_norm(x.double(), (40,), weight.double(), None, 1e-6)
+    assert relative_error(ops.layer_norm(x, weight, backend=backend), truth) < 3e-7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(bias=torch.ones(7)), r"bias must have shape \[8\] \(x's last dimension\), got \[7\]"),
+        (dict(bias=torch.ones(8).bfloat16()), "bias must have weight's dtype torch.float32, got torch.bfloat16"),
+        (dict(x=torch.ones(2, 0), weight=torch.ones(0)), "x must have a last dimension of at least 1"),
+    ],
+)
+def test_bad_input(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.layer_norm(**{"x": torch.ones(2, 8), "weight": torch.ones(8), **change})

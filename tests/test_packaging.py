@@ -1,0 +1,96 @@
+"""What a user gets who installs or imports the package."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code: str, cwd: Path | None = None, interpreter: str = sys.executable) -> str:
+    run = subprocess.run([interpreter, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr, run.stderr
+    return run.stdout
+
+
+def test_import_prints_nothing_and_asks_no_device() -> None:
+    code = """
+import torch
+def refuse(*args): raise AssertionError("a device was asked for")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_properties = refuse
+import internvit
+"""
+    assert python(code) == ""
+
+
+def test_import_pulls_in_no_extra() -> None:
+    code = """
+import torch, sys
+before = set(sys.modules)
+import internvit
+extras = ("transformers", "timm", "huggingface_hub", "PIL", "tqdm", "rich", "matplotlib", "flash_attn", "triton",
+          "torch._dynamo", "torch._inductor", "scipy", "pandas")
+print([m for m in extras if m in set(sys.modules) - before])
+"""
+    assert python(code).strip() == "[]"
+
+
+def test_kernels_folder_shadows_no_other_package() -> None:
+    """`kernels` is another distribution, which transformers imports: the checkout on sys.path must not be it."""
+    code = """
+import importlib.machinery, importlib.util, internvit
+spec = importlib.util.find_spec("internvit.kernels")
+print(list(spec.submodule_search_locations)[0].endswith("kernels"))
+plain = importlib.util.find_spec("kernels")
+print(plain is None or plain.loader is None or plain.origin is not None)
+"""
+    assert python(code, cwd=ROOT).split() == ["True", "True"]
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "internvit" / "kernels").is_symlink()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built without torch in sight, from a copy of what git tracks."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout: the files that belong to the package are not known")
+    for name in listed.stdout.split("\n"):
+        path = ROOT / name
+        if name and (path.is_file() or path.is_symlink()):
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_symlink():
+                target.symlink_to(path.readlink())
+            else:
+                target.write_bytes(path.read_bytes())
+    environment = folder / "venv"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    build = [environment / "bin" / "python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source]
+    run = subprocess.run(build, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_a_build_without_torch_succeeds_and_runs_elsewhere(wheel, tmp_path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "site")!r})
+import torch, internvit
+assert internvit.__file__.startswith({str(tmp_path)!r}), internvit.__file__
+import importlib.util
+assert importlib.util.find_spec("internvit.kernels") is not None
+config = internvit.InternViTConfig(image_size=28, hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+                                   intermediate_size=64)
+print(tuple(internvit.InternViT(config)(torch.zeros(1, 3, 28, 28)).last_hidden_state.shape))
+"""
+    assert python(code, cwd=tmp_path).strip() == "(1, 5, 32)"
+    files = {p.relative_to(tmp_path / "site").parts[0] for p in (tmp_path / "site").iterdir()}
+    assert {f for f in files if not f.endswith(".dist-info")} == {"internvit"}

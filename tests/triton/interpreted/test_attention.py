@@ -1,0 +1,189 @@
+"""attention, forward and backward, with and without QK-norm inside, against float64."""
+
+import math
+
+import pytest
+import torch
+from harness import DTYPES, Memory, generator, parametrize, reference, run
+from test_qk_norm import LAYOUTS, heads
+
+from internvit import contract
+from internvit.ops import attention, qk_norm_attention, qk_norm_stats
+
+FACTORS = {
+    "heads": ((2, 24), (2, 64), (1, 88), (2, 128)),
+    "tokens": (1, 17, 257, 1025),
+    "dtype": DTYPES,
+    "distribution": contract.DISTRIBUTIONS,
+    "layout": LAYOUTS,
+    "norm": ("none", "same", "float32"),
+}
+
+
+def allowed(case):
+    # without a norm scores of large activations are beyond float32's exactness in any implementation
+    if case.get("norm") == "none" and case.get("distribution", "normal") not in ("normal", "near_zero", "large_mean"):
+        return False
+    if case.get("dtype") == "float32" and case.get("tokens") == 1025:  # float32 tiles are small: a minute each
+        return False
+    return not (case.get("tokens") == 1025 and case.get("heads", (1, 1))[0] == 2 and case.get("norm") == "float32")
+
+
+def emulate(q, k, v, scale, q_weight, k_weight, rstd_q, rstd_k, grad_out, dtype):
+    """float64 with only what the kernels store in `dtype` rounded: the folded queries, P, dS and the outputs."""
+
+    def rounded(t):
+        return t.to(dtype).double()
+
+    q, k, v, grad_out = (t.double().transpose(1, 2) for t in (q, k, v, grad_out))
+    columns = torch.full((1, 1, 1, 1), scale, dtype=torch.float64)
+    if q_weight is not None:
+        H, D = q.shape[1], q.shape[3]
+        weight = (q_weight.double() * k_weight.double()).view(1, H, 1, D)
+        rows = rstd_q.double()[:, None, :, None] * weight * scale * math.log2(math.e)
+        columns = rstd_k.double()[:, None, None, :]
+        folded = rounded(q * rows)
+        scores = folded @ k.transpose(-1, -2) * columns * math.log(2)
+    else:
+        folded = q
+        scores = q @ k.transpose(-1, -2) * scale
+    spread = (scores - scores.amax(-1, keepdim=True)).exp()
+    out = rounded(rounded(spread) @ v / spread.sum(-1, keepdim=True))
+    p = scores.softmax(-1)
+    grad_scores = p * (grad_out @ v.transpose(-1, -2) - (grad_out * out).sum(-1, keepdim=True))
+    grad_v = rounded(p).transpose(-1, -2) @ grad_out
+    if q_weight is None:
+        grad_q = rounded(grad_scores) @ k * scale
+        grad_k = rounded(grad_scores).transpose(-1, -2) @ q * scale
+        results = (grad_q, grad_k, grad_v)
+        return out.transpose(1, 2), tuple(rounded(t).transpose(1, 2) for t in results), ()
+    unit = rstd_k.double()[:, :1, None, None]
+    grad_q = rounded(grad_scores * columns / unit) @ k * unit * scale * rstd_q.double()[:, None, :, None]
+    grad_k = rounded(grad_scores).transpose(-1, -2) @ folded * columns.transpose(-1, -2) * math.log(2)
+    shared = (grad_q * q).sum((0, 2)).flatten()
+    grad_q = grad_q * weight
+    sums = (
+        (shared * k_weight.double()).to(q_weight.dtype).double(),
+        (shared * q_weight.double()).to(k_weight.dtype).double(),
+        (grad_q * q).sum(-1),
+        (grad_k * k).sum(-1),
+    )
+    grads = tuple(rounded(t).transpose(1, 2) for t in (grad_q, grad_k, grad_v))
+    return out.transpose(1, 2), grads, sums
+
+
+@parametrize(full=("heads", "tokens", "dtype", "distribution", "norm"), allowed=allowed, **FACTORS)
+def test_attention(case):
+    if case["norm"] == "none" and not allowed({**case, "tokens": 1}):
+        pytest.skip("without a norm scores of large activations are beyond float32's exactness")
+    g, memory = generator(case), Memory()
+    (H, D), N, dtype = case["heads"], case["tokens"], getattr(torch, case["dtype"])
+    batch = 1 if N > 17 else 2
+    q, k, _ = heads(memory, case, batch, case["distribution"], g)
+    grad_out, _, v = heads(memory, case, batch, "normal", g)
+    norm = (None,) * 4
+    if case["norm"] != "none":
+        weight_dtype = torch.float32 if case["norm"] == "float32" else dtype
+        weights = [memory.place((1 + 0.3 * torch.randn(H * D, generator=g)).to(weight_dtype)) for _ in range(2)]
+        statistics = reference("qk_norm_stats", torch.float32, q, k, 1e-6)
+        norm = (*weights, *(memory.place(s) for s in statistics))
+    inputs = (q, k, v, D**-0.5, *norm)
+
+    out, lse = run(memory, "attention", *inputs)
+    truth_out, truth_lse = reference("attention", torch.float64, *inputs)
+    eager_out, _ = reference("attention", torch.float32, *inputs)
+    emulated_out, emulated_grads, emulated_sums = emulate(*inputs, grad_out, dtype)
+    wide = dtype == torch.float32
+    failures = [f"out: {f}" for f in contract.product_failures(out, truth_out, eager_out if wide else emulated_out)]
+    assert out.is_contiguous()
+    # folding rounds the queries: a score of 100 may be off by 0.1 in bfloat16
+    lse_error = (lse - truth_lse).abs().max().item()
+    assert lse_error <= 8 * torch.finfo(dtype).eps * (1 + truth_lse.abs().max().item()), f"lse off by {lse_error}"
+
+    grads = [t.fill_(float("nan")) for t in heads(memory, case, batch, "normal", g)]
+    sums = run(memory, "attention_backward", grad_out, q, k, v, out, lse, *inputs[3:], *grads)
+    truth, eager = [], []
+    for kept, d in ((truth, torch.float64), (eager, torch.float32)):
+        buffers = [torch.empty(q.shape, dtype=d) for _ in range(3)]
+        args = (grad_out, q, k, v, truth_out, truth_lse, *inputs[3:])
+        kept += [*reference("attention_backward", d, *args, *buffers)]
+        kept[:0] = buffers  # of dtype d already, so reference() filled them and not copies
+    names = ("grad_q", "grad_k", "grad_v", "grad_q_weight", "grad_k_weight", "row_dot_q", "row_dot_k")
+    actual = [*grads, *sums]
+    if N == 1:  # one key: the scores get no gradient, only rounding
+        assert all((t.abs() <= 1e-3).all() for t in actual[:2] + actual[3:])
+        actual, names = actual[2:3], names[2:3]
+        truth, eager, emulated_grads, emulated_sums = truth[2:3], eager[2:3], emulated_grads[2:3], ()
+    for name, a, t, e, m in zip(names, actual, truth, eager, [*emulated_grads, *emulated_sums], strict=False):
+        factor = None if wide else 1.1
+        failures += [f"{name}: {f}" for f in contract.product_failures(a, t, e if wide else m, factor)]
+    assert not failures, "; ".join(failures)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("rounding", ["fused", "reference"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_composition_has_the_references_gradients(packed, rounding, normed):
+    g = torch.Generator().manual_seed(7)
+    qkv = torch.randn(2, 17, 3, 2, 24, generator=g)
+    weights = list(1 + 0.3 * torch.randn(2, 48, generator=g)) if normed else []
+    grad = torch.randn(2, 17, 2, 24, generator=g)
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in ([qkv] if packed else qkv.unbind(2))]
+        norm = [t.clone().requires_grad_() for t in weights]
+        names = dict(zip(("q_weight", "k_weight"), norm, strict=False))
+        out = qk_norm_attention(*leaves, **names, rounding=rounding, backend=backend)
+        results.append((out, *torch.autograd.grad(out, [*leaves, *norm], grad)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_weights_of_zero_get_gradients():
+    g = torch.Generator().manual_seed(8)
+    q, k, v = torch.randn(3, 1, 9, 2, 16, generator=g)
+    results = []
+    for backend in ("triton", "reference"):
+        weights = [torch.zeros(32).requires_grad_(), torch.ones(32).requires_grad_()]
+        rstd = qk_norm_stats(q, k, backend=backend)
+        out = attention(q, k, v, None, *weights, *rstd, backend=backend)
+        results.append(torch.autograd.grad(out.square().sum(), weights))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert results[0][0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16)])
+def test_no_tokens(shape):
+    q = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(32, requires_grad=True)
+    out = qk_norm_attention(q, q, q, weight, weight, backend="triton")
+    assert out.shape == q.shape
+    grads = torch.autograd.grad(out.sum(), (q, weight))
+    assert torch.equal(grads[1], torch.zeros(32))
+
+
+def test_same_bits_alone_and_in_a_batch_and_again():
+    g = torch.Generator().manual_seed(9)
+    qkv = torch.randn(3, 65, 3, 2, 64, generator=g).bfloat16()
+    weight = torch.ones(128).bfloat16()
+    batch = qk_norm_attention(qkv, None, None, weight, weight, backend="triton")
+    assert torch.equal(batch, qk_norm_attention(qkv, None, None, weight, weight, backend="triton"))
+    for i in range(3):
+        assert torch.equal(
+            batch[i : i + 1], qk_norm_attention(qkv[i : i + 1], None, None, weight, weight, backend="triton")
+        )
+
+
+def test_a_spike_of_softmax_keeps_its_sum():
+    """Scores in the hundreds: backward's probabilities come from the forward's own scores, so that dV is exact."""
+    g = torch.Generator().manual_seed(10)
+    q, k, v = (torch.randn(1, 33, 1, 64, generator=g).bfloat16() for _ in range(3))
+    weight = torch.full((64,), 8.0)
+    rstd = qk_norm_stats(q, k)
+    grads = [torch.full_like(q, float("nan")) for _ in range(3)]
+    memory = Memory()
+    out, lse = run(memory, "attention", q, k, v, 0.125, weight, weight, *rstd)
+    ones = torch.ones_like(out)
+    run(memory, "attention_backward", ones, q, k, v, out, lse, 0.125, weight, weight, *rstd, *grads)
+    torch.testing.assert_close(grads[2].double().sum(1), torch.full((1, 1, 64), 33.0).double(), rtol=2e-3, atol=0)
