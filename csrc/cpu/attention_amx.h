@@ -8,7 +8,7 @@
 // that stay in L1. While the vector unit turns block b into probabilities, the tile unit computes the scores of block
 // b + 1 and the product of block b - 1 with V: one step of four tile products after every few rows of exp.
 //
-// There is no maximum to search. |q'| |k| bounds every score, shift = max(0, bound - 32) keeps P below 2^32, and P in
+// There is no maximum to search. |q'| |k| bounds every score, shift = max(1/8, bound - 32) keeps P below 2^32, and P in
 // bf16 has float32's range, so nothing is lost unless a row's true maximum lies more than 90 powers of two under its
 // bound. That shows in its sum; such a strip is computed again with exact maxima.
 namespace internvit::INTERNVIT_ISA {
@@ -16,6 +16,8 @@ namespace internvit::INTERNVIT_ISA {
 constexpr int64_t kGroup = 32;                     // keys of two score tiles
 constexpr int64_t kGroups = 12;                     // groups of a block
 constexpr float kHeadroom = 32.0f;                 // P <= 2^32, so 1e18 * P summed over all keys stays finite
+// Where all scores are near 0, P just under 1 has half the rounding error of P just over 1.
+constexpr float kLeastShift = 0.125f;
 constexpr float kLeastSum = 8.6736173798840355e-19f;  // 2^-60
 
 struct AttentionAmxScratch {
@@ -114,7 +116,7 @@ inline bool attention_queries_amx(const AttentionParams& p, const AttentionAmxSc
     }
     const float bound = __builtin_sqrtf(sum(squares)) * (1 / kShrink) * largest_key * 1.01f;
     usable &= bound < 16384.0f;
-    s.shift[i] = bound > kHeadroom ? bound - kHeadroom : 0.0f;
+    s.shift[i] = bound > kHeadroom + kLeastShift ? bound - kHeadroom : kLeastShift;
   }
   return usable;
 }
