@@ -199,15 +199,6 @@ struct AttentionTiles {
   }
 };
 
-// 2^x for probabilities: three terms are right to 7.5e-5, an eighth of bf16's half ulp.
-INTERNVIT_INLINE Vec exp2_bf16(Vec x) {
-  const Vec f = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)};
-  Vec p = fma(broadcast(0.0780244991f), f, broadcast(0.226067185f));
-  p = fma(p, f, broadcast(0.695833504f));
-  p = fma(p, f, broadcast(0.999925196f));
-  return {_mm512_scalef_ps(p.v, x.v)};
-}
-
 // Row `i` of a block: scores to probabilities, their sum added to the row's. `last` masks the keys beyond the end.
 template <bool kExact>
 INTERNVIT_INLINE void exp_row(const AttentionAmxScratch& s, int64_t block, int64_t i, int64_t groups, uint32_t last) {

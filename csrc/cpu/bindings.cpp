@@ -479,6 +479,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {total(partial_q, *q_weight), total(partial_k, *k_weight), row_dot_q, row_dot_k};
 }
 
+// ---- linear -----------------------------------------------------------------------------------------------------------
+
+// Whether this instruction set has a GEMM of its own for that dtype.
+bool packs_linear(ScalarType dtype) { return kernels().linear && dtype == ScalarType::BFloat16; }
+
+Tensor pack_weight(const Tensor& weight) {
+  STD_TORCH_CHECK(packs_linear(weight.scalar_type()) && weight.dim() == 2,
+                  "pack_weight: expected a bfloat16 matrix on a machine with AMX");
+  const Tensor w = torch::stable::contiguous(weight);
+  const int64_t rows = w.size(0), columns = w.size(1);
+  Tensor packed = torch::stable::new_empty(w, {packed_weight_size(rows, columns)});
+  kernels().pack_weight({static_cast<const bf16*>(w.data_ptr()), static_cast<bf16*>(packed.data_ptr()), columns, rows},
+                        kExecutor);
+  return packed;
+}
+
+Tensor linear_packed(const Tensor& x, const Tensor& packed_weight, int64_t out_features, const Maybe& bias,
+                     const Maybe& residual, bool gelu) {
+  const Rows in(x), res(residual);
+  const Floats b{bias};
+  STD_TORCH_CHECK(packs_linear(x.scalar_type()), "linear_packed: expected bfloat16 on a machine with AMX");
+  STD_TORCH_CHECK(packed_weight.numel() == packed_weight_size(out_features, in.channels) &&
+                      (!residual || (res.rows == in.rows && res.channels == out_features)),
+                  "linear_packed: packed_weight or residual does not fit x and out_features");
+  std::vector<int64_t> sizes = leading_sizes(x);
+  sizes.push_back(out_features);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  Tensor packed_x = torch::stable::new_empty(x, {packed_weight_size(in.rows, in.channels)});
+  LinearParams p = {};
+  p.x = static_cast<const bf16*>(in.data);
+  p.x_stride = in.stride;
+  p.packed_weight = static_cast<const bf16*>(packed_weight.data_ptr());
+  p.bias = b.data;
+  p.residual = static_cast<const bf16*>(res.data);
+  p.residual_stride = res.stride;
+  p.packed_x = static_cast<bf16*>(packed_x.data_ptr());
+  p.y = static_cast<bf16*>(y.data_ptr());
+  p.rows = in.rows;
+  p.in_features = in.channels;
+  p.out_features = out_features;
+  p.gelu = gelu;
+  if (p.rows > 0) kernels().linear(p, kExecutor);
+  return y;
+}
+
 }  // namespace
 }  // namespace internvit
 
@@ -521,9 +566,15 @@ STABLE_TORCH_LIBRARY(internvit_cpu, m) {
       "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
       " Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q, Tensor? rstd_k, Tensor(a!) grad_q, Tensor(b!) grad_k,"
       " Tensor(c!) grad_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("packs_linear(ScalarType dtype) -> bool");
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def(
+      "linear_packed(Tensor x, Tensor packed_weight, int out_features, Tensor? bias, Tensor? residual, bool gelu)"
+      " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CompositeExplicitAutograd, m) {
+  m.impl("packs_linear", TORCH_BOX(&internvit::packs_linear));
   m.impl("instruction_sets", TORCH_BOX(&internvit::instruction_sets));
   m.impl("use_instruction_set", TORCH_BOX(&internvit::use_instruction_set));
 }
@@ -544,5 +595,7 @@ STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CPU, m) {
   m.impl("gelu", TORCH_BOX(&internvit::gelu));
   m.impl("gelu_backward", TORCH_BOX(&internvit::gelu_backward));
   m.impl("attention", TORCH_BOX(&internvit::attention));
+  m.impl("pack_weight", TORCH_BOX(&internvit::pack_weight));
+  m.impl("linear_packed", TORCH_BOX(&internvit::linear_packed));
   m.impl("attention_backward", TORCH_BOX(&internvit::attention_backward));
 }

@@ -140,7 +140,8 @@ struct LinearParams {
   const float* bias;     // [M] or null
   const bf16* residual;  // [rows, M] or null: added in the epilogue
   int64_t residual_stride;
-  bf16* y;  // [rows, M] contiguous
+  bf16* packed_x;  // packed_weight_size(rows, K) elements of working space
+  bf16* y;         // [rows, M] contiguous
   int64_t rows, in_features, out_features;
   bool gelu;
 };
