@@ -8,7 +8,7 @@ and proj's epilogue would save: a row's statistics need all of its columns, whic
 """
 
 import logging
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class _Block:
         )
 
 
-def _can_fold(layer: nn.Module) -> bool:
+def _can_fold(layer: nn.Module) -> TypeGuard[InternViTLayer]:
     """Whether nothing but InternViT's own forward happens in `layer` and its parts."""
     if not isinstance(layer, InternViTLayer) or not is_plain_layer(layer):
         return False
@@ -189,7 +189,7 @@ def optimize_for_inference(model: InternViT, pack: bool = True) -> OptimizedInte
 
     LayerScale is folded into proj and fc2 (in float64; left out of a float16 layer where gamma * weight would leave the
     normal range). On a CPU with AMX the four Linears of each bfloat16 block get a packed copy of their weights, beside
-    the originals: 0.6 GB for InternViT-300M, 11 GB for 6B. Layers with hooks, adapters or replaced parts run as they are.
+    the originals: 0.6 GB for InternViT-300M, 11 GB for 6B. A layer with hooks, adapters or replaced parts runs as it is.
 
     Args:
         model: an `InternViT` in eval mode; it is not changed.

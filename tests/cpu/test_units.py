@@ -20,7 +20,8 @@ UNITS = ("generic", "avx2", "avx512", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 cpu = torch.ops.internvit_cpu
 
-pytestmark = pytest.mark.skipif(native.missing("internvit_cpu") is not None, reason=str(native.missing("internvit_cpu")))
+MISSING = native.missing("internvit_cpu")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 @pytest.fixture(params=UNITS)
@@ -33,8 +34,6 @@ def unit(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
 
 
 def test_an_unknown_unit_is_a_clear_error() -> None:
@@ -179,9 +178,7 @@ def test_attention_backward(unit: str, dtype, folded: bool, tokens: int, heads: 
     grad_out = sample(tuple(q.shape), "normal", dtype, generator)
     packed = torch.full((2, tokens, 3, heads, head_dim), float("nan"), dtype=dtype)
     truth = torch.empty(packed.shape, dtype=torch.float64)
-    results = cpu.attention_backward(
-        grad_out, q, k, v, out.to(dtype), lse.float(), 0.2, *weights, *packed.unbind(2)
-    )
+    results = cpu.attention_backward(grad_out, q, k, v, out.to(dtype), lse.float(), 0.2, *weights, *packed.unbind(2))
     expected = attention_backward_reference(grad_out.double(), *wide[0], out, lse, 0.2, *wide[1], *truth.unbind(2))
     tolerance = 3e-6 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
     assert relative_error(packed, truth) < tolerance
