@@ -114,7 +114,7 @@ def run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         logger.warning("%s", done.stdout)
-        errors = [line for line in done.stdout.splitlines() if "error" in line]
+        errors = [line for line in done.stdout.splitlines() if "error" in line or "not found" in line]
         raise RuntimeError(errors[0] if errors else f"{command[0]} failed with status {done.returncode}")
 
 

@@ -3,9 +3,9 @@
     proj' = gamma1 * proj,  fc2' = gamma2 * fc2        (weight and bias, in float64, rounded once)
 
 Passes over one [N, C] tensor per block in bf16 with AMX tiles: 40. norm1 2, qkv 6, attention 4, proj with its residual
-5, norm2 2, fc1 with GELU 7, fc2 with its residual 14. 14 of them write and read the tiles that a GEMM makes of its input
-(a norm, attention or GELU that wrote tiles itself would save 7); the norms stay passes of their own because a row's
-statistics need all columns, which the threads of the GEMM before share.
+5, norm2 2, fc1 with GELU 7, fc2 with its residual 14. Of these 14 write and read the tiles that a GEMM makes of its
+input (a norm, attention or GELU that wrote tiles itself would save 7); the norms stay passes of their own because a
+row's statistics need all columns, which the threads of the GEMM before share.
 """
 
 import logging
