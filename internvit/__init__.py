@@ -8,6 +8,7 @@
 from internvit import ops, reference
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.convert import convert_state_dict
+from internvit.inference import optimize_for_inference
 from internvit.modeling import InternViT
 from internvit.ops import backend
 from internvit.output import InternViTOutput
@@ -21,6 +22,7 @@ __all__ = [
     "InternViTOutput",
     "backend",
     "convert_state_dict",
+    "optimize_for_inference",
     "ops",
     "reference",
 ]
