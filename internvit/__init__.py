@@ -22,7 +22,7 @@ __all__ = [
     "InternViTOutput",
     "backend",
     "convert_state_dict",
-    "optimize_for_inference",
     "ops",
+    "optimize_for_inference",
     "reference",
 ]
