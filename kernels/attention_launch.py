@@ -32,10 +32,10 @@ class AttentionLaunch:
         tensor memory.
         """
         wide = block_d > 64
-        if itemsize == 4:  # exact float32 products: no tensor cores, registers set the size
-            return cls(32, 32, 4, 1)
         if kernel == "delta":
             return cls(64, 0, 4, 1)
+        if itemsize == 4:  # exact float32 products, no tensor cores: D = 128 backward spills 200 bytes at any size
+            return cls(32, 16 if wide else 32, 8, 1)
         if target.is_amd:
             if kernel == "forward":
                 return cls(128, 64, 8 if wide else 4, 1)
