@@ -107,15 +107,14 @@ class LayerScaleResidualNormFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_residual_out is None and grad_normed is None:
             return (None,) * 10
-        residual_out, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # unpacked once: activation checkpointing refuses a second time
+        residual_out = saved[0]
         if grad_normed is None:
             grad_normed = residual_out.new_zeros(residual_out.shape, dtype=ctx.branch_dtype)
         needs = ctx.needs_input_grad
         mask = (needs[0], needs[1], needs[2], needs[4], needs[5])
         grads = wanted(
-            LAYER_SCALE_RESIDUAL_NORM_BACKWARD(
-                grad_residual_out, grad_normed, *ctx.saved_tensors, ctx.kind, mask, ctx.backend
-            ),
+            LAYER_SCALE_RESIDUAL_NORM_BACKWARD(grad_residual_out, grad_normed, *saved, ctx.kind, mask, ctx.backend),
             mask,
         )
         return (*grads[:3], None, *grads[3:], None, None, None, None)
