@@ -1,6 +1,6 @@
 """Builds the package; the compiled libraries are optional, their absence is one logged line with the reason.
 
-`internvit/lib/internvit_cpu.so` is plain C++17 on torch's stable ABI: one binary for every Python and every torch >= 2.10,
+`internvit/lib/internvit_cpu.so` is plain C++17 on torch's stable ABI: one binary for every Python and torch >= 2.10,
 loaded by `torch.ops.load_library`, so the wheel carries no Python version. torch is not a build requirement: under
 build isolation it is not seen and the package installs without the library (`pip install --no-build-isolation .`).
 """
@@ -31,11 +31,12 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+UNIT = "-fno-exceptions"  # a landing pad refers to the personality routine by a weak symbol
 UNIT_FLAGS = {
-    "isa_generic.cpp": [],
-    "isa_avx2.cpp": AVX2_FLAGS,
-    "isa_avx512.cpp": [*AVX512_FLAGS, "-mprefer-vector-width=512"],
-    "isa_amx.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mprefer-vector-width=512"],
+    "isa_generic.cpp": [UNIT],
+    "isa_avx2.cpp": [UNIT, *AVX2_FLAGS],
+    "isa_avx512.cpp": [UNIT, *AVX512_FLAGS, "-mprefer-vector-width=512"],
+    "isa_amx.cpp": [UNIT, *AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mprefer-vector-width=512"],
 }
 """Each unit's own instruction set: never -march=native, the machine that runs it chooses (csrc/cpu/dispatch.cpp)."""
 
@@ -70,7 +71,7 @@ def compile_cpu_library(build: Path) -> Path:
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        raise RuntimeError(f"torch cannot be imported ({error}); pip install --no-build-isolation sees yours") from error
+        raise RuntimeError(f"no torch here ({error}); pip install --no-build-isolation sees yours") from error
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     units = {name: flags for name, flags in UNIT_FLAGS.items() if x86 or name == "isa_generic.cpp"}
     build.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,8 @@ def compile_cpu_library(build: Path) -> Path:
 
 def run_ninja(build: Path, compiles: dict[str, list[str]], link: list[str], link_end: list[str]) -> None:
     """Two compilers at a time, and only what changed."""
-    lines = ["rule run", "  command = $command", "  depfile = $depfile", "  deps = gcc", "rule link", "  command = $command"]
+    rules = (("run", ["  depfile = $depfile", "  deps = gcc"]), ("link", []))
+    lines = [line for name, more in rules for line in (f"rule {name}", "  command = $command", *more)]
     for name, command in compiles.items():
         source, stem = SOURCES / name, Path(name).stem
         call = [*command, "-MMD", "-MF", f"{stem}.d", "-c", str(source), "-o", f"{stem}.o"]
@@ -112,7 +114,7 @@ def run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         logger.warning("%s", done.stdout)
-        errors = [line for line in done.stdout.splitlines() if "error" in line]
+        errors = [line for line in done.stdout.splitlines() if "error" in line or "not found" in line]
         raise RuntimeError(errors[0] if errors else f"{command[0]} failed with status {done.returncode}")
 
 

@@ -2,13 +2,14 @@
 
     proj' = gamma1 * proj,  fc2' = gamma2 * fc2        (weight and bias, in float64, rounded once)
 
-Passes over one [N, C] tensor per block, bf16 with AMX tiles: 24. norm1 2, qkv 4, attention 4, proj with its residual
-3, norm2 2, fc1 with GELU 5, fc2 with its residual 6 (fc1's output is 4 wide), less the 2 that a norm written by fc2's
-and proj's epilogue would save: a row's statistics need all of its columns, which two threads hold.
+Passes over one [N, C] tensor per block in bf16 with AMX tiles: 40. norm1 2, qkv 6, attention 4, proj with its residual
+5, norm2 2, fc1 with GELU 7, fc2 with its residual 14. Of these 14 write and read the tiles that a GEMM makes of its
+input (a norm, attention or GELU that wrote tiles itself would save 7); the norms stay passes of their own because a
+row's statistics need all columns, which the threads of the GEMM before share.
 """
 
 import logging
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class _Block:
         )
 
 
-def _can_fold(layer: nn.Module) -> bool:
+def _can_fold(layer: nn.Module) -> TypeGuard[InternViTLayer]:
     """Whether nothing but InternViT's own forward happens in `layer` and its parts."""
     if not isinstance(layer, InternViTLayer) or not is_plain_layer(layer):
         return False
@@ -189,7 +190,8 @@ def optimize_for_inference(model: InternViT, pack: bool = True) -> OptimizedInte
 
     LayerScale is folded into proj and fc2 (in float64; left out of a float16 layer where gamma * weight would leave the
     normal range). On a CPU with AMX the four Linears of each bfloat16 block get a packed copy of their weights, beside
-    the originals: 0.6 GB for InternViT-300M, 11 GB for 6B. Layers with hooks, adapters or replaced parts run as they are.
+    the originals: 0.6 GB for InternViT-300M, 11 GB for 6B. A layer with hooks, adapters or replaced parts runs as
+    it is.
 
     Args:
         model: an `InternViT` in eval mode; it is not changed.

@@ -8,7 +8,7 @@
 namespace internvit::INTERNVIT_ISA {
 
 struct RowStatistics {
-  float mean, rest, rstd;  // the mean is mean + rest: one float32 is too coarse where a row's mean is large
+  float mean, rest, rstd;  // the mean is mean + rest: one float32 is too coarse where it is large beside the deviations
 };
 
 // Squares are taken of x / 64: rows of 1e18 would overflow their sum, and a power of two costs no accuracy.
@@ -23,7 +23,9 @@ INTERNVIT_INLINE RowStatistics row_statistics(const T* x, int64_t channels, bool
   if (layer_norm) {
     Sum first, second;
     for_lanes(channels, INTERNVIT_BODY(c, lanes, u) { first.part[u] = first.part[u] + load(x + c, lanes); });
-    s.mean = first.total() / count;
+    // A pivot of 7 bits: x - pivot is exact for 16-bit x. With all 24 bits the same rounding error would repeat in every
+    // element of a binade, and shift the mean by half an ulp of 1.
+    s.mean = bits_to_float(float_to_bits(first.total() / count) & 0xfffe0000u);
     const Vec mean = broadcast(s.mean), shrink = broadcast(kShrink);
     const int64_t full = channels / kLanes * kLanes;
     for_lanes(full, INTERNVIT_BODY(c, lanes, u) {

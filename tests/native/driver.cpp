@@ -1,0 +1,278 @@
+// Runs every CPU kernel without torch: in threads under the sanitizers, between guard pages, and in shuffled order.
+//
+//   driver UNIT MODE [PLANT]     UNIT: generic, avx2, avx512, amx
+//   MODE serial    one range a call
+//        threads   ranges on std::threads, as torch's pool would run them (ThreadSanitizer, AddressSanitizer)
+//        shuffled  single indices, serially, in random order: any dependence between ranges changes bits
+//   PLANT bounds   tells a kernel of one row more than there is: the guard page must stop it
+//         race     gives two threads the same range: ThreadSanitizer must see it
+//
+// Buffers end at a page without access; reading or writing past them is a crash. Prints one line with a hash per kernel.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace internvit;
+
+namespace {
+
+std::mt19937 random_bits(1), random_order(2);
+bool plant_race = false;
+
+// `bytes` that end where the page without access begins; filled with NaN of every type.
+char* guarded(int64_t bytes) {
+  const int64_t page = sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
+  char* base = static_cast<char*>(
+      mmap(nullptr, size_t(whole + 2 * page), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  mprotect(base, size_t(page), PROT_NONE);
+  mprotect(base + page + whole, size_t(page), PROT_NONE);
+  char* data = base + page + whole - bytes;
+  memset(data, 0xff, size_t(bytes));
+  return data;
+}
+
+void* guarded_scratch(int64_t bytes) { return guarded((bytes + 63) / 64 * 64); }  // never reused: races stay visible
+
+using Task = void (*)(void*, int64_t, int64_t);
+
+void run_serially(int64_t n, int64_t, Task task, void* state) { task(state, 0, n); }
+
+void run_shuffled(int64_t n, int64_t, Task task, void* state) {
+  std::vector<int64_t> order(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) order[size_t(i)] = i;
+  std::shuffle(order.begin(), order.end(), random_order);
+  for (int64_t i : order) task(state, i, i + 1);
+}
+
+void run_threads(int64_t n, int64_t, Task task, void* state) {
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < 4; ++t) {
+    const int64_t begin = plant_race ? 0 : n * t / 4, end = plant_race ? n : n * (t + 1) / 4;
+    if (begin < end) threads.emplace_back([=] { task(state, begin, end); });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+uint64_t hash(const void* data, int64_t bytes, uint64_t seed = 14695981039346656037u) {
+  for (int64_t i = 0; i < bytes; ++i) seed = (seed ^ static_cast<const uint8_t*>(data)[i]) * 1099511628211u;
+  return seed;
+}
+
+int64_t size_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// Small normal-ish numbers in any storage type.
+void* filled(DType dtype, int64_t n) {
+  char* data = guarded(n * size_of(dtype));
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = (float(random_bits() % 2001) - 1000) / 500;
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint16_t half = dtype == kBFloat16 ? uint16_t(bits >> 16) : uint16_t((bits >> 16 & 0x8000) | 0x3800 | (i & 0x1ff));
+    if (dtype == kFloat32) memcpy(data + 4 * i, &x, 4);
+    if (dtype != kFloat32) memcpy(data + 2 * i, &half, 2);
+  }
+  return data;
+}
+float* floats(int64_t n) { return static_cast<float*>(filled(kFloat32, n)); }
+float* empty_floats(int64_t n) { return reinterpret_cast<float*>(guarded(n * 4)); }
+
+struct Driver {
+  const Kernels& kernels;
+  Executor executor;
+  bool plant_bounds;
+  uint64_t digest = 14695981039346656037u;
+
+  void add(const void* data, int64_t bytes) { digest = hash(data, bytes, digest); }
+  void report(const char* kernel, DType dtype) {
+    printf("%s %d %016llx\n", kernel, int(dtype), static_cast<unsigned long long>(digest));
+    fflush(stdout);
+    digest = 14695981039346656037u;
+  }
+
+  void norms(DType dtype, int64_t rows, int64_t channels) {
+    const int64_t bytes = rows * channels * size_of(dtype);
+    NormParams p = {};
+    p.dtype = p.residual_dtype = dtype;
+    p.x = filled(dtype, rows * channels);
+    p.residual = filled(dtype, rows * channels);
+    p.x_stride = p.residual_stride = p.channels = channels;
+    p.gamma = floats(channels);
+    p.row_scale = floats(1);
+    p.rows_per_image = p.rows = rows;
+    p.weight = floats(channels);
+    p.bias = floats(channels);
+    p.residual_out = guarded(bytes);
+    p.normed = guarded(bytes);
+    p.mean = empty_floats(rows);
+    p.rstd = empty_floats(rows);
+    p.eps = 1e-6f;
+    p.layer_norm = true;
+    if (plant_bounds) p.rows += 1;
+    kernels.norm(p, executor);
+    add(p.residual_out, bytes);
+    add(p.normed, bytes);
+    report("norm", dtype);
+
+    NormBackwardParams b = {};
+    b.dtype = b.residual_dtype = dtype;
+    b.grad_normed = filled(dtype, rows * channels);
+    b.grad_residual_out = filled(dtype, rows * channels);
+    b.x = p.residual_out;
+    b.branch = p.x;
+    b.grad_normed_stride = b.grad_residual_out_stride = b.x_stride = b.branch_stride = b.channels = channels;
+    b.gamma = p.gamma;
+    b.row_scale = p.row_scale;
+    b.rows_per_image = b.rows = rows;
+    b.weight = p.weight;
+    b.mean = p.mean;
+    b.rstd = p.rstd;
+    b.grad_residual = guarded(bytes);
+    b.grad_branch = guarded(bytes);
+    for (float** sum : {&b.grad_gamma, &b.grad_weight, &b.grad_bias}) *sum = empty_floats(channels);
+    b.partial = empty_floats(norm_backward_chunks(rows) * 3 * channels);
+    kernels.norm_backward(b, executor);
+    add(b.grad_residual, bytes);
+    add(b.grad_branch, bytes);
+    for (float* sum : {b.grad_gamma, b.grad_weight, b.grad_bias}) add(sum, channels * 4);
+    report("norm_backward", dtype);
+
+    const QKNormStatsBackwardParams s = {dtype,    floats(rows), p.rstd, p.x, channels, filled(dtype, rows * channels),
+                                         channels, rows,         channels};
+    kernels.qk_norm_stats_backward(s, executor);
+    add(s.grad_x, bytes);
+    report("qk_norm_stats_backward", dtype);
+  }
+
+  void gelu(DType dtype, int64_t size) {
+    for (const void* grad : {static_cast<const void*>(nullptr), static_cast<const void*>(filled(dtype, size))}) {
+      const GeluParams p = {dtype, filled(dtype, size), grad, guarded(size * size_of(dtype)), size};
+      kernels.gelu(p, executor);
+      add(p.y, size * size_of(dtype));
+    }
+    report("gelu", dtype);
+  }
+
+  void attention(DType dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, bool normed) {
+    const int64_t width = heads * head_dim, n = batch * tokens * width, bytes = n * size_of(dtype);
+    const auto view = [&](const void* data) { return HeadsView{data, tokens * width, width, head_dim}; };
+    AttentionParams p = {};
+    p.dtype = dtype;
+    p.q = view(filled(dtype, n));
+    p.k = view(filled(dtype, n));
+    p.v = view(filled(dtype, n));
+    if (normed) {
+      p.q_weight = floats(width);
+      p.k_weight = floats(width);
+      p.rstd_q = floats(batch * tokens);
+      p.rstd_k = floats(batch * tokens);
+    }
+    p.out = guarded(bytes);
+    p.lse = empty_floats(batch * heads * tokens);
+    p.batch = batch;
+    p.tokens = tokens;
+    p.heads = heads;
+    p.head_dim = head_dim;
+    p.scale = 0.125f;
+    kernels.attention(p, executor);
+    add(p.out, bytes);
+    add(p.lse, batch * heads * tokens * 4);
+    report("attention", dtype);
+
+    AttentionBackwardParams b = {};
+    b.dtype = dtype;
+    b.q = p.q;
+    b.k = p.k;
+    b.v = p.v;
+    b.grad_out = view(filled(dtype, n));
+    b.out = view(p.out);
+    b.lse = p.lse;
+    b.q_weight = p.q_weight;
+    b.k_weight = p.k_weight;
+    b.rstd_q = p.rstd_q;
+    b.rstd_k = p.rstd_k;
+    for (HeadsView* grad : {&b.grad_q, &b.grad_k, &b.grad_v}) *grad = view(guarded(bytes));
+    b.grad_q_weight_partial = empty_floats(batch * width);
+    b.grad_k_weight_partial = empty_floats(batch * width);
+    b.row_dot_q = empty_floats(batch * heads * tokens);
+    b.row_dot_k = empty_floats(batch * heads * tokens);
+    b.batch = batch;
+    b.tokens = tokens;
+    b.heads = heads;
+    b.head_dim = head_dim;
+    b.scale = 0.125f;
+    kernels.attention_backward(b, executor);
+    for (const HeadsView& grad : {b.grad_q, b.grad_k, b.grad_v}) add(grad.data, bytes);
+    if (normed) add(b.grad_q_weight_partial, batch * width * 4);
+    report("attention_backward", dtype);
+  }
+
+  void linear(int64_t rows, int64_t in, int64_t out) {
+    PackWeightParams w = {};
+    w.weight = static_cast<const bf16*>(filled(kBFloat16, out * in));
+    w.packed = reinterpret_cast<bf16*>(guarded(packed_weight_size(out, in) * 2));
+    w.in_features = in;
+    w.out_features = out;
+    kernels.pack_weight(w, executor);
+    LinearParams p = {};
+    p.x = static_cast<const bf16*>(filled(kBFloat16, rows * in));
+    p.x_stride = p.in_features = in;
+    p.packed_weight = w.packed;
+    p.bias = floats(out);
+    p.residual = static_cast<const bf16*>(filled(kBFloat16, rows * out));
+    p.residual_stride = p.out_features = out;
+    p.packed_x = reinterpret_cast<bf16*>(guarded(packed_weight_size(rows, in) * 2));
+    p.y = reinterpret_cast<bf16*>(guarded(rows * out * 2));
+    p.rows = rows;
+    for (bool gelu : {false, true}) {
+      p.gelu = gelu;
+      kernels.linear(p, executor);
+      add(p.y, rows * out * 2);
+    }
+    report("linear", kBFloat16);
+  }
+
+  void everything() {
+    for (DType dtype : {kFloat32, kBFloat16, kFloat16}) {
+      norms(dtype, 37, 40);
+      norms(dtype, 3, 200);
+      norms(dtype, 1, 1);
+      gelu(dtype, 1);
+      gelu(dtype, 5003);
+      attention(dtype, 1, 1, 1, 8, false);
+      attention(dtype, 2, 3, 2, 40, true);
+      attention(dtype, 1, 67, 2, 64, true);
+      attention(dtype, 1, 33, 1, 128, false);
+    }
+    if (!kernels.linear) return;
+    linear(1, 8, 1);
+    linear(33, 40, 56);
+    linear(70, 1088, 33);
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string unit = argv[1], mode = argv[2], plant = argc > 3 ? argv[3] : "";
+  const Kernels* kernels = nullptr;
+  for (const Kernels* const* k = supported_kernels(); *k; ++k)
+    if (unit == (*k)->name) kernels = *k;
+  if (!kernels) {
+    printf("this machine has no %s\n", unit.c_str());
+    return 77;
+  }
+  plant_race = plant == "race";
+  const auto parallel_for = mode == "serial" ? run_serially : mode == "threads" ? run_threads : run_shuffled;
+  Driver driver{*kernels, {parallel_for, guarded_scratch}, plant == "bounds"};
+  driver.everything();
+  return 0;
+}
