@@ -11,6 +11,7 @@ from internvit.convert import convert_state_dict
 from internvit.modeling import InternViT
 from internvit.ops import backend
 from internvit.output import InternViTOutput
+from internvit.patching import PatchHandle, patch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "InternViT",
     "InternViTConfig",
     "InternViTOutput",
+    "PatchHandle",
     "backend",
     "convert_state_dict",
     "ops",
+    "patch",
     "reference",
 ]

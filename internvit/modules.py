@@ -121,6 +121,15 @@ def remember_norm(norm: RMSNorm | LayerNorm, x: Tensor, y: Tensor) -> Tensor:
     return recompute.remember(y, lambda: norm(x_only).to(dtype), x, norm.weight, norm.bias)
 
 
+def fc1_gelu(fc1: nn.Module, x: Tensor) -> Tensor:
+    """gelu(fc1(x)), in one op where fc1 is a plain Linear, remembered as a recipe for backward."""
+    if not is_plain_linear(fc1):
+        return F.gelu(fc1(x))
+    remembers = recompute.active()
+    hidden, pre, backend = linear_gelu_with_pre_activation(x, fc1.weight, fc1.bias, remembers, None)
+    return recompute.remember(hidden, lambda: gelu(pre, backend), pre) if remembers else hidden
+
+
 class Attention(nn.Module):
     """Multi-head attention with optional QK-norm over all heads together; see `internvit.ops.qk_norm_attention`."""
 
@@ -177,13 +186,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch [B, N, C] of normed tokens x [B, N, C]."""
-        if not is_plain_linear(self.fc1):
-            return self.fc2(F.gelu(self.fc1(x)))
-        remembers = recompute.active()
-        hidden, pre, backend = linear_gelu_with_pre_activation(x, self.fc1.weight, self.fc1.bias, remembers, None)
-        if remembers:
-            recompute.remember(hidden, lambda: gelu(pre, backend), pre)
-        return project(self.fc2, hidden)
+        return project(self.fc2, fc1_gelu(self.fc1, x))
 
 
 class _GridCache(dict[tuple, Tensor]):
