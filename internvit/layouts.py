@@ -176,7 +176,7 @@ def _is_absent(module: Any) -> bool:
 
 
 def layout_of(block: nn.Module) -> Layout | None:
-    """The row whose classes the block and its attention have, or whose parts a block of that class has."""
+    """The row of a block's class, if the module is a block."""
     name = _working_class(block)
     for layout in LAYOUTS:
         if name in layout.classes[0] and part(block, layout.attention) is not None:
@@ -202,6 +202,7 @@ def unfit(block: nn.Module, layout: Layout) -> str | None:
     if foreign:
         return f"{layout.attention} has {foreign[0]}"
     missing = [name for name in (*layout.norms, *layout.linears, layout.activation) if part(block, name) is None]
+    missing += [name for name in layout.gammas if not hasattr(block, name)]
     if missing:
         return f"it has no {missing[0]}"
     return _unfit_parts(block, layout)

@@ -85,3 +85,38 @@ def timm_judge(config: InternViTConfig, state_dict: dict[str, Tensor], **changes
     ).eval()
     judge.load_state_dict(convert_state_dict(state_dict, to="timm"), strict=True)
     return judge
+
+
+def opengvlab_judge(config: InternViTConfig, state_dict: dict[str, Tensor]) -> nn.Module:
+    from tests.upstream.opengvlab import InternVisionModel
+
+    judge = InternVisionModel(config).eval()
+    judge.load_state_dict(state_dict, strict=True)
+    return judge
+
+
+def mmseg_judge(config: InternViTConfig, state_dict: dict[str, Tensor], **changes: Any) -> nn.Module:
+    from tests.upstream.mmseg import InternViT6B
+
+    judge = InternViT6B(
+        img_size=config.image_hw[0],
+        patch_size=config.patch_size,
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+        qkv_bias=config.qkv_bias,
+        drop_path_rate=config.drop_path_rate,
+        out_indices=(config.num_hidden_layers - 1,),
+        **changes,
+    ).eval()
+    judge.load_state_dict(convert_state_dict(state_dict, to="mmseg"), strict=True)
+    return judge
+
+
+def features(judge: nn.Module, pixels: Tensor) -> Tensor:
+    """The last block's tokens (mmseg: as a map, without the class token) of any judge."""
+    if hasattr(judge, "forward_features"):
+        return judge.forward_features(pixels)
+    out = judge(pixels)
+    return out[-1] if isinstance(out, list) else out.last_hidden_state
