@@ -86,14 +86,19 @@ def make_norm(config: InternViTConfig, rounding: str, **factory: Any) -> RMSNorm
     return LayerNorm(config.hidden_size, config.layer_norm_eps, **factory)
 
 
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether `module` is exactly a `kind`, without hooks or a tensor subclass inside."""
+    return type(module) is kind and not has_hooks(module) and _is_plain_tensor(module.weight)
+
+
 def is_plain_norm(module: nn.Module) -> TypeGuard[RMSNorm | LayerNorm]:
     """Whether `module` is a norm built here whose call a fused op may stand for."""
-    return type(module) in (RMSNorm, LayerNorm) and not has_hooks(module) and _is_plain_tensor(module.weight)
+    return is_plain(module, RMSNorm) or is_plain(module, LayerNorm)
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `module` is an `nn.Linear` without hooks, adapters, parametrisation or a tensor subclass inside."""
-    return type(module) is nn.Linear and not has_hooks(module) and _is_plain_tensor(module.weight)
+    return is_plain(module, nn.Linear)
 
 
 def _is_plain_tensor(t: Any) -> bool:
