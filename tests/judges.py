@@ -1,5 +1,7 @@
 """Independent implementations with the weights of ours, and the configurations they are compared on."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from internvit import InternViTConfig
 from internvit.convert import convert_state_dict
+from internvit.patching import FusedBlock
 
 _TINY: dict[str, Any] = {
     "image_size": 56,
@@ -120,3 +123,15 @@ def features(judge: nn.Module, pixels: Tensor) -> Tensor:
         return judge.forward_features(pixels)
     out = judge(pixels)
     return out[-1] if isinstance(out, list) else out.last_hidden_state
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[nn.Module]]:
+    """The blocks of patched models that run fused, in order."""
+    ran: list[nn.Module] = []
+    run = FusedBlock.run
+    try:
+        FusedBlock.run = lambda self, x: ran.append(self.block) or run(self, x)
+        yield ran
+    finally:
+        FusedBlock.run = run

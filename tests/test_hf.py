@@ -90,7 +90,8 @@ def test_outputs(name) -> None:
     model = made(name)
     judge = transformers_judge(CONFIGS[name], {k: v.clone() for k, v in model.state_dict().items()})
     pixels = images(CONFIGS[name], 2)
-    ours, theirs = model(pixels, output_hidden_states=True), judge(pixels, output_hidden_states=True)
+    judge.config.output_hidden_states = True
+    ours, theirs = model(pixels, output_hidden_states=True), judge(pixels)
     for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         assert relative_error(a, b) <= 1e-5
     assert torch.equal(model(pixels).last_hidden_state, ours.last_hidden_state)

@@ -1,10 +1,8 @@
 """`internvit.patch` on every upstream: same results and gradients, one block at a time aside, and all of it undone."""
 
-import contextlib
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,9 +11,9 @@ from torch import Tensor, nn
 import internvit
 from internvit import InternViTConfig, PatchHandle
 from internvit.contract import relative_error
-from internvit.patching import FusedBlock
 from tests.judges import (
     CONFIGS,
+    counted,
     features,
     images,
     mmseg_judge,
@@ -55,18 +53,6 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     if lists:
         return list(lists[0])
     return list(model.blocks)  # timm's Sequential
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[list[nn.Module]]:
-    """The blocks that run fused, in order."""
-    ran: list[nn.Module] = []
-    run = FusedBlock.run
-    try:
-        FusedBlock.run = lambda self, x: ran.append(self.block) or run(self, x)
-        yield ran
-    finally:
-        FusedBlock.run = run
 
 
 def gradients(model: nn.Module, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -254,17 +240,18 @@ def test_dropout_stands_aside_in_training_alone() -> None:
 def test_transformers_attention_maps_and_hidden_states(norm_type) -> None:
     model, pixels = upstream(f"transformers-{norm_type}")
     model.set_attn_implementation("eager")
-    ask = {"output_hidden_states": True, "output_attentions": True}
-    before = model(pixels, **ask)
+    model.config.output_hidden_states = model.config.output_attentions = True
+    before = model(pixels)
     handle = internvit.patch(model)
     with counted() as ran:
-        after = model(pixels, **ask)
+        after = model(pixels)
         assert not ran
     assert len(after.attentions) == len(before.attentions) == 3
     assert all(map(torch.equal, after.attentions, before.attentions)), "each block runs its own forward"
     assert not handle.left, "the hooks that stay are idle"
+    model.config.output_attentions = False
     with counted() as ran:
-        fused = model(pixels, output_hidden_states=True)
+        fused = model(pixels)
     assert len(ran) == 3
     assert len(fused.hidden_states) == 4
     assert relative_error(fused.last_hidden_state, before.last_hidden_state) <= 1e-5
