@@ -4,12 +4,13 @@
 >>> from transformers import AutoModel
 >>> model = AutoModel.from_pretrained("OpenGVLab/InternViT-300M-448px-V2_5")  # no trust_remote_code
 
-The model type is the one in OpenGVLab's repositories, so an InternVLConfig whose vision_config is an
+The model type is the one in OpenGVLab's repositories, so in transformers 5 an InternVLConfig whose vision_config is an
 `InternVisionConfig` builds transformers' InternVL with this tower inside. (Saved, it is loaded again with `config=`:
-InternVLConfig reads any vision_config in a file as transformers' own tower. With `internvit.patch` nothing changes in
-files.) `attn_implementation="internvit"` gives any
-transformers model this library's attention where it has neither mask nor dropout, and SDPA elsewhere. It gets q and k
-already normalised: for QK-norm inside attention use this model, or `internvit.patch`.
+InternVLConfig reads any vision_config in a file as transformers' own tower. `internvit.patch` changes no file.)
+
+`attn_implementation="internvit"` gives any transformers model this library's attention where it has neither mask nor
+dropout, and SDPA elsewhere. It gets q and k already normalised: for QK-norm inside attention use this model, or
+`internvit.patch`.
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -32,6 +33,9 @@ JUDGES = {
     "timm-layer_norm": (timm_judge, "layer_norm"),
     "mmseg-rms_norm": (mmseg_judge, "rms_norm"),
 }
+needs_transformers_5 = pytest.mark.skipif(
+    version("transformers").startswith("4."), reason="the tower of transformers 4 gives no hidden states and no maps"
+)
 every_upstream = pytest.mark.parametrize("name", JUDGES)
 
 
@@ -236,6 +240,7 @@ def test_dropout_stands_aside_in_training_alone() -> None:
     assert not handle.left
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
 def test_transformers_attention_maps_and_hidden_states(norm_type) -> None:
     model, pixels = upstream(f"transformers-{norm_type}")
