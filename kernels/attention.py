@@ -83,7 +83,7 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
+    TAIL: tl.constexpr,  # the last tile of keys is not whole
 ):
     tiles = tl.cdiv(N, BLOCK_M)
     i_m = tl.program_id(0) % tiles * BLOCK_M
@@ -102,16 +102,10 @@ def attention_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    whole = N // BLOCK_N * BLOCK_N
-    for i_n in range(0, whole, BLOCK_N):
+    for i_n in range(0, N, BLOCK_N):
         b_acc, b_sum, b_max = softmax_step(
             b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, i_n, N, stride_kn, stride_vn, o_d, scale_log2,
-            D, BLOCK_N, False,
-        )  # fmt: skip
-    if TAIL:
-        b_acc, b_sum, b_max = softmax_step(
-            b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, whole, N, stride_kn, stride_vn, o_d, scale_log2,
-            D, BLOCK_N, True,
+            D, BLOCK_N, TAIL,
         )  # fmt: skip
     p_out += (i_b * N * H + i_h) * D
     store_rows(p_out, i_m, N, H * D, o_d, D, BLOCK_M, b_acc / b_sum[:, None])

@@ -154,7 +154,7 @@ def attention_grad_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
+    TAIL: tl.constexpr,  # the last tile of the loop is not whole
 ):
     tiles = tl.cdiv(N, BLOCK_N)
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
@@ -175,16 +175,10 @@ def attention_grad_kv_kernel(
 
     b_grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    whole = N // BLOCK_M * BLOCK_M
-    for i_m in range(0, whole, BLOCK_M):
+    for i_m in range(0, N, BLOCK_M):
         b_grad_k, b_grad_v = grad_kv_step(
             b_grad_k, b_grad_v, b_k, b_v, b_column_scale, p_q, p_grad_out, p_lse, p_delta, i_m, N,
-            stride_qn, stride_gn, o_d, D, BLOCK_M, False,
-        )  # fmt: skip
-    if TAIL:
-        b_grad_k, b_grad_v = grad_kv_step(
-            b_grad_k, b_grad_v, b_k, b_v, b_column_scale, p_q, p_grad_out, p_lse, p_delta, whole, N,
-            stride_qn, stride_gn, o_d, D, BLOCK_M, True,
+            stride_qn, stride_gn, o_d, D, BLOCK_M, TAIL,
         )  # fmt: skip
     # without QK-norm b_column_scale is scale * log2(e): times ln 2 it is the scale
     b_grad_k *= (b_column_scale * LN2)[:, None]
@@ -264,7 +258,7 @@ def attention_grad_q_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
+    TAIL: tl.constexpr,  # the last tile of the loop is not whole
 ):
     tiles = tl.cdiv(N, BLOCK_M)
     i_m = tl.program_id(0) % tiles * BLOCK_M
@@ -289,17 +283,11 @@ def attention_grad_q_kernel(
     b_delta = tl.load(p_delta + i_bh * N + o_m, mask=m_m, other=0.0)
 
     b_grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    whole = N // BLOCK_N * BLOCK_N
     scale_log2 = scale * LOG2E
-    for i_n in range(0, whole, BLOCK_N):
+    for i_n in range(0, N, BLOCK_N):
         b_grad_q = grad_q_step(
             b_grad_q, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_rstd_k, 1.0 / unit, i_n, N,
-            stride_kn, stride_vn, o_d, scale_log2, D, BLOCK_N, False,
-        )  # fmt: skip
-    if TAIL:
-        b_grad_q = grad_q_step(
-            b_grad_q, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_rstd_k, 1.0 / unit, whole, N,
-            stride_kn, stride_vn, o_d, scale_log2, D, BLOCK_N, True,
+            stride_kn, stride_vn, o_d, scale_log2, D, BLOCK_N, TAIL,
         )  # fmt: skip
 
     b_grad_q *= scale * unit

@@ -26,11 +26,23 @@ class AttentionLaunch:
 
     @classmethod
     def rule(cls, kernel: str, block_d: int, itemsize: int, target: Target) -> "AttentionLaunch":
+        """Picked from what the compilers make of them (`static_profile`): the largest tiles that do not spill, on each
+        target its own. D = 128 on sm_90: grad_kv takes 228 registers with 64 x 64 tiles and spills with 128 x 64;
+        on gfx942 64 x 64 spills and 64 x 32 does not; 128 x 64 backward tiles fit sm_100, whose accumulators lie in
+        tensor memory.
+        """
+        wide = block_d > 64
         if itemsize == 4:  # exact float32 products: no tensor cores, registers set the size
             return cls(32, 32, 4, 1)
+        if kernel == "delta":
+            return cls(64, 0, 4, 1)
+        if target.is_amd:
+            if kernel == "forward":
+                return cls(128, 64, 8 if wide else 4, 1)
+            return cls(64 if wide else 128, 32, 4, 1)
         if kernel == "forward":
-            return cls(128, 64, 8 if block_d > 64 else 4, 3)
-        return cls(64, 64, 4, 2)
+            return cls(128, 64, 8, 3)
+        return cls(128 if not wide or target.name.startswith("sm_10") else 64, 64, 8, 2)
 
 
 @functools.cache

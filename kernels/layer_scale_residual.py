@@ -29,27 +29,29 @@ OP = "layer_scale_residual"
 
 
 @triton.jit
-def scale_branch(b_x, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C: tl.constexpr):
-    """x * gamma * row_scale[b]  [ROWS, BLOCK_C]."""
-    if p_gamma is not None:
-        b_x = b_x * load_vector(p_gamma, o_cols, C)[None, :]
-    if p_row_scale is not None:
-        b_x = b_x * tl.load(p_row_scale + o_rows // rows_per_image, mask=m_rows, other=0.0).to(tl.float32)[:, None]
-    return b_x
+def load_gamma(p_gamma, o_cols, C: tl.constexpr):
+    """gamma [BLOCK_C], 1 where it is folded away."""
+    if p_gamma is None:
+        return tl.full([o_cols.shape[0]], 1.0, tl.float32)
+    return load_vector(p_gamma, o_cols, C)
+
+
+@triton.jit
+def load_row_scale(p_row_scale, o_rows, m_rows, rows_per_image):
+    """The factor of each row's image [ROWS], 1 without DropPath."""
+    if p_row_scale is None:
+        return tl.full([o_rows.shape[0]], 1.0, tl.float32)
+    return tl.load(p_row_scale + o_rows // rows_per_image, mask=m_rows, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C: tl.constexpr):
     """residual + row_scale[b] * gamma * branch. The fused multiply-add is spelt out: left to the compiler, two kernels
     may contract the same formula differently, and this op and `layer_scale_residual_norm` would differ in bits."""
-    b_factor = tl.full([b_branch.shape[0], b_branch.shape[1]], 1.0, tl.float32)
     if p_row_scale is not None:
-        if p_gamma is not None:
-            b_branch = b_branch * load_vector(p_gamma, o_cols, C)[None, :]
-        b_factor *= tl.load(p_row_scale + o_rows // rows_per_image, mask=m_rows, other=0.0).to(tl.float32)[:, None]
-    elif p_gamma is not None:
-        b_factor *= load_vector(p_gamma, o_cols, C)[None, :]
-    return tl.fma(b_branch, b_factor, b_residual)
+        b_scale = load_row_scale(p_row_scale, o_rows, m_rows, rows_per_image)[:, None]
+        return tl.fma(b_branch * load_gamma(p_gamma, o_cols, C)[None, :], b_scale + tl.zeros_like(b_branch), b_residual)
+    return tl.fma(b_branch, load_gamma(p_gamma, o_cols, C)[None, :] + tl.zeros_like(b_branch), b_residual)
 
 
 @triton.jit
@@ -92,16 +94,16 @@ def layer_scale_residual_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     o_cols = tl.arange(0, BLOCK_C)
+    b_gamma = load_gamma(p_gamma, o_cols, C)
     b_gamma_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
         o_rows, o_cols, m_rows, m_tile = row_tile(i_tile, M, C, ROWS, BLOCK_C)
         b_grad = load_tile(p_grad, o_rows, stride_grad, o_cols, m_tile)
-        b_grad = scale_branch(b_grad, None, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C)
+        b_grad *= load_row_scale(p_row_scale, o_rows, m_rows, rows_per_image)[:, None]
         if GAMMA_SUM:
             b_gamma_sum += b_grad * load_tile(p_branch, o_rows, stride_branch, o_cols, m_tile)
         if p_grad_branch is not None:
-            b_grad = scale_branch(b_grad, p_gamma, None, o_rows, m_rows, rows_per_image, o_cols, C)
-            store_tile(p_grad_branch, o_rows, C, o_cols, m_tile, b_grad)
+            store_tile(p_grad_branch, o_rows, C, o_cols, m_tile, b_grad * b_gamma[None, :])
     if GAMMA_SUM:
         store_partial(p_partials, 0, b_gamma_sum, o_cols, C)
 

@@ -182,10 +182,49 @@ def _norms(op: str, channels: int, dtype: torch.dtype) -> None:
         _triton(f"{op}_backward", y, x, weight, mean, rstd, (True, True, True))
 
 
+def _residuals(kind: str, channels: int, dtype: torch.dtype) -> None:
+    x, gamma = _meta(2, 1025, channels, dtype=dtype), _meta(channels, dtype=dtype)
+    row_scale = _meta(2, dtype=torch.float32)
+    _triton("layer_scale_residual", x, x, gamma, row_scale)
+    _triton("layer_scale_residual_backward", x, x, gamma, row_scale, dtype, (True, True))
+    bias = gamma if kind == "layer_norm" else None
+    outputs = _triton("layer_scale_residual_norm", x, x, gamma, row_scale, gamma, bias, 1e-6, kind, "fused")
+    mask = (True, True, True, True, kind == "layer_norm")
+    args = (x, x, outputs[0], x, gamma, row_scale, gamma, *outputs[2:], kind, mask)
+    _triton("layer_scale_residual_norm_backward", *args)
+
+
+def _qk_norm(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    q, k, _ = _meta(2, 1025, 3, heads, head_dim, dtype=dtype).unbind(2)
+    weight = _meta(heads * head_dim, dtype=dtype)
+    rstd = _triton("qk_norm_stats", q, k, 1e-6)
+    _triton("qk_norm_stats_backward", *rstd, q, k, *rstd, q, k)
+    outputs = _triton("qk_norm", q, k, weight, weight, 1e-6, "fused")
+    _triton("qk_norm_backward", *outputs[:2], q, k, weight, weight, *rstd, (True,) * 4)
+
+
+def _attention(heads: int, head_dim: int, folded: bool, dtype: torch.dtype) -> None:
+    q, k, v = _meta(2, 1025, 3, heads, head_dim, dtype=dtype).unbind(2)
+    weight, rstd = _meta(heads * head_dim, dtype=dtype), _meta(2, 1025, dtype=torch.float32)
+    norm = (weight, weight, rstd, rstd) if folded else (None,) * 4
+    out, lse = _triton("attention", q, k, v, 0.125, *norm)
+    _triton("attention_backward", out, q, k, v, out, lse, 0.125, *norm, q, k, v)
+
+
+def _gelu(channels: int, dtype: torch.dtype) -> None:
+    z = _meta(2, 1025, channels, dtype=dtype)
+    _triton("gelu_backward", _triton("gelu", z), z)
+
+
 def cases() -> Iterator[tuple[str, Callable[[torch.dtype], None]]]:
-    """(name, the op's forward and backward on meta tensors) of each op at each model's shapes."""
-    for model, channels, norm in (("6B", 3200, "rms_norm"), ("300M", 1024, "layer_norm")):
-        yield f"{norm} {model}", functools.partial(_norms, norm, channels)
+    """(name, ops forward and backward on meta tensors) at each model's shapes."""
+    for model, heads, head_dim, norm in (("6B", 25, 128, "rms_norm"), ("300M", 16, 64, "layer_norm")):
+        channels = heads * head_dim
+        yield f"{model} {norm}", functools.partial(_norms, norm, channels)
+        yield f"{model} layer_scale_residual_norm", functools.partial(_residuals, norm, channels)
+        yield f"{model} attention", functools.partial(_attention, heads, head_dim, model == "6B")
+        yield f"{model} gelu", functools.partial(_gelu, 4 * channels)
+    yield "6B qk_norm", functools.partial(_qk_norm, 25, 128)
 
 
 def _tile(launch: Launch) -> str:

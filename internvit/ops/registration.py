@@ -15,6 +15,7 @@ import torch
 from torch.autograd import Function
 
 from internvit.ops.backends import implementation
+from internvit.ops.flops import register_when_counted
 
 Mask: TypeAlias = "tuple[bool, ...] | list[bool]"
 
@@ -55,6 +56,7 @@ def define(
     function = autograd or _undifferentiable(name, op)
 
     def dispatch_autograd(*args: Any) -> Any:
+        register_when_counted()
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             return function.apply(*args)
         return below_autograd(op, *args)

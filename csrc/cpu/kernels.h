@@ -1,0 +1,181 @@
+// What the bindings and the native driver know of the kernels: parameters, executor, one table of functions per
+// instruction set. Plain data only: anything inline here would be compiled by four units with four sets of flags, and
+// the linker would keep one of the copies for all.
+#pragma once
+
+#include <cstdint>
+
+namespace internvit {
+
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// How a kernel runs in parallel and where it works: torch's pool in the library, anything in the native driver.
+struct Executor {
+  // Calls task(state, begin, end) over disjoint ranges that cover [0, n), each of at least `grain` but for the last.
+  void (*parallel_for)(int64_t n, int64_t grain, void (*task)(void* state, int64_t begin, int64_t end), void* state);
+  // `bytes` of this thread's own memory, 64-byte aligned, valid until the task returns; one call a task.
+  void* (*scratch)(int64_t bytes);
+};
+
+// rms_norm, layer_norm and layer_scale_residual_norm. Rows have a stride in elements; the rest is contiguous.
+struct NormParams {
+  DType dtype;            // of x (or branch) and normed
+  DType residual_dtype;   // of residual and residual_out; the fused op only
+  const void* x;          // [rows, C]; the branch of the fused op
+  int64_t x_stride;
+  const void* residual;   // [rows, C], null: no fused residual, the norm is of x
+  int64_t residual_stride;
+  const float* gamma;      // [C] or null
+  const float* row_scale;  // [rows / rows_per_image] or null
+  int64_t rows_per_image;
+  const float* weight;  // [C], null: stop after residual_out
+  const float* bias;    // [C] or null
+  void* residual_out;   // [rows, C], residual_dtype
+  void* normed;         // [rows, C], null: statistics only
+  float* mean;          // [rows], null for RMSNorm
+  float* rstd;          // [rows]
+  int64_t rows;
+  int64_t channels;
+  float eps;
+  bool layer_norm;
+  bool round_before_weight;  // rounding="reference"
+};
+
+// Their backward. Sums over rows go through `partial`, one row of floats a chunk: the same for any number of threads.
+struct NormBackwardParams {
+  DType dtype;           // of grad_normed, branch and grad_branch
+  DType residual_dtype;  // of x, grad_residual_out and grad_residual
+  const void* grad_normed;
+  int64_t grad_normed_stride;
+  const void* grad_residual_out;  // or null
+  int64_t grad_residual_out_stride;
+  const void* x;  // what was normalised
+  int64_t x_stride;
+  const void* branch;  // null unless grad_gamma is wanted
+  int64_t branch_stride;
+  const float* gamma;
+  const float* row_scale;
+  int64_t rows_per_image;
+  const float* weight;  // null: no norm, the gradient is grad_residual_out
+  const float* mean;    // null for RMSNorm
+  const float* rstd;
+  void* grad_residual;  // [rows, C] or null
+  void* grad_branch;    // [rows, C] or null
+  float* grad_gamma;    // [C] each, or null
+  float* grad_weight;
+  float* grad_bias;
+  float* partial;  // [chunks, 3, C] with chunks = norm_backward_chunks(rows)
+  int64_t rows;
+  int64_t channels;
+};
+
+struct QKNormStatsBackwardParams {
+  DType dtype;
+  const float* grad_rstd;  // [rows]
+  const float* rstd;
+  const void* x;  // [rows, C]
+  int64_t x_stride;
+  void* grad_x;  // [rows, C], added to
+  int64_t grad_x_stride;
+  int64_t rows;
+  int64_t channels;
+};
+
+struct GeluParams {
+  DType dtype;
+  const void* pre_activation;
+  const void* grad_y;  // backward only
+  void* y;             // or the gradient
+  int64_t size;
+};
+
+// q, k, v, out [B, N, H, D]: strides in elements for b, n, h; d is contiguous.
+struct HeadsView {
+  const void* data;
+  int64_t stride_b, stride_n, stride_h;
+};
+
+struct AttentionParams {
+  DType dtype;
+  HeadsView q, k, v;
+  const float* q_weight;  // [H * D], all four or none
+  const float* k_weight;
+  const float* rstd_q;  // [B, N]
+  const float* rstd_k;
+  void* out;   // [B, N, H, D] contiguous
+  float* lse;  // [B, H, N], natural logarithm
+  int64_t batch, tokens, heads, head_dim;
+  float scale;
+};
+
+struct AttentionBackwardParams {
+  DType dtype;
+  HeadsView q, k, v, grad_out, out;
+  const float* lse;
+  const float* q_weight;
+  const float* k_weight;
+  const float* rstd_q;
+  const float* rstd_k;
+  HeadsView grad_q, grad_k, grad_v;  // written
+  float* grad_q_weight_partial;      // [B, H * D], or null without weights
+  float* grad_k_weight_partial;
+  float* row_dot_q;  // [B, H, N]
+  float* row_dot_k;
+  int64_t batch, tokens, heads, head_dim;
+  float scale;
+};
+
+// y = epilogue(x W^T + bias), W packed once by pack_weight for this instruction set.
+struct LinearParams {
+  const bf16* x;  // [rows, K]
+  int64_t x_stride;
+  const bf16* packed_weight;
+  const float* bias;     // [M] or null
+  const bf16* residual;  // [rows, M] or null: added in the epilogue
+  int64_t residual_stride;
+  bf16* packed_x;  // packed_weight_size(rows, K) elements of working space
+  bf16* y;         // [rows, M] contiguous
+  int64_t rows, in_features, out_features;
+  bool gelu;
+};
+
+struct PackWeightParams {
+  const bf16* weight;  // [M, K] contiguous
+  bf16* packed;        // packed_weight_size(M, K) elements
+  int64_t in_features, out_features;
+};
+
+struct Kernels {
+  const char* name;
+  void (*norm)(const NormParams&, const Executor&);
+  void (*norm_backward)(const NormBackwardParams&, const Executor&);
+  void (*qk_norm_stats_backward)(const QKNormStatsBackwardParams&, const Executor&);
+  void (*gelu)(const GeluParams&, const Executor&);  // with grad_y: its derivative
+  void (*attention)(const AttentionParams&, const Executor&);
+  void (*attention_backward)(const AttentionBackwardParams&, const Executor&);
+  // Null where the unit has no GEMM of its own; torch's is used then.
+  void (*pack_weight)(const PackWeightParams&, const Executor&);
+  void (*linear)(const LinearParams&, const Executor&);
+};
+
+extern const Kernels kGenericKernels;
+#ifdef __x86_64__
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
+#endif
+
+// The units this machine can run, worst first, ended by null; asked of CPUID, XCR0 and (AMX) the kernel's permission.
+const Kernels* const* supported_kernels();
+
+int64_t norm_backward_chunks(int64_t rows);
+int64_t packed_weight_size(int64_t out_features, int64_t in_features);
+
+}  // namespace internvit

@@ -1,0 +1,57 @@
+"""What this library does, in a minute: a trained network on photographs, and InternViT-300M fused beside the reference.
+
+python examples/demo.py demo/
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import trained_vit_s
+
+import internvit
+from internvit.contract import relative_error
+from internvit.info import cpu_flags, cpu_name
+from internvit.ops.backends import resolve
+
+
+def fused_beside_reference(rounds: int = 5) -> None:
+    """InternViT-300M at 448 px in bfloat16: error against float32, and time, interleaved in one process."""
+    config = internvit.InternViTConfig.from_name("internvit-300m-448px-v2.5")
+    torch.manual_seed(0)
+    print(f"InternViT-300M, 448 px, 1025 tokens, bfloat16, batch 1, random weights, {torch.get_num_threads()} threads")
+    reference = internvit.reference.InternViT(config).eval()
+    pixels = torch.randn(1, 3, 448, 448)
+    with torch.inference_mode():
+        truth = reference(pixels).last_hidden_state
+        reference.bfloat16()
+        model = internvit.InternViT(config, dtype=torch.bfloat16).eval()
+        model.load_state_dict(reference.state_dict())
+        networks = {"reference (plain PyTorch)": reference, "internvit": model}
+        errors = {name: relative_error(m(pixels.bfloat16()).last_hidden_state, truth) for name, m in networks.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in networks}
+        for _ in range(rounds):
+            for name, m in networks.items():
+                start = time.perf_counter()
+                m(pixels.bfloat16())
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    for name in networks:
+        print(f"  {name:26} {medians[name]:6.2f} s   error against float32 {errors[name]:.2e}")
+    plain, fused = medians.values()
+    x = pixels.bfloat16()
+    chosen = f"norms on {resolve('rms_norm', x)}, attention on {resolve('attention', x, head_dim=64)}"
+    print(f"  {plain / fused:.2f} times as fast ({chosen}; medians of {rounds}; {cpu_name()}, {' '.join(cpu_flags())})")
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    print("A trained ViT-S/14 of InternViT's block on three photographs:")
+    trained_vit_s.main(str(folder / "pca.png"))
+    fused_beside_reference()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo"))

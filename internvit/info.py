@@ -1,0 +1,53 @@
+"""What this machine has: versions, devices, instruction sets, and which backends run."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvit.ops import backends
+
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "timm", "flash-attn", "huggingface-hub")
+
+
+def cpu_flags() -> list[str]:
+    """The instruction sets that the kernels care about, as the operating system reports them."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return [torch.backends.cpu.get_cpu_capability()]
+    line = next((x for x in path.read_text().splitlines() if x.startswith(("flags", "Features"))), "")
+    return [flag for flag in _FLAGS if flag in line.split()]
+
+
+def cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, CPU, and the backends with the reason where one does not run."""
+    from internvit import __version__
+
+    versions = {"internvit": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    device = "cuda" if devices else "cpu"
+    chosen = {
+        op: backends.resolve(op, torch.empty(1, dtype=torch.bfloat16, device=device), head_dim=64)
+        for op in ("rms_norm", "layer_norm", "layer_scale_residual_norm", "attention", "linear_gelu")
+    }
+    return {
+        "versions": versions,
+        "cpu": {"name": cpu_name(), "threads": torch.get_num_threads(), "instruction sets": cpu_flags()},
+        "devices": devices or ["cpu"],
+        "backends": backends.table(),
+        "chosen": chosen,
+    }
