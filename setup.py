@@ -70,9 +70,7 @@ def compile_cpu_library(build: Path) -> Path:
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        raise RuntimeError(
-            f"torch cannot be imported ({error}); pip install --no-build-isolation sees yours"
-        ) from error
+        raise RuntimeError(f"torch cannot be imported ({error}); pip install --no-build-isolation sees yours") from error
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     units = {name: flags for name, flags in UNIT_FLAGS.items() if x86 or name == "isa_generic.cpp"}
     build.mkdir(parents=True, exist_ok=True)
@@ -90,14 +88,7 @@ def compile_cpu_library(build: Path) -> Path:
 
 def run_ninja(build: Path, compiles: dict[str, list[str]], link: list[str], link_end: list[str]) -> None:
     """Two compilers at a time, and only what changed."""
-    lines = [
-        "rule run",
-        "  command = $command",
-        "  depfile = $depfile",
-        "  deps = gcc",
-        "rule link",
-        "  command = $command",
-    ]
+    lines = ["rule run", "  command = $command", "  depfile = $depfile", "  deps = gcc", "rule link", "  command = $command"]
     for name, command in compiles.items():
         source, stem = SOURCES / name, Path(name).stem
         call = [*command, "-MMD", "-MF", f"{stem}.d", "-c", str(source), "-o", f"{stem}.o"]
