@@ -104,7 +104,7 @@ def test_outputs_and_gradients_of_the_upstream(name) -> None:
 @pytest.mark.parametrize(
     ("name", "judge"),
     [
-        ("300m-2-layers", opengvlab_judge),
+        pytest.param("300m-2-layers", opengvlab_judge, marks=pytest.mark.slow),
         ("300m-2-layers", transformers_judge),
         ("300m-2-layers", timm_judge),
         pytest.param("6b-2-layers", opengvlab_judge, marks=pytest.mark.slow),
@@ -423,6 +423,33 @@ def test_timm_without_layer_scale_and_with_registers() -> None:
     assert not internvit.patch(model).left
     assert relative_error(model(pixels), expected) <= 1e-5
     assert torch.equal(model.forward_features(pixels, attn_mask=mask), masked), "a mask is for the block's own forward"
+
+
+def test_timms_own_model_is_known() -> None:
+    import timm
+
+    model = timm.create_model("vit_intern300m_patch14_448", depth=1, device="meta")
+    assert internvit.patch(model).fused == ["blocks.0"]
+
+
+def test_apex_norms_are_known() -> None:
+    """OpenGVLab's code takes apex's FusedRMSNorm for every RMSNorm where apex is installed; its eps is called eps."""
+
+    class FusedRMSNorm(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    model, pixels = upstream("opengvlab-rms_norm")
+    expected = features(model, pixels)
+    for layer in model.encoder.layers:
+        layer.norm1, layer.norm2 = FusedRMSNorm(layer.norm1), FusedRMSNorm(layer.norm2)
+        layer.attn.q_norm, layer.attn.k_norm = FusedRMSNorm(layer.attn.q_norm), FusedRMSNorm(layer.attn.k_norm)
+    assert len(internvit.patch(model).fused) == 3
+    assert relative_error(features(model, pixels), expected) <= 1e-5
 
 
 def test_a_forward_replaced_on_the_instance_is_kept() -> None:
