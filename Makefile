@@ -24,11 +24,14 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 demo: setup ## a trained network on photographs, and the fused model beside the reference
 	$(BIN)/python examples/demo.py demo
 
+# Triton reads TRITON_INTERPRET when kernels are imported: interpreted tests have a process of their own.
 test: setup ## everything that is not slow, in minutes
 	$(BIN)/python -m pytest -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/triton/interpreted
 
 test-all: setup ## the rest as well
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/interpreted
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

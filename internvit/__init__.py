@@ -7,22 +7,30 @@
 
 from internvit import ops, reference
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
+from internvit.connector import InternVLConnector
 from internvit.convert import convert_state_dict
 from internvit.inference import optimize_for_inference
 from internvit.modeling import InternViT
 from internvit.ops import backend
 from internvit.output import InternViTOutput
+from internvit.patching import PatchHandle, patch
+from internvit.tiling import best_grid, tile_image
 
 __version__ = "0.1.0"
 __all__ = [
     "HUB_IDS",
     "VARIANTS",
+    "InternVLConnector",
     "InternViT",
     "InternViTConfig",
     "InternViTOutput",
+    "PatchHandle",
     "backend",
+    "best_grid",
     "convert_state_dict",
     "ops",
     "optimize_for_inference",
+    "patch",
     "reference",
+    "tile_image",
 ]

@@ -86,14 +86,19 @@ def make_norm(config: InternViTConfig, rounding: str, **factory: Any) -> RMSNorm
     return LayerNorm(config.hidden_size, config.layer_norm_eps, **factory)
 
 
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether `module` is exactly a `kind`, without hooks or a tensor subclass inside."""
+    return type(module) is kind and not has_hooks(module) and _is_plain_tensor(module.weight)
+
+
 def is_plain_norm(module: nn.Module) -> TypeGuard[RMSNorm | LayerNorm]:
     """Whether `module` is a norm built here whose call a fused op may stand for."""
-    return type(module) in (RMSNorm, LayerNorm) and not has_hooks(module) and _is_plain_tensor(module.weight)
+    return is_plain(module, RMSNorm) or is_plain(module, LayerNorm)
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `module` is an `nn.Linear` without hooks, adapters, parametrisation or a tensor subclass inside."""
-    return type(module) is nn.Linear and not has_hooks(module) and _is_plain_tensor(module.weight)
+    return is_plain(module, nn.Linear)
 
 
 def _is_plain_tensor(t: Any) -> bool:
@@ -119,6 +124,15 @@ def remember_norm(norm: RMSNorm | LayerNorm, x: Tensor, y: Tensor) -> Tensor:
         return y
     x_only, dtype = x.detach(), y.dtype
     return recompute.remember(y, lambda: norm(x_only).to(dtype), x, norm.weight, norm.bias)
+
+
+def fc1_gelu(fc1: nn.Module, x: Tensor) -> Tensor:
+    """gelu(fc1(x)), in one op where fc1 is a plain Linear, remembered as a recipe for backward."""
+    if not is_plain_linear(fc1):
+        return F.gelu(fc1(x))
+    remembers = recompute.active()
+    hidden, pre, backend = linear_gelu_with_pre_activation(x, fc1.weight, fc1.bias, remembers, None)
+    return recompute.remember(hidden, lambda: gelu(pre, backend), pre) if remembers else hidden
 
 
 class Attention(nn.Module):
@@ -177,13 +191,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch [B, N, C] of normed tokens x [B, N, C]."""
-        if not is_plain_linear(self.fc1):
-            return self.fc2(F.gelu(self.fc1(x)))
-        remembers = recompute.active()
-        hidden, pre, backend = linear_gelu_with_pre_activation(x, self.fc1.weight, self.fc1.bias, remembers, None)
-        if remembers:
-            recompute.remember(hidden, lambda: gelu(pre, backend), pre)
-        return project(self.fc2, hidden)
+        return project(self.fc2, fc1_gelu(self.fc1, x))
 
 
 class _GridCache(dict[tuple, Tensor]):

@@ -6,6 +6,10 @@
 q, k, v [B, N, H, D] by strides. The norm never touches K in memory: the query tile is taken times
 rstd_q * q_weight * k_weight * scale * log2(e) once, rounded to its dtype, and column j of the scores times rstd_k[j].
 One program keeps a tile of one head's queries and walks over its keys; softmax runs in base 2 and float32.
+
+The class token makes 1025 = 8 * 128 + 1 of 1024 patches: a ninth tile of queries and a 17th of keys with one row each.
+Where N is one more than whole tiles the first key starts the softmax instead, and the first query gets a small program:
+128 tile products a head instead of 153, and none of them masked.
 """
 
 import torch
@@ -19,6 +23,7 @@ from internvit.kernels.attention_launch import attention_launch
 from internvit.kernels.attention_tiles import LN2, LOG2E, fold, load_rows, scaled_scores, store_rows
 from internvit.kernels.layer_scale_residual import contiguous
 from internvit.kernels.qk_norm_stats import dense_heads, token_strides
+from internvit.kernels.rows import load_vector
 
 __all__ = ["attention", "attention_backward"]
 
@@ -57,6 +62,103 @@ def softmax_step(
 
 
 @triton.jit
+def attend_tile(
+    p_q,
+    p_k,
+    p_v,
+    p_q_weight,
+    p_k_weight,
+    p_rstd_q,
+    p_rstd_k,
+    p_out,
+    p_lse,
+    i_m,
+    i_h,
+    N,
+    H,
+    stride_qn,
+    stride_kn,
+    stride_vn,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PEEL_KEY: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Queries i_m.. of one head; all pointers are that head's."""
+    o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    b_q = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, True)
+    if p_rstd_k is not None:
+        b_rstd = tl.load(p_rstd_q + o_m, mask=o_m < N, other=0.0)
+        b_q = fold(b_q, p_q_weight, p_k_weight, b_rstd, i_h, o_d, scale_log2, D)
+    if PEEL_KEY:
+        b_first = tl.sum(b_q.to(tl.float32) * load_vector(p_k, o_d, D)[None, :], 1)  # [BLOCK_M]
+        b_max = b_first * (scale_log2 if p_rstd_k is None else tl.load(p_rstd_k))
+        b_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+        b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + load_vector(p_v, o_d, D)[None, :]
+    else:
+        b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        b_sum = tl.zeros([BLOCK_M], tl.float32)
+        b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for i_n in range(1 if PEEL_KEY else 0, N, BLOCK_N):
+        b_acc, b_sum, b_max = softmax_step(
+            b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, i_n, N, stride_kn, stride_vn, o_d, scale_log2,
+            D, BLOCK_N, TAIL,
+        )  # fmt: skip
+    store_rows(p_out, i_m, N, H * D, o_d, D, BLOCK_M, b_acc / b_sum[:, None])
+    tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < N)
+
+
+@triton.jit
+def attend_first(
+    p_q,
+    p_k,
+    p_v,
+    p_q_weight,
+    p_k_weight,
+    p_rstd_q,
+    p_rstd_k,
+    p_out,
+    p_lse,
+    i_h,
+    N,
+    stride_kn,
+    stride_vn,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The first query of one head, without matrix products."""
+    o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0)[None, :]
+    if p_rstd_k is not None:
+        b_rstd = tl.load(p_rstd_q + tl.arange(0, 1))
+        b_q = fold(b_q, p_q_weight, p_k_weight, b_rstd, i_h, o_d, scale_log2, D)
+    b_max = tl.full([1], float("-inf"), tl.float32)
+    b_sum = tl.zeros([1], tl.float32)
+    b_acc = tl.zeros([BLOCK_D], tl.float32)
+    for i_n in range(0, N, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        b_k = load_rows(p_k, i_n, N, stride_kn, o_d, D, BLOCK_N, True)
+        b_s = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)[None, :]
+        b_s = scaled_scores(b_s, p_rstd_k, o_n, N, scale_log2, True)  # [1, BLOCK_N]
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new_max[:, None])
+        b_correction = tl.exp2(b_max - b_new_max)
+        b_sum = b_sum * b_correction + tl.sum(b_p, 1)
+        b_v = load_rows(p_v, i_n, N, stride_vn, o_d, D, BLOCK_N, True)
+        b_rounded = tl.reshape(b_p, [BLOCK_N]).to(b_v.dtype).to(tl.float32)
+        b_acc = b_acc * b_correction + tl.sum(b_rounded[:, None] * b_v.to(tl.float32), 0)
+        b_max = b_new_max
+    tl.store(p_out + o_d, (b_acc / b_sum).to(p_out.dtype.element_ty), mask=o_d < D)
+    tl.store(p_lse + tl.arange(0, 1), (b_max + tl.log2(b_sum)) * LN2)
+
+
+@triton.jit
 def attention_kernel(
     p_q,  # [B, N, H, D]
     p_k,  # [B, N, H, D]
@@ -69,6 +171,7 @@ def attention_kernel(
     p_lse,  # [B, H, N]
     N,
     H,
+    programs,  # of one head
     stride_qb,
     stride_qn,
     stride_qh,
@@ -83,33 +186,35 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own
+    PEEL_KEY: tl.constexpr,  # key 0 starts the softmax
     TAIL: tl.constexpr,  # the last tile of keys is not whole
 ):
-    tiles = tl.cdiv(N, BLOCK_M)
-    i_m = tl.program_id(0) % tiles * BLOCK_M
-    i_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    i_tile = tl.program_id(0) % programs
+    i_bh = (tl.program_id(0) // programs).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
+    p_q += i_b * stride_qb + i_h * stride_qh
     p_k += i_b * stride_kb + i_h * stride_kh
     p_v += i_b * stride_vb + i_h * stride_vh
-    o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    b_q = load_rows(p_q + i_b * stride_qb + i_h * stride_qh, i_m, N, stride_qn, o_d, D, BLOCK_M, True)
-    if p_rstd_k is not None:
-        b_rstd = tl.load(p_rstd_q + i_b * N + o_m, mask=o_m < N, other=0.0)
-        b_q = fold(b_q, p_q_weight, p_k_weight, b_rstd, i_h, o_d, scale_log2, D)
-        p_rstd_k += i_b * N
-
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for i_n in range(0, N, BLOCK_N):
-        b_acc, b_sum, b_max = softmax_step(
-            b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, i_n, N, stride_kn, stride_vn, o_d, scale_log2,
-            D, BLOCK_N, TAIL,
-        )  # fmt: skip
     p_out += (i_b * N * H + i_h) * D
-    store_rows(p_out, i_m, N, H * D, o_d, D, BLOCK_M, b_acc / b_sum[:, None])
-    tl.store(p_lse + i_bh * N + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < N)
+    p_lse += i_bh * N
+    if p_rstd_k is not None:
+        p_rstd_q += i_b * N
+        p_rstd_k += i_b * N
+    # fmt: off
+    if PEEL_QUERY:
+        if i_tile == programs - 1:
+            attend_first(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse, i_h, N,
+                         stride_kn, stride_vn, scale_log2, D, BLOCK_D, BLOCK_N)
+        else:
+            attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
+                        1 + i_tile * BLOCK_M, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
+                        D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
+    else:
+        attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
+                    i_tile * BLOCK_M, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
+                    D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
+    # fmt: on
 
 
 def attention(
@@ -127,16 +232,20 @@ def attention(
     choice = attention_launch("forward", D, q.dtype, launch.target_of(q))
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, H, N), dtype=torch.float32)
+    peel_query, peel_key = (N > 1 and N % tile == 1 for tile in (choice.rows, choice.columns))
+    programs = triton.cdiv(N, choice.rows)
     launch.run(
         attention_kernel,
-        (triton.cdiv(N, choice.rows) * B * H,),
+        (programs * B * H,),
         *(q, k, v, contiguous(q_weight), contiguous(k_weight), contiguous(rstd_q), contiguous(rstd_k), out, lse),
-        *(N, H, *token_strides(q), *token_strides(k), *token_strides(v), scale * LOG2E.value),
+        *(N, H, programs, *token_strides(q), *token_strides(k), *token_strides(v), scale * LOG2E.value),
         D=D,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         BLOCK_M=choice.rows,
         BLOCK_N=choice.columns,
-        TAIL=N % choice.columns != 0,
+        PEEL_QUERY=peel_query,
+        PEEL_KEY=peel_key,
+        TAIL=N % choice.columns != 0 and not peel_key,
         num_warps=choice.warps,
         num_stages=choice.stages,
     )

@@ -32,17 +32,18 @@ class AttentionLaunch:
         tensor memory.
         """
         wide = block_d > 64
-        if itemsize == 4:  # exact float32 products: no tensor cores, registers set the size
-            return cls(32, 32, 4, 1)
         if kernel == "delta":
             return cls(64, 0, 4, 1)
+        if itemsize == 4:  # exact float32 products, no tensor cores: D = 128 backward spills 200 bytes at any size
+            return cls(32, 16 if wide else 32, 8, 1)
         if target.is_amd:
             if kernel == "forward":
                 return cls(128, 64, 8 if wide else 4, 1)
             return cls(64 if wide else 128, 32, 4, 1)
-        if kernel == "forward":
-            return cls(128, 64, 8, 3)
-        return cls(128 if not wide or target.name.startswith("sm_10") else 64, 64, 8, 2)
+        blackwell = target.name.startswith("sm_10")
+        if kernel == "forward":  # D = 64 on sm_100: a third stage spills 4 bytes at 128 registers, two spill none
+            return cls(128, 64, 8, 2 if blackwell and not wide else 3)
+        return cls(128 if blackwell or not wide else 64, 64, 8, 2)
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Independent implementations with the weights of ours, and the configurations they are compared on."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from internvit import InternViTConfig
 from internvit.convert import convert_state_dict
+from internvit.patching import FusedBlock
 
 _TINY: dict[str, Any] = {
     "image_size": 56,
@@ -85,3 +88,50 @@ def timm_judge(config: InternViTConfig, state_dict: dict[str, Tensor], **changes
     ).eval()
     judge.load_state_dict(convert_state_dict(state_dict, to="timm"), strict=True)
     return judge
+
+
+def opengvlab_judge(config: InternViTConfig, state_dict: dict[str, Tensor]) -> nn.Module:
+    from tests.upstream.opengvlab import InternVisionModel
+
+    judge = InternVisionModel(config).eval()
+    judge.load_state_dict(state_dict, strict=True)
+    return judge
+
+
+def mmseg_judge(config: InternViTConfig, state_dict: dict[str, Tensor], **changes: Any) -> nn.Module:
+    from tests.upstream.mmseg import InternViT6B
+
+    judge = InternViT6B(
+        img_size=config.image_hw[0],
+        patch_size=config.patch_size,
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+        qkv_bias=config.qkv_bias,
+        drop_path_rate=config.drop_path_rate,
+        out_indices=(config.num_hidden_layers - 1,),
+        **changes,
+    ).eval()
+    judge.load_state_dict(convert_state_dict(state_dict, to="mmseg"), strict=True)
+    return judge
+
+
+def features(judge: nn.Module, pixels: Tensor) -> Tensor:
+    """The last block's tokens (mmseg: as a map, without the class token) of any judge."""
+    if hasattr(judge, "forward_features"):
+        return judge.forward_features(pixels)
+    out = judge(pixels)
+    return out[-1] if isinstance(out, list) else out.last_hidden_state
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[nn.Module]]:
+    """The blocks of patched models that run fused, in order."""
+    ran: list[nn.Module] = []
+    run = FusedBlock.run
+    try:
+        FusedBlock.run = lambda self, x: ran.append(self.block) or run(self, x)
+        yield ran
+    finally:
+        FusedBlock.run = run

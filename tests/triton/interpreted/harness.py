@@ -67,7 +67,7 @@ def fits(case: dict[str, Any]) -> bool:
 
 
 def _id(case: dict[str, Any]) -> str:
-    return "-".join(f"{k}={v}" for k, v in case.items())
+    return "-".join(f"{k}:{v}" for k, v in case.items())
 
 
 def generator(case: dict[str, Any]) -> torch.Generator:

@@ -1,0 +1,45 @@
+"""Offsets beyond 2^31 elements: rows far apart in memory that is reserved but never touched in between."""
+
+import pytest
+import torch
+
+from internvit.ops import attention, layer_scale_residual, qk_norm, rms_norm
+
+STRIDE = 2**30  # fits int32; two of them do not
+
+
+@pytest.fixture(scope="module")
+def storage():
+    """4 GiB of address space in bfloat16, of which a few pages are used."""
+    return torch.empty(2 * STRIDE + 4096, dtype=torch.bfloat16)
+
+
+def far(storage, shape, strides):
+    return storage.as_strided(shape, strides)
+
+
+def test_rows_far_apart(storage):
+    x = far(storage, (3, 40), (STRIDE, 1)).copy_(torch.randn(3, 40))
+    weight = torch.randn(40).bfloat16().requires_grad_()
+    for op in (
+        lambda x, backend: rms_norm(x, weight, backend=backend),
+        lambda x, backend: layer_scale_residual(x, x, weight, backend=backend),
+    ):
+        results = []
+        for backend in ("triton", "reference"):
+            y = op(x, backend)
+            results += [y, *torch.autograd.grad(y.float().sum(), weight)]
+        torch.testing.assert_close(results[0], results[2], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(results[1], results[3], rtol=1e-2, atol=1e-2)
+
+
+def test_tokens_and_images_far_apart(storage):
+    weight = torch.randn(32).bfloat16()
+    for strides in ((STRIDE, 32, 16, 1), (32, 2**23, 16, 1)):  # images apart; tokens apart, 257 of them
+        shape = (3, 2, 2, 16) if strides[0] == STRIDE else (1, 257, 2, 16)
+        q = far(storage, shape, strides).copy_(torch.randn(shape))
+        for a, b in zip(*(qk_norm(q, q, weight, weight, backend=n) for n in ("triton", "reference")), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(
+            *(attention(q, q, q, backend=n) for n in ("triton", "reference")), rtol=2e-2, atol=2e-2
+        )
