@@ -152,7 +152,7 @@ def test_attention(unit: str, dtype, folded: bool, tokens: int, heads: int, head
     else:
         eager = attention_reference(q.float(), k.float(), v.float(), scale, *weights)[0].to(dtype)
         assert product_failures(out, truth, eager, 2.0) == []
-    assert (lse - true_lse).abs().max() < (0.03 if folded and dtype == torch.bfloat16 else 1e-4)
+    assert (lse - true_lse).abs().max() < (0.03 if folded and dtype == torch.bfloat16 else 2e-4)
 
 
 @pytest.mark.parametrize("spread", [8.0, 40.0, 1e9, 1e17])
