@@ -162,6 +162,8 @@ def agree(kind: str, names: str, actual: tuple, truth: tuple, eager: tuple, term
             a = torch.where((a - t).abs() <= 2**-22 * terms, t.to(a.dtype), a)
         if kind == "norm" or a.dtype == torch.float32:
             found = contract.norm_failures(a, t, e)
+            if kind == "sum" and contract.relative_error(a, t) <= 4 * torch.finfo(torch.float32).eps:
+                found = []  # of few channels that count, eager's error may be nothing by luck
         else:
             found = contract.product_failures(a, t, t.to(a.dtype))
         failures += [f"{name}: {f}" for f in found]

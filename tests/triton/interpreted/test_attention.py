@@ -21,8 +21,8 @@ FACTORS = {
 
 
 def allowed(case):
-    # without a norm scores of large activations are beyond float32's exactness in any implementation
-    if case.get("norm") == "none" and case.get("distribution", "normal") not in ("normal", "near_zero", "large_mean"):
+    # without a norm the scores of large activations, 10^4 at a mean of 30, are known to 10^-3 only in float32
+    if case.get("norm") == "none" and case.get("distribution", "normal") not in ("normal", "near_zero"):
         return False
     if case.get("dtype") == "float32" and case.get("tokens") == 1025:  # float32 tiles are small: a minute each
         return False
@@ -114,10 +114,35 @@ def test_attention(case):
         assert all((t.abs() <= 1e-3).all() for t in actual[:2] + actual[3:])
         actual, names = actual[2:3], names[2:3]
         truth, eager, emulated_grads, emulated_sums = truth[2:3], eager[2:3], emulated_grads[2:3], ()
+    if case["distribution"] == "large_mean":
+        # the sums over tokens cancel to what rounding left, one draw a head: see the test over many draws below
+        emulated_sums = ()
     for name, a, t, e, m in zip(names, actual, truth, eager, [*emulated_grads, *emulated_sums], strict=False):
         factor = None if wide else 1.1
         failures += [f"{name}: {f}" for f in contract.product_failures(a, t, e if wide else m, factor)]
     assert not failures, "; ".join(failures)
+
+
+@pytest.mark.slow
+def test_weight_gradients_at_a_large_mean():
+    """Single draws lie between 0.4 and 13 times the emulation's error; over 14 of them the errors are as large."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for seed in range(14):
+        g, memory = torch.Generator().manual_seed(seed), Memory()
+        q, k = (contract.sample((1, 65, 2, 64), "large_mean", torch.bfloat16, g) for _ in range(2))
+        v, grad_out = (torch.randn(1, 65, 2, 64, generator=g).bfloat16() for _ in range(2))
+        weights = [(1 + 0.3 * torch.randn(128, generator=g)).bfloat16() for _ in range(2)]
+        inputs = (q, k, v, 0.125, *weights, *reference("qk_norm_stats", torch.float32, q, k, 1e-6))
+        out, lse = run(memory, "attention", *inputs)
+        grads = [torch.empty_like(q) for _ in range(3)]
+        actual = run(memory, "attention_backward", grad_out, q, k, v, out, lse, *inputs[3:], *grads)[0]
+        truth_out, truth_lse = reference("attention", torch.float64, *inputs)
+        buffers = [torch.empty(q.shape, dtype=torch.float64) for _ in range(3)]
+        args = (grad_out, q, k, v, truth_out, truth_lse, *inputs[3:], *buffers)
+        truth = reference("attention_backward", torch.float64, *args)[0]
+        emulation = emulate(*inputs, grad_out, torch.bfloat16)[2][0]
+        squares += torch.tensor([contract.relative_error(t, truth) ** 2 for t in (actual, emulation)])
+    assert squares[0] <= 1.1**2 * squares[1]
 
 
 @pytest.mark.parametrize("packed", [True, False])
