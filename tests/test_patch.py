@@ -356,6 +356,27 @@ def test_verify(name, dtype, monkeypatch) -> None:
     assert all("forward" not in m.__dict__ for m in model.modules())
 
 
+def test_print_is_short() -> None:
+    model, _ = upstream("opengvlab-rms_norm", num_hidden_layers=5)
+    handle = internvit.patch(model)
+    model.encoder.layers[3].attn.proj.register_forward_hook(lambda *_: None)
+    assert repr(handle).splitlines() == [
+        "internvit.patch of InternVisionModel: 4 of 5 blocks fused",
+        "  fused (opengvlab): encoder.layers.0 to encoder.layers.2",
+        "  left: encoder.layers.3: attn.proj has a hook, or attention maps are asked for",
+        "  fused (opengvlab): encoder.layers.4",
+    ]
+
+
+def test_a_block_called_by_keyword_runs_its_own_forward() -> None:
+    model, _ = upstream("timm-layer_norm")
+    x = torch.randn(1, 5, 96)
+    expected = model.blocks[0](x)
+    internvit.patch(model)
+    assert torch.equal(model.blocks[0](x=x), expected)
+    assert relative_error(model.blocks[0](x), expected) <= 1e-5
+
+
 def test_inside_a_larger_model() -> None:
     config = CONFIGS["tiny-rms_norm"]
     chat = opengvlab.InternVLChatModel(config, 32).eval()

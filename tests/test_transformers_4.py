@@ -1,4 +1,4 @@
-"""The last transformers 4, from its wheel, in a folder of its own: patching, Auto classes and the attention function."""
+"""The last transformers 4, from its wheel in a folder of its own: patching, Auto classes, attention."""
 
 import os
 import subprocess
