@@ -21,7 +21,7 @@ from internvit.layouts import (
     busy,
     gamma_of,
     has_own_forward,
-    inner_types,
+    inner_modules,
     layout_of,
     mixed,
     norm_of,
@@ -39,7 +39,7 @@ class FusedBlock:
     def __init__(self, block: nn.Module, layout: Layout) -> None:
         self.block = block
         self.layout = layout
-        self.types = inner_types(block, layout)
+        self.inner = inner_modules(block, layout)
         self.active = False
 
     def install(self) -> None:
@@ -58,14 +58,14 @@ class FusedBlock:
 
     def why_not(self) -> str | None:
         """Why the block would run its own forward if it were called now; None when it would run fused."""
-        return unfit(self.block, self.layout) or busy(self.block, self.layout, self.types)
+        return unfit(self.block, self.layout) or busy(self.block, self.layout, self.inner)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output of hidden states [B, N, C]; any further argument, as a mask, is for its own forward."""
         block: Any = self.block
         layout = self.layout
         more = any(value is not None and value is not False for value in (*args[1:], *kwargs.values()))
-        if not self.active or not args or more or busy(block, layout, self.types) or mixed(block, layout, args[0]):
+        if not self.active or not args or more or busy(block, layout, self.inner) or mixed(block, layout, args[0]):
             return type(block).forward(block, *args, **kwargs)
         hidden_states = args[0]
         if getattr(block, "with_cp", False) and hidden_states.requires_grad:  # mmseg checkpoints inside the block

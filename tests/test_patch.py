@@ -321,10 +321,14 @@ def test_moves_loads_and_modes(name) -> None:
 def test_compiles_whole(name) -> None:
     torch._dynamo.reset()
     model, pixels = upstream(name, num_hidden_layers=1)
-    internvit.patch(model)
     expected = features(model, pixels)
+    if name.startswith("transformers"):
+        model(pixels, output_hidden_states=True)  # its hooks stay
+    internvit.patch(model)
     compiled = torch.compile(model.forward_features if name.startswith("timm") else model, fullgraph=True)
-    out = compiled(pixels)
+    with counted() as ran:
+        out = compiled(pixels)
+    assert ran
     assert relative_error(out if isinstance(out, Tensor) else out.last_hidden_state, expected) <= 1e-5
 
 
