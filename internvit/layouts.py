@@ -8,7 +8,6 @@ part is of a class whose arithmetic is the one above. `unfit` says what speaks a
 does at this moment: a hook, an adapter, a quantised weight, dropout.
 """
 
-import functools
 import sys
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -56,12 +55,7 @@ class Layout:
     def linears(self) -> tuple[str, ...]:
         return (*self.qkv, self.proj, self.fc1, self.fc2)
 
-    @functools.cached_property
-    def steps(self) -> dict[str, tuple[str, ...]]:
-        """Each name, split at its dots."""
-        return {name: tuple(name.split(".")) for name in self.names}
-
-    @functools.cached_property
+    @property
     def names(self) -> tuple[str, ...]:
         """Every module or parameter that a block may have."""
         values = [getattr(self, field.name) for field in fields(self) if field.name not in ("name", "classes")]
@@ -238,31 +232,44 @@ def _unfit_parts(block: nn.Module, layout: Layout) -> str | None:
     return None
 
 
-def inner_types(block: nn.Module, layout: Layout) -> dict[str, type]:
-    """The class of each module that is inside a block, by name."""
+class Inner(NamedTuple):
+    """A module inside a block, as it was when the block was found fit."""
+
+    name: str
+    steps: tuple[str, ...]
+    kind: type
+
+
+def inner_modules(block: nn.Module, layout: Layout) -> tuple[Inner, ...]:
+    """The modules that a block has; a Linear may be of another class now, and plain again later."""
     modules = {name: part(block, name) for name in layout.names}
-    return {name: type(module) for name, module in modules.items() if isinstance(module, nn.Module)}
+    return tuple(
+        Inner(name, tuple(name.split(".")), nn.Linear if name in layout.linears else type(module))
+        for name, module in modules.items()
+        if isinstance(module, nn.Module)
+    )
 
 
-def busy(block: nn.Module, layout: Layout, types: dict[str, type]) -> str | None:
-    """Why a fit block must run its own forward now; `types` are those of its modules when it was found fit.
+def busy(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> str | None:
+    """Why a fit block must run its own forward now.
 
     It runs at each call of each block, so it reads the modules' dictionaries (17 us a block on one Xeon core;
     through nn.Module's __getattr__ it was 147).
     """
-    for name, expected in types.items():
+    for name, steps, kind in inner:
         module: Any = block
-        for step in layout.steps[name]:
+        for step in steps:
             module = module._modules.get(step)
             if module is None:
                 return f"it has no {name}"
-        is_linear, found = name in layout.linears, type(module)
-        if found is not (nn.Linear if is_linear else expected):
+        found = type(module)
+        if found is not kind:
             return f"{name} is a {found.__module__}.{found.__qualname__}"
-        if is_linear and type(module._parameters.get("weight")) is not nn.Parameter and not is_plain_linear(module):
-            return f"{name}.weight is a {type(module.weight).__name__}"
         if _is_hooked(module):
             return f"{name} has a hook, or attention maps are asked for"
+        is_parameter = kind is not nn.Linear or type(module._parameters.get("weight")) is nn.Parameter
+        if not is_parameter and not is_plain_linear(module):
+            return f"{name}.weight is a {type(module.weight).__name__}"
     if block.training:
         for name in layout.dropouts:
             dropout = part(block, name)

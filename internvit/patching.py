@@ -6,6 +6,7 @@ touched, and no module, parameter or key is added. The Linears stay what they ar
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from internvit.layouts import (
     busy,
     gamma_of,
     has_own_forward,
-    inner_types,
+    inner_modules,
     layout_of,
     mixed,
     norm_of,
@@ -38,7 +39,7 @@ class FusedBlock:
     def __init__(self, block: nn.Module, layout: Layout) -> None:
         self.block = block
         self.layout = layout
-        self.types = inner_types(block, layout)
+        self.inner = inner_modules(block, layout)
         self.active = False
 
     def install(self) -> None:
@@ -57,15 +58,16 @@ class FusedBlock:
 
     def why_not(self) -> str | None:
         """Why the block would run its own forward if it were called now; None when it would run fused."""
-        return unfit(self.block, self.layout) or busy(self.block, self.layout, self.types)
+        return unfit(self.block, self.layout) or busy(self.block, self.layout, self.inner)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The block's output [B, N, C]; further arguments, such as an attention mask, are for its own forward."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's output of hidden states [B, N, C]; any further argument, as a mask, is for its own forward."""
         block: Any = self.block
         layout = self.layout
-        asked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
-        if not self.active or asked or busy(block, layout, self.types) or mixed(block, layout, hidden_states):
-            return type(block).forward(block, hidden_states, *args, **kwargs)
+        more = any(value is not None and value is not False for value in (*args[1:], *kwargs.values()))
+        if not self.active or not args or more or busy(block, layout, self.inner) or mixed(block, layout, args[0]):
+            return type(block).forward(block, *args, **kwargs)
+        hidden_states = args[0]
         if getattr(block, "with_cp", False) and hidden_states.requires_grad:  # mmseg checkpoints inside the block
             return checkpoint(self.run, hidden_states, use_reentrant=False)
         inside = type(block).__call__ is nn.Module.__call__  # transformers 4.57 checkpoints in __call__, 5 in forward
@@ -181,10 +183,17 @@ class PatchHandle(contextlib.AbstractContextManager):
         self.undo()
 
     def __repr__(self) -> str:
-        fused, left = self.fused, self.left
+        fused, left = set(self.fused), self.left
         lines = [f"internvit.patch of {self._model}: {len(fused)} of {len(fused) + len(left)} blocks fused"]
-        lines += [f"  fused ({self._blocks[name].layout.name}): {name}" for name in fused]
-        lines += [f"  left: {name}: {reason}" for name, reason in left.items()]
+        names = [*self._blocks, *self._refused]
+        outcomes = [
+            (f"fused ({self._blocks[name].layout.name}): ", "") if name in fused else ("left: ", f": {left[name]}")
+            for name in names
+        ]
+        for (verdict, reason), group in itertools.groupby(zip(outcomes, names, strict=True), key=lambda pair: pair[0]):
+            blocks = [name for _, name in group]
+            span = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
+            lines.append(f"  {verdict}{span}{reason}")
         return "\n".join(lines)
 
 

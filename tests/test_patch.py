@@ -321,10 +321,14 @@ def test_moves_loads_and_modes(name) -> None:
 def test_compiles_whole(name) -> None:
     torch._dynamo.reset()
     model, pixels = upstream(name, num_hidden_layers=1)
-    internvit.patch(model)
     expected = features(model, pixels)
+    if name.startswith("transformers"):
+        model(pixels, output_hidden_states=True)  # its hooks stay
+    internvit.patch(model)
     compiled = torch.compile(model.forward_features if name.startswith("timm") else model, fullgraph=True)
-    out = compiled(pixels)
+    with counted() as ran:
+        out = compiled(pixels)
+    assert ran
     assert relative_error(out if isinstance(out, Tensor) else out.last_hidden_state, expected) <= 1e-5
 
 
@@ -354,6 +358,27 @@ def test_verify(name, dtype, monkeypatch) -> None:
     with pytest.raises(RuntimeError, match=r"(layers|layer|blocks)\.0 is off by"):
         internvit.patch(model, verify=True)
     assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+def test_print_is_short() -> None:
+    model, _ = upstream("opengvlab-rms_norm", num_hidden_layers=5)
+    handle = internvit.patch(model)
+    model.encoder.layers[3].attn.proj.register_forward_hook(lambda *_: None)
+    assert repr(handle).splitlines() == [
+        "internvit.patch of InternVisionModel: 4 of 5 blocks fused",
+        "  fused (opengvlab): encoder.layers.0 to encoder.layers.2",
+        "  left: encoder.layers.3: attn.proj has a hook, or attention maps are asked for",
+        "  fused (opengvlab): encoder.layers.4",
+    ]
+
+
+def test_a_block_called_by_keyword_runs_its_own_forward() -> None:
+    model, _ = upstream("timm-layer_norm")
+    x = torch.randn(1, 5, 96)
+    expected = model.blocks[0](x)
+    internvit.patch(model)
+    assert torch.equal(model.blocks[0](x=x), expected)
+    assert relative_error(model.blocks[0](x), expected) <= 1e-5
 
 
 def test_inside_a_larger_model() -> None:
