@@ -237,12 +237,13 @@ def test_export(name) -> None:
     pixels = images(model.config, 2)
     with torch.no_grad():
         program = torch.export.export(model, (pixels,))
-        assert torch.equal(program.module()(pixels).last_hidden_state, model(pixels).last_hidden_state)
+        # A traced graph runs a batch's Linears at once, eager an image at a time: other blocking, other last bits.
+        assert relative_error(program.module()(pixels).last_hidden_state, model(pixels).last_hidden_state) < 1e-6
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         buffer.seek(0)
         again = torch.export.load(buffer).module()(pixels)
-        assert torch.equal(again.last_hidden_state, model(pixels).last_hidden_state)
+        assert torch.equal(again.last_hidden_state, program.module()(pixels).last_hidden_state)
 
 
 @tiny
