@@ -173,7 +173,9 @@ class OptimizedInternViT(nn.Module):
         self._stamp = self._weights_stamp()
 
     def _weights_stamp(self) -> list[tuple[int, int]]:
-        return [(p.data_ptr(), p._version) for p in self.model.encoder.parameters()]
+        # An inference tensor counts no versions.
+        parameters = list(self.model.encoder.parameters())
+        return [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in parameters]
 
     @torch.no_grad()
     def forward(

@@ -92,6 +92,14 @@ def test_changed_weights_and_wrong_arguments_are_clear_errors() -> None:
         internvit.optimize_for_inference(model.train())
 
 
+def test_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = small_model(VARIANTS[0], torch.bfloat16, 0)
+        pixels = torch.randn(1, 3, 112, 112)
+        optimized = internvit.optimize_for_inference(model)
+        assert relative_error(optimized(pixels).last_hidden_state, model(pixels).last_hidden_state) < 0.02
+
+
 def test_float16_refuses_what_would_leave_its_normal_range() -> None:
     weight, bias = torch.full((4, 4), 0.01, dtype=torch.float16), torch.ones(4, dtype=torch.float16)
     assert fold_layer_scale(weight, bias, torch.full((4,), 1e-3)) is None
