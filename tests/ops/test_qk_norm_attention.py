@@ -35,11 +35,16 @@ def upstream(qkv, q_weight, k_weight) -> torch.Tensor:
 @pytest.mark.parametrize("distribution", ["normal", "massive", "near_zero"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_is_at_most_upstreams(backend, rounding, distribution, dtype, generator) -> None:
-    qkv = sample((1, 257, 3, 5 * 128), distribution, dtype, generator).view(1, 257, 3, 5, 128)
-    q_weight, k_weight = (1 + 0.3 * sample((640,), "normal", dtype, generator) for _ in range(2))
-    out = ops.qk_norm_attention(qkv, None, None, q_weight, k_weight, rounding=rounding, backend=backend)
-    truth = truth_of(qkv, q_weight, k_weight)
-    error, allowed = relative_error(out, truth), relative_error(upstream(qkv, q_weight, k_weight), truth)
+    # Massive channels' error is that of a few roundings, lucky or not: draws are pooled.
+    errors = []
+    for _ in range(16 if distribution == "massive" else 1):
+        qkv = sample((1, 257, 3, 5 * 128), distribution, dtype, generator).view(1, 257, 3, 5, 128)
+        q_weight, k_weight = (1 + 0.3 * sample((640,), "normal", dtype, generator) for _ in range(2))
+        out = ops.qk_norm_attention(qkv, None, None, q_weight, k_weight, rounding=rounding, backend=backend)
+        truth = truth_of(qkv, q_weight, k_weight)
+        errors.append((relative_error(out, truth), relative_error(upstream(qkv, q_weight, k_weight), truth)))
+    error, allowed = (torch.tensor(e).norm().item() for e in zip(*errors, strict=True))
+    print(f"{error / allowed:.3f} of upstream's error")
     assert error <= (2 * allowed if dtype == torch.float32 else 1.02 * allowed)
 
 
