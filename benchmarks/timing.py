@@ -5,7 +5,7 @@ reported is the ratio of medians, with the spread of the ratio over the rounds.
 """
 
 import csv
-import platform
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,14 +13,9 @@ from pathlib import Path
 
 import torch
 
+from internvit.info import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def cpu_name() -> str:
-    """The CPU's model name, cores and the instruction set the library chose."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -56,7 +51,7 @@ def rows_of(case: str, times: dict[str, list[float]], ours: str) -> list[dict[st
 
 def write(name: str, rows: list[dict[str, object]], threads: int) -> None:
     """Prints the rows and writes them to results/<name>.csv with the machine's name."""
-    facts = {"cpu": cpu_name(), "threads": threads, "torch": torch.__version__}
+    facts = {"cpu": f"{cpu_name()}, {os.cpu_count()} cores", "threads": threads, "torch": torch.__version__}
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *facts])
