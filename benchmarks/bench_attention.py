@@ -1,60 +1,79 @@
-"""Attention on the CPU, forward and forward + backward, next to SDPA (and eager QK-norm before it).
+"""Attention on a packed QKV buffer's views, forward and backward, next to SDPA and flash-attn."""
 
-python -m benchmarks.bench_attention [--rounds 30]
-"""
-
-import argparse
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from benchmarks.timing import interleaved, rows_of, write
 from internvit import ops
-from internvit.contract import relative_error
+from internvit.benchmarks.peers import flash_attn, sdpa
+from internvit.benchmarks.work import Setting, Work, op_work
 
-CASES = [(1, 1025, 16, 64, False), (4, 1025, 16, 64, False), (1, 1025, 25, 128, True), (1, 257, 16, 64, False)]
+
+def shapes_of(setting: Setting) -> tuple[tuple[int, int, int, int], ...]:
+    """Images, tokens, heads, head dimension: the 300M's and the 6B's at 448 px, and fewer and more tokens."""
+    if setting.quick:
+        return ((1, 257, 16, 64),)
+    if setting.device.startswith("cuda"):
+        return tuple((b, n, *heads) for b, n in ((1, 1025), (8, 1025), (8, 257), (1, 4097)) for heads in HEADS)
+    return (1, 1025, 16, 64), (4, 1025, 16, 64), (1, 257, 16, 64), (1, 4097, 16, 64), (1, 1025, 25, 128)
 
 
-def sdpa(qkv: Tensor, weight: Tensor | None) -> Tensor:
+HEADS = ((16, 64), (25, 128))
+
+
+def cost(images: int, tokens: int, heads: int, head_dim: int, itemsize: int) -> dict[str, Any]:
+    """q, k, v and out once, two products; backward reads five, writes three, five products. For `op_work`."""
+    one = images * tokens * heads * head_dim * itemsize
+    product = 2.0 * images * heads * tokens**2 * head_dim
+    return {"bytes": (4 * one, 12 * one), "flops": (2 * product, 7 * product)}
+
+
+def plain(qkv: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    return (((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2)
+
+
+def ours(qkv: Tensor, backend: str) -> Tensor:
     q, k, v = qkv.unbind(2)
-    if weight is not None:
-        q, k = (F.rms_norm(t.flatten(2), weight.shape, weight, 1e-6).view(t.shape) for t in (q, k))
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    return ops.attention(q, k, v, backend=backend)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30)
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    rows = []
-    for batch, tokens, heads, head_dim, normed in CASES:
-        qkv = torch.randn(batch, tokens, 3, heads, head_dim, dtype=torch.bfloat16)
-        weight = torch.rand(heads * head_dim, dtype=torch.bfloat16) + 0.5 if normed else None
-        case = f"{batch}x{tokens}x{heads}x{head_dim}{' QK-norm' if normed else ''} bf16"
-        with torch.no_grad():
-            ours, theirs = ops.qk_norm_attention(qkv, None, None, weight, weight, backend="cpu"), sdpa(qkv, weight)
-        if relative_error(ours, theirs.double()) > 0.02:
-            raise SystemExit(f"{case}: the result is wrong, nothing is timed")
-
-        def forward_ours(qkv: Tensor = qkv, weight: Tensor | None = weight) -> Tensor:
-            return ops.qk_norm_attention(qkv, None, None, weight, weight, backend="cpu")
-
-        def forward_sdpa(qkv: Tensor = qkv, weight: Tensor | None = weight) -> Tensor:
-            return sdpa(qkv, weight)
-
-        with torch.no_grad():
-            times = interleaved({"internvit cpu": forward_ours, "SDPA": forward_sdpa}, arguments.rounds)
-        rows += rows_of(f"{case} forward", times, "internvit cpu")
-        leaf, grad = qkv.clone().requires_grad_(), torch.randn_like(ours)
-        both = {
-            "internvit cpu": lambda x=leaf, g=grad: torch.autograd.grad(forward_ours(x), x, g),
-            "SDPA": lambda x=leaf, g=grad: torch.autograd.grad(forward_sdpa(x), x, g),
-        }
-        rows += rows_of(f"{case} forward + backward", interleaved(both, max(arguments.rounds // 3, 4)), "internvit cpu")
-    write("cpu_attention", rows, 2)
+def tiny(setting: Setting) -> Callable[[], object]:
+    x = torch.ones(1, 1, 1, 64, device=setting.device)
+    return lambda: ops.attention(x, x, x)
 
 
-if __name__ == "__main__":
-    main()
+def works(setting: Setting) -> list[Work]:
+    found = []
+    for images, tokens, heads, head_dim in shapes_of(setting):
+        for dtype in setting.dtypes if tokens <= 1025 else setting.dtypes[:1]:
+            generator = setting.generator()
+
+            def make(shape=(images, tokens, 3, heads, head_dim), generator=generator) -> tuple[Tensor, ...]:
+                return (torch.randn(shape, generator=generator),)
+
+            found.append(
+                op_work(
+                    setting,
+                    "attention",
+                    f"{images}x{tokens}x{heads}x{head_dim}",
+                    dtype,
+                    make,
+                    ours,
+                    plain,
+                    {"SDPA": lambda: lambda qkv: sdpa(*qkv.unbind(2)), **flash_attn(setting)},
+                    product=True,
+                    head_dim=head_dim,
+                    **cost(images, tokens, heads, head_dim, dtype.itemsize),
+                    sizes={"batch": images, "tokens": tokens, "heads": heads, "head_dim": head_dim},
+                    compile_peer=False,
+                    trains=tokens <= 1025,
+                )
+            )
+    return found
+
+
+def test_attention(timed) -> None:
+    timed()

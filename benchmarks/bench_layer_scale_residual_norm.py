@@ -1,61 +1,79 @@
-"""The residual seam on the CPU, forward and forward + backward, next to the eager chain and torch.compile of it.
+"""The residual seam with the next norm, forward and backward, next to the eager chain and torch.compile of it."""
 
-python -m benchmarks.bench_layer_scale_residual_norm [--rounds 30]
-"""
-
-import argparse
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.timing import interleaved, rows_of, write
 from internvit import ops
-from internvit.contract import relative_error
+from internvit.benchmarks import bench_layer_norm, bench_rms_norm
+from internvit.benchmarks.work import Setting, Work, double, op_work, tokens_of, vector
+from internvit.contract import norm_failures
 
-CASES = [(8200, 1024, "layer_norm"), (1025, 3200, "rms_norm")]
+EPS = 1e-6
 
 
-def chain(residual: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+def plain(residual: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     out = residual + branch * gamma
-    shape = weight.shape
-    return out, F.rms_norm(out, shape, weight, 1e-6) if bias is None else F.layer_norm(out, shape, weight, bias, 1e-6)
+    if bias is None:
+        return out, F.rms_norm(out, weight.shape, weight, EPS)
+    return out, F.layer_norm(out, weight.shape, weight, bias, EPS)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30)
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    rows = []
-    for tokens, width, kind in CASES:
-        make = [torch.randn(1, tokens, width) for _ in range(2)] + [torch.rand(width) for _ in range(3)]
-        residual, branch, gamma, weight, bias = (t.bfloat16() for t in make)
-        given = bias if kind == "layer_norm" else None
-
-        def ours(r: Tensor, b: Tensor, g: Tensor, w: Tensor, s: Tensor | None, kind: str = kind) -> tuple[Tensor, ...]:
-            return ops.layer_scale_residual_norm(r, b, g, None, w, s, 1e-6, kind, backend="cpu")
-
-        inputs = (residual, branch, gamma, weight, given)
-        if relative_error(ours(*inputs)[1], chain(*inputs)[1].double()) > 0.01:
-            raise SystemExit(f"{tokens}x{width}: the result is wrong, nothing is timed")
-        compiled = torch.compile(chain)
-        candidates = {"internvit cpu": ours, "eager": chain, "torch.compile": compiled}
-        case = f"{tokens}x{width} {kind} bf16"
-        with torch.no_grad():
-            times = interleaved({n: lambda f=f, i=inputs: f(*i) for n, f in candidates.items()}, arguments.rounds, 4)
-        rows += rows_of(f"{case} forward", times, "internvit cpu")
-        leaves = tuple(t if t is None else t.clone().requires_grad_() for t in inputs)
-        wanted = [t for t in leaves if t is not None]
-        grads = [torch.randn_like(residual) for _ in range(2)]
-
-        def both(f, leaves=leaves, wanted=wanted, grads=grads):  # type: ignore[no-untyped-def]
-            return torch.autograd.grad(f(*leaves), wanted, grads)
-
-        times = interleaved({n: lambda f=f: both(f) for n, f in candidates.items()}, arguments.rounds, 4)
-        rows += rows_of(f"{case} forward + backward", times, "internvit cpu")
-    write("cpu_layer_scale_residual_norm", rows, 2)
+def ours(
+    residual: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+) -> tuple[Tensor, ...]:
+    kind = "rms_norm" if bias is None else "layer_norm"
+    return ops.layer_scale_residual_norm(residual, branch, gamma, None, weight, bias, EPS, kind, backend=backend)
 
 
-if __name__ == "__main__":
-    main()
+def tiny(setting: Setting) -> Callable[[], object]:
+    x, gamma = torch.ones(1, 64, device=setting.device), torch.ones(64, device=setting.device)
+    return lambda: ops.layer_scale_residual_norm(x, x, gamma, None, gamma)
+
+
+def failures_of(result: tuple[Tensor, ...], inputs: tuple) -> list[str]:
+    """The norm is judged by the residual as rounded to its dtype, which is what it takes its statistics from."""
+    residual, branch, gamma, weight, bias = inputs
+    out, normed = result
+    wide = double((residual, branch, gamma))
+    terms = wide[0].abs() + (wide[1] * wide[2]).abs()
+    failures = norm_failures(out, wide[0] + wide[1] * wide[2], residual + branch * gamma, terms)
+    if bias is None:
+        truth, eager = bench_rms_norm.plain(*double((out, weight))), bench_rms_norm.plain(out, weight)
+        return failures + norm_failures(normed, truth, eager)
+    wide = double((out, weight, bias))
+    truth, eager = bench_layer_norm.plain(*wide), bench_layer_norm.plain(out, weight, bias)
+    return failures + norm_failures(normed, truth, eager, bench_layer_norm.magnitude(*wide))
+
+
+def works(setting: Setting) -> list[Work]:
+    found = []
+    for kind, images, tokens, width in tokens_of(setting):
+        for dtype in setting.dtypes:
+            generator, activation = setting.generator(), images * tokens * width * dtype.itemsize
+
+            def make(kind=kind, shape=(images, tokens, width), generator=generator) -> tuple[Tensor | None, ...]:
+                residual, branch = torch.randn((2, *shape), generator=generator)
+                gamma, weight = (vector(shape[-1], generator, offset) for offset in (0.5, 1.0))
+                return residual, branch, gamma, weight, vector(shape[-1], generator) if kind == "layer_norm" else None
+
+            found.append(
+                op_work(
+                    setting,
+                    "layer_scale_residual_norm",
+                    f"{images * tokens}x{width} {kind}",
+                    dtype,
+                    make,
+                    ours,
+                    plain,
+                    judge=failures_of,
+                    bytes=(4 * activation, 10 * activation),
+                )
+            )
+    return found
+
+
+def test_layer_scale_residual_norm(timed) -> None:
+    timed()

@@ -1,57 +1,73 @@
-"""Each upstream's model patched in place, next to the same model unpatched, on the CPU.
+"""Each upstream's model patched in place, next to the same model unpatched.
 
-    python -m benchmarks.bench_patch [--layers 4] [--rounds 7]
-
-InternViT-300M's width at 448 px, batch 1, random weights; mmseg's backbone has RMSNorm and QK-norm. Both in one
-process, interleaved. OpenGVLab's and mmseg's classes are restated in tests/upstream/; without flash-attn their
-attention is the naive one.
-A result that breaks the contract is not timed: `patch` verifies it first.
+InternViT-300M's width at 448 px, batch 1, 4 layers, random weights; mmseg's backbone has RMSNorm and QK-norm.
+OpenGVLab's and mmseg's classes are restated in tests/upstream; without flash-attn their attention is the naive one.
+`patch(verify=True)` compares both before anything is timed.
 """
 
-import argparse
-import copy
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 import internvit
-from benchmarks.timing import interleaved, rows_of, write
-from tests import judges
+from internvit.benchmarks.bench_block import flops_of
+from internvit.benchmarks.bench_model import trained_like
+from internvit.benchmarks.work import FORWARD, OURS, MissingPeerError, Setting, Variant, Work
+from internvit.contract import product_failures
+
+UPSTREAMS = ("opengvlab", "transformers", "timm", "mmseg")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    name = "internvit-300m-448px"
-    layer_norm = internvit.InternViTConfig.from_name(name, num_hidden_layers=arguments.layers, drop_path_rate=0.0)
-    rms_norm = layer_norm.replace(norm_type="rms_norm", qkv_bias=False, qk_normalization=True)
-    upstreams = {
-        "OpenGVLab": (judges.opengvlab_judge, layer_norm),
-        "transformers": (judges.transformers_judge, layer_norm),
-        "timm": (judges.timm_judge, layer_norm),
-        "mmseg": (judges.mmseg_judge, rms_norm),
-    }
-    rows = []
-    for upstream, (judge, config) in upstreams.items():
-        source = internvit.InternViT(config)
-        judges.random_weights(source)
-        for dtype in (torch.float32, torch.bfloat16):
-            plain = judge(config, source.state_dict()).to(dtype)
-            patched = copy.deepcopy(plain)
-            internvit.patch(patched, verify=True)
-            pixels = judges.images(config, 1).to(dtype)
-            with torch.no_grad():
-                candidates = {
-                    "patched": lambda m=patched, x=pixels: judges.features(m, x),
-                    "unpatched": lambda m=plain, x=pixels: judges.features(m, x),
-                }
-                times = interleaved(candidates, arguments.rounds)
-            kind = str(dtype).removeprefix("torch.")
-            rows += rows_of(f"{upstream}, {arguments.layers} layers, 448 px, batch 1, {kind}", times, "patched")
-    write("patch", rows, 2)
+def patch_work(setting: Setting, upstream: str, dtype: torch.dtype, layers: int, size: int) -> Work:
+    config = internvit.InternViTConfig.from_name("internvit-300m-448px").replace(
+        num_hidden_layers=layers, image_size=size, drop_path_rate=0.0, name=None
+    )
+    if upstream == "mmseg":
+        config = config.replace(norm_type="rms_norm", qkv_bias=False, qk_normalization=True)
+    generator = setting.generator()
+
+    def model(of: torch.dtype = dtype) -> torch.nn.Module:
+        if importlib.util.find_spec("tests") is None:
+            raise MissingPeerError("the upstream classes are in the checkout's tests folder")
+        judge = getattr(importlib.import_module("tests.judges"), f"{upstream}_judge")
+        return judge(config, trained_like(config)).to(setting.device, of)
+
+    def features(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        return functools.partial(importlib.import_module("tests.judges").features, model)
+
+    def patched() -> Callable[[Tensor], Tensor]:
+        found = model()
+        internvit.patch(found, verify=True)
+        return features(found)
+
+    def inputs() -> tuple[Tensor]:
+        return (torch.randn(1, 3, size, size, generator=generator).to(setting.device, dtype),)
+
+    def judge(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
+        with torch.no_grad():
+            emulation = features(model())(inputs[0])
+            truth = features(model(torch.float64))(inputs[0].double())
+        return product_failures(result, truth, emulation, 1.1 if dtype != torch.float32 else 2.0)
+
+    return Work(
+        "patch",
+        f"{upstream} {layers} layers, {size} px",
+        dtype,
+        inputs,
+        (Variant(f"{OURS} patched", patched, trains=False), Variant("unpatched", lambda: features(model()))),
+        judge,
+        flops={FORWARD: layers * flops_of(config, 1, 1 + (size // config.patch_size) ** 2)},
+    )
 
 
-if __name__ == "__main__":
-    main()
+def works(setting: Setting) -> list[Work]:
+    layers, size = (1, 224) if setting.quick else (4, 448)
+    return [patch_work(setting, name, dtype, layers, size) for name in UPSTREAMS for dtype in setting.dtypes]
+
+
+def test_patch(timed) -> None:
+    timed()

@@ -1,4 +1,5 @@
-"""The command line: features, info, check, plan, convert. Each command is one function of the library and its printing.
+"""The command line: features, info, check, plan, convert; bench is in cli_bench.py. Each is one function and its
+printing.
 
 Errors of the user's are one clear line and exit code 2; a check that fails exits with 1, Ctrl-C with 130.
 """
@@ -21,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
+from internvit.cli_bench import bench
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.convert import LAYOUTS
 from internvit.plan import TASKS
@@ -292,6 +294,9 @@ def convert(source: str, target: Path, layout: str, overwrite: bool) -> None:
     model = InternViT.from_pretrained(source)
     model.save_pretrained(target, layout=layout, overwrite=overwrite)
     click.echo(f"{model.config.num_parameters():,} parameters in {layout}'s layout: {target}")
+
+
+cli.add_command(bench)
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,61 @@
+"""LayerNorm of rows, forward and backward, next to PyTorch's and Liger's kernel."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internvit import ops
+from internvit.benchmarks.peers import liger
+from internvit.benchmarks.work import Setting, Work, op_work, tokens_of, vector
+
+EPS = 1e-6
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
+def magnitude(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The sum of the absolute terms of y."""
+    mean, rstd = x.mean(-1, keepdim=True), torch.rsqrt(x.var(-1, correction=0, keepdim=True) + EPS)
+    return (x.abs() + mean.abs()) * rstd * weight.abs() + bias.abs()
+
+
+def tiny(setting: Setting) -> Callable[[], object]:
+    x, weight = torch.ones(1, 64, device=setting.device), torch.ones(64, device=setting.device)
+    return lambda: ops.layer_norm(x, weight, weight)
+
+
+def works(setting: Setting) -> list[Work]:
+    found = []
+    for norm, images, tokens, width in tokens_of(setting):
+        if norm != "layer_norm":
+            continue
+        for dtype in setting.dtypes:
+            generator, activation = setting.generator(), images * tokens * width * dtype.itemsize
+
+            def make(shape=(images, tokens, width), generator=generator) -> tuple[Tensor, ...]:
+                x = torch.randn(shape, generator=generator)
+                return x, vector(shape[-1], generator, 1.0), vector(shape[-1], generator)
+
+            found.append(
+                op_work(
+                    setting,
+                    "layer_norm",
+                    f"{images * tokens}x{width}",
+                    dtype,
+                    make,
+                    lambda x, weight, bias, backend: ops.layer_norm(x, weight, bias, EPS, backend),
+                    plain,
+                    liger(setting, "LigerLayerNorm", width, EPS),
+                    magnitude=magnitude,
+                    bytes=(2 * activation, 5 * activation),
+                )
+            )
+    return found
+
+
+def test_layer_norm(timed) -> None:
+    timed()
