@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch>=2.10
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all bench report gpu-report lint clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,21 @@ test: setup ## everything that is not slow, in minutes
 test-all: setup ## the rest as well
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/interpreted
+
+# Peers come from the extra `bench`; those that cannot be installed are named gaps in the table.
+$(VENV)/.peers: pyproject.toml $(VENV)/.ready
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'], sep='\n')" > $@.txt
+	$(PIP) -r $@.txt && mv $@.txt $@
+
+bench: setup $(VENV)/.peers ## time every op, block and model next to peers; results into benchmarks/results/DEVICE
+	$(BIN)/python -m internvit bench --out "benchmarks/results/$$($(BIN)/python -m internvit.benchmarks.results)"
+
+report: setup ## README's tables and pictures from the committed results
+	$(BIN)/python -m internvit.benchmarks.report
+
+# No setup: a GPU machine has its own torch and Triton, and perhaps no network and no compiler.
+gpu-report: ## tests, tuning and times on this machine's GPU, within ten minutes
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m internvit.benchmarks.gpu_report
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

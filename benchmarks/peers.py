@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def openvino(model: nn.Module, pixels: Tensor, dtype: torch.dtype) -> Callable[[
     needs("openvino", PIP)
     import openvino
 
-    converted = openvino.convert_model(_Features(model), example_input=pixels.float())
+    converted = openvino.convert_model(_Features(model).eval(), example_input=pixels.float())
     converted.reshape(list(pixels.shape))
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
@@ -151,9 +152,10 @@ def onnxruntime(model: nn.Module, pixels: Tensor) -> Callable[[Tensor], Tensor]:
         needs(package, PIP)
     import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(_Features(model), (pixels.float(),), path, dynamo=True, verbose=False)
+        torch.onnx.export(_Features(model).eval(), (pixels.float(),), path, dynamo=True, verbose=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3

@@ -52,12 +52,13 @@ def bars(results: Results, bench: str, path: Path, mode: str = "forward") -> Pat
     )
     for axis, rows in zip(axes[:, 0], groups, strict=True):
         for i, row in enumerate(reversed(rows)):
-            spread = [[row.p50_ms - row.p20_ms], [row.p80_ms - row.p50_ms]]  # type: ignore[operator]
+            low, high = row.p20_ms or row.p50_ms, row.p80_ms or row.p50_ms
+            spread = [[row.p50_ms - low], [high - row.p50_ms]]  # type: ignore[operator]
             axis.barh(i, row.p50_ms, color=OURS if _is_ours(row) else THEIRS, xerr=spread, error_kw={"lw": 0.8})
             factor = "" if row.speedup is None or row.speedup == 1 else f"  {row.speedup:.2f} x ours"
-            axis.text(row.p80_ms, i, f"  {row.p50_ms:.3g} ms{factor}", va="center", fontsize=8)
+            axis.text(high, i, f"  {row.p50_ms:.3g} ms{factor}", va="center", fontsize=8)
         axis.set_yticks(range(len(rows)), [row.variant for row in reversed(rows)], fontsize=8)
-        axis.set_xlim(0, 1.35 * max(row.p80_ms or 0 for row in rows))
+        axis.set_xlim(0, 1.35 * max(row.p80_ms or row.p50_ms or 0 for row in rows))
         axis.set_title(heading(rows[0].work), fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="x", labelsize=8)

@@ -58,6 +58,13 @@ class Row:
         return (self.bench, self.shape, self.dtype, self.mode, self.launch)
 
     @property
+    def times(self) -> tuple[float, float, float] | None:
+        """p20, p50 and p80 in milliseconds."""
+        if self.p20_ms is None or self.p50_ms is None or self.p80_ms is None:
+            return None
+        return self.p20_ms, self.p50_ms, self.p80_ms
+
+    @property
     def key(self) -> tuple[str, ...]:
         return (*self.work, self.variant)
 
@@ -167,15 +174,16 @@ def compare(old: Results, new: Results) -> list[Change]:
     changes = []
     for row in new.rows:
         was = before.get(row.key)
-        if was is None or not _timed(was) or not _timed(row):
+        old_times, new_times = (None if r is None else r.times for r in (was, row))
+        if old_times is None or new_times is None:
             continue
-        verdict = "slower" if row.p20_ms > was.p80_ms else "faster" if row.p80_ms < was.p20_ms else "within the spread"  # type: ignore[operator]
-        changes.append(Change(row.key, was.p50_ms, row.p50_ms, verdict))  # type: ignore[arg-type]
+        verdict = "within the spread"
+        if new_times[0] > old_times[2]:
+            verdict = "slower"
+        elif new_times[2] < old_times[0]:
+            verdict = "faster"
+        changes.append(Change(row.key, old_times[1], new_times[1], verdict))
     return sorted(changes, key=lambda c: -c.ratio)
-
-
-def _timed(row: Row) -> bool:
-    return row.p50_ms is not None
 
 
 def with_speedups(rows: Iterable[Row]) -> list[Row]:
@@ -191,3 +199,7 @@ def with_speedups(rows: Iterable[Row]) -> list[Row]:
         else row
         for row in rows
     ]
+
+
+if __name__ == "__main__":
+    print(folder_name("cuda" if torch.cuda.is_available() else "cpu"))

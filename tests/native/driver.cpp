@@ -4,6 +4,7 @@
 //   MODE serial    one range a call
 //        threads   ranges on std::threads, as torch's pool would run them (ThreadSanitizer, AddressSanitizer)
 //        shuffled  single indices, serially, in random order: any dependence between ranges changes bits
+//        counted   the shapes of instructions.json, serially, in one dtype: PLANT is float32 or bfloat16
 //   PLANT bounds   tells a kernel of one row more than there is: the guard page must stop it
 //         race     gives two threads the same range: ThreadSanitizer must see it
 //
@@ -240,6 +241,12 @@ struct Driver {
     report("linear", kBFloat16);
   }
 
+  void counted(DType dtype) {
+    norms(dtype, 64, 1024);
+    gelu(dtype, 16384);
+    attention(dtype, 1, 129, 1, 64, true);
+  }
+
   void everything() {
     for (DType dtype : {kFloat32, kBFloat16, kFloat16}) {
       norms(dtype, 37, 40);
@@ -271,8 +278,11 @@ int main(int argc, char** argv) {
     return 77;
   }
   plant_race = plant == "race";
-  const auto parallel_for = mode == "serial" ? run_serially : mode == "threads" ? run_threads : run_shuffled;
+  const auto parallel_for = mode == "serial" || mode == "counted" ? run_serially : mode == "threads" ? run_threads : run_shuffled;
   Driver driver{*kernels, {parallel_for, guarded_scratch}, plant == "bounds"};
-  driver.everything();
+  if (mode == "counted")
+    driver.counted(plant == "float32" ? kFloat32 : kBFloat16);
+  else
+    driver.everything();
   return 0;
 }
