@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch>=2.10
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-all bench report gpu-report lint clean
+.PHONY: help setup demo test test-all bench docs report gpu-report lint clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -40,6 +40,9 @@ $(VENV)/.peers: pyproject.toml $(VENV)/.ready
 
 bench: setup $(VENV)/.peers ## time every op, block and model next to peers; results into benchmarks/results/DEVICE
 	$(BIN)/python -m internvit bench --out "benchmarks/results/$$($(BIN)/python -m internvit.benchmarks.results)"
+
+docs: setup ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 report: setup ## README's tables and pictures from the committed results
 	$(BIN)/python -m internvit.benchmarks.report
