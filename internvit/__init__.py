@@ -6,6 +6,7 @@
 """
 
 from internvit import ops, reference
+from internvit.backbone import InternViTBackbone
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.connector import InternVLConnector
 from internvit.convert import convert_state_dict
@@ -22,6 +23,7 @@ __all__ = [
     "VARIANTS",
     "InternVLConnector",
     "InternViT",
+    "InternViTBackbone",
     "InternViTConfig",
     "InternViTOutput",
     "PatchHandle",

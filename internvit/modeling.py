@@ -6,6 +6,7 @@ where neither side has hooks, is checkpointed, wrapped or patched. Both give the
 """
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,21 @@ class InternViTEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden_states: Tensor, output_hidden_states: bool = False, output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        indices: Collection[int] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """The last hidden state; all L + 1 hidden states and L attention maps where asked for."""
+        """The last hidden state; all L + 1 hidden states and L attention maps where asked for.
+
+        With `indices` the hidden states are the outputs of these blocks alone, in order, and no other is held.
+        """
         all_hidden_states, attentions = [hidden_states] if output_hidden_states else [], []
         normed = None
         layers: list[Any] = list(self.layers)
         with recompute.scope():
-            for layer, next_layer in zip(layers, [*layers[1:], None], strict=True):
+            for index, (layer, next_layer) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
                 if output_attentions:
                     attentions.append(layer.attn.attention_map(layer.norm1(hidden_states)))
                 if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -122,11 +130,11 @@ class InternViTEncoder(nn.Module):
                     if next_norm is not None and not is_plain_norm(next_norm):
                         next_norm = None
                     hidden_states, normed = layer.step(hidden_states, normed, next_norm)
-                if output_hidden_states:
+                if output_hidden_states or index in indices:
                     all_hidden_states.append(hidden_states)
         return (
             hidden_states,
-            tuple(all_hidden_states) if output_hidden_states else None,
+            tuple(all_hidden_states) if output_hidden_states or indices else None,
             tuple(attentions) if output_attentions else None,
         )
 
