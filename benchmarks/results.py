@@ -140,7 +140,8 @@ def folder_name(device: str) -> str:
 
 def machine(device: str) -> dict[str, Any]:
     """Which machine, versions, commit and command."""
-    command = [Path(sys.argv[0]).stem, *sys.argv[1:]]
+    program = Path(sys.argv[0])
+    command = [program.parent.name if program.stem == "__main__" else program.stem, *sys.argv[1:]]
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),

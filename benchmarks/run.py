@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,6 +44,8 @@ OPS = (
     "qk_norm_attention",
     "linear_gelu",
 )
+LEAST_ROUNDS, MOST_SECONDS = 5, 12.0
+"""Work that takes longer than so many seconds gets no more than five rounds: its spread is small beside it."""
 BENCHES = (*OPS, "block", "patch", "model")
 Progress = Callable[[str], None]
 
@@ -136,12 +139,15 @@ def run_work(
     yield gaps
     labels = {f"{name}|{launch}": (name, launch) for name, launch in ready}
     candidates = {label: ready[key] for label, key in labels.items()}
-    for times in interleaved(candidates, rounds, device=setting.device):
+    begin = time.monotonic()
+    for done, times in enumerate(interleaved(candidates, rounds, device=setting.device), 1):
         timed = [
             _row(common, labels[label], found, calls[labels[label]], memory.get(labels[label]), least, limit)
             for label, found in times.items()
         ]
         yield with_speedups([*timed, *gaps])
+        if done >= LEAST_ROUNDS and time.monotonic() - begin > MOST_SECONDS:
+            return
 
 
 def _row(
@@ -192,7 +198,7 @@ def run(
         benches: which files, `BENCHES` by default.
         setting: device and size.
         peers: only these peers next to ours; all by default.
-        rounds: how often each candidate runs; 15 for ops and 5 for models by default, 3 with `quick`.
+        rounds: how often each candidate runs at most; 15 for ops and 5 for models by default, 3 with `quick`.
         folder: where bench.json and bench.csv are written after every piece of work.
         progress: called with the name of what is timed next.
         wrap: puts a progress bar around the list of steps.
