@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from internvit.benchmarks.results import Results, Row
-from internvit.benchmarks.table import grouped, heading
+from internvit.benchmarks.table import grouped, heading, ms
 
 OURS, THEIRS = "#1f6f8b", "#c9c2b8"
 
@@ -56,7 +56,7 @@ def bars(results: Results, bench: str, path: Path, mode: str = "forward") -> Pat
             spread = [[row.p50_ms - low], [high - row.p50_ms]]  # type: ignore[operator]
             axis.barh(i, row.p50_ms, color=OURS if _is_ours(row) else THEIRS, xerr=spread, error_kw={"lw": 0.8})
             factor = "" if row.speedup is None or row.speedup == 1 else f"  {row.speedup:.2f} x ours"
-            axis.text(high, i, f"  {row.p50_ms:.3g} ms{factor}", va="center", fontsize=8)
+            axis.text(high, i, f"  {ms(row.p50_ms)} ms{factor}", va="center", fontsize=8)
         axis.set_yticks(range(len(rows)), [row.variant for row in reversed(rows)], fontsize=8)
         axis.set_xlim(0, 1.35 * max(row.p80_ms or row.p50_ms or 0 for row in rows))
         axis.set_title(heading(rows[0].work), fontsize=9, loc="left")

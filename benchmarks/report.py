@@ -78,6 +78,7 @@ def summary(name: str, results: Results) -> str:
         f"**{machine['device']}**, {machine['threads']} threads, torch {machine['torch']}, {machine['time'][:10]}; "
         f"medians, in brackets over the fastest of ours "
         f"([every row, with spread, memory and share of the limits](benchmarks/results/{name}/bench.csv)):",
+        f"![Medians and spread of every way](docs/results/{name}.png)",
         ways(results, "model"),
         ways(results, "block"),
     ]

@@ -5,7 +5,7 @@
 >>> features = model(pixels).last_hidden_state
 """
 
-from internvit import ops, reference
+from internvit import ops, optim, reference
 from internvit.backbone import InternViTBackbone
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.connector import InternVLConnector
@@ -31,6 +31,7 @@ __all__ = [
     "best_grid",
     "convert_state_dict",
     "ops",
+    "optim",
     "optimize_for_inference",
     "patch",
     "reference",
