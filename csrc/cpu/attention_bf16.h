@@ -71,7 +71,8 @@ inline float pack_head(const AttentionParams& p, const PackedHead& s, int64_t b,
 }
 
 // q' of one token, 32 elements at out + d * step for each d; returns |q'|.
-INTERNVIT_INLINE float fold_query(const AttentionParams& p, int64_t b, int64_t h, int64_t t, int64_t depth, bf16* out,
+template <class Params>
+INTERNVIT_INLINE float fold_query(const Params& p, int64_t b, int64_t h, int64_t t, int64_t depth, bf16* out,
                                   int64_t step) {
   const float factor = p.scale * kLog2E;
   Vec squares = broadcast(0.0f);

@@ -3,22 +3,26 @@
 // A task packs K and V of a head once; a unit is a strip of 12 queries. Keys go by in blocks of 512: their scores are
 // turned into probabilities in the registers they were summed in and leave for L1 as bf16; then the block's product with
 // V is added to the strip's output. K and V stream from L2, 64 bytes every six cycles.
+//
+// The output is divided by the sum of the probabilities as rounded: their weights add up to 1, and a lone key's value
+// comes back to the bit. The log-sum-exp takes the sum before rounding.
 namespace internvit::INTERNVIT_ISA {
 
 constexpr int64_t kDotKeys = 512, kDotDim = 128;  // keys of a block; the largest head dimension
 
 struct AttentionDotScratch : PackedHead {
-  bf16* queries;        // [12][128]
-  bf16* probabilities;  // [12][512]
-  float* out;           // [12][D]
-  float* sums;          // [12][16 lanes]
-  float* shift;         // [12]
+  bf16* queries;               // [12][128]
+  bf16* probabilities;         // [12][512]
+  float* out;                  // [12][D]
+  float *sums, *rounded_sums;  // [12][16 lanes]
+  float* shift;                // [12]
   int64_t bytes;
   AttentionDotScratch(Carve carve, int64_t tokens, int64_t head_dim) : PackedHead(carve, tokens, head_dim) {
     queries = carve.take<bf16>(kDotRows * kDotDim);
     probabilities = carve.take<bf16>(kDotRows * kDotKeys);
     out = carve.take<float>(kDotRows * depth * 32);
     sums = carve.take<float>(kDotRows * kLanes);
+    rounded_sums = carve.take<float>(kDotRows * kLanes);
     shift = carve.take<float>(kDotRows);
     bytes = carve.used;
   }
@@ -29,7 +33,7 @@ INTERNVIT_INLINE void dot_scores(const AttentionDotScratch& s, int64_t group, Do
   const bf16* keys = s.keys + group * 2 * s.depth * kTile;
   block.zero();
   for (int64_t d = 0; d < s.depth; ++d)
-    block.add<kDotDim>(s.queries + d * 32, keys + d * kTile, keys + (s.depth + d) * kTile, 16);
+    block.add<kDotDim, 2, 32>(s.queries + d * 32, keys + d * kTile, keys + (s.depth + d) * kTile, 16);
 }
 
 // Each row's exact maximum of score * key_scale, into shift.
@@ -60,7 +64,9 @@ inline void exact_shift_dot(const AttentionParams& p, const AttentionDotScratch&
 template <bool kExact>
 void attention_pass_dot(const AttentionParams& p, const AttentionDotScratch& s) {
   constexpr int64_t kGroupsOfBlock = kDotKeys / kGroup;
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
   __builtin_memset(s.sums, 0, sizeof(float) * kDotRows * kLanes);
+  __builtin_memset(s.rounded_sums, 0, sizeof(float) * kDotRows * kLanes);
   for (int64_t first = 0; first < s.groups; first += kGroupsOfBlock) {
     const int64_t groups = min_of(kGroupsOfBlock, s.groups - first);
     for (int64_t g = 0; g < groups; ++g) {
@@ -76,9 +82,11 @@ void attention_pass_dot(const AttentionParams& p, const AttentionDotScratch& s) 
         Vec right = probability<kExact>({block.acc[i][1]}, right_scale, shift);
         left = {_mm512_maskz_mov_ps(__mmask16(there), left.v)};
         right = {_mm512_maskz_mov_ps(__mmask16(there >> 16), right.v)};
-        float* sum = s.sums + i * kLanes;
+        const __m512i pair = narrow_pair(left, right);
+        float *sum = s.sums + i * kLanes, *rounded_sum = s.rounded_sums + i * kLanes;
         store(sum, load(sum) + (left + right));
-        _mm512_store_si512(s.probabilities + i * kDotKeys + g * kGroup, narrow_pair(left, right));
+        store(rounded_sum, {_mm512_dpbf16_ps(load(rounded_sum).v, (__m512bh)pair, ones)});
+        _mm512_store_si512(s.probabilities + i * kDotKeys + g * kGroup, pair);
       }
     }
     for (int64_t d = 0; d < s.depth; ++d) {
@@ -87,23 +95,15 @@ void attention_pass_dot(const AttentionParams& p, const AttentionDotScratch& s) 
       if (first == 0) {
         block.zero();
       } else {
-#pragma GCC unroll 12
-        for (int i = 0; i < kDotRows; ++i) {
-          block.acc[i][0] = load(out + i * 32).v;
-          block.acc[i][1] = load(out + i * 32 + 16).v;
-        }
+        block.load_from(out, 32);
       }
       const bf16* values = s.values + (d * s.groups + first) * 2 * kTile;
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t keys = min_of(kGroup, p.tokens - (first + g) * kGroup);
         const bf16* v = values + g * 2 * kTile;
-        block.add<kDotKeys>(s.probabilities + g * kGroup, v, v + kTile, (keys + 1) / 2);
+        block.add<kDotKeys, 2, 32>(s.probabilities + g * kGroup, v, v + kTile, (keys + 1) / 2);
       }
-#pragma GCC unroll 12
-      for (int i = 0; i < kDotRows; ++i) {
-        store(out + i * 32, {block.acc[i][0]});
-        store(out + i * 32 + 16, {block.acc[i][1]});
-      }
+      block.store_to(out, 32);
     }
   }
 }
@@ -135,7 +135,7 @@ inline void attention_strip_dot(const AttentionParams& p, const AttentionDotScra
     const int64_t t = first + i;
     p.lse[(b * p.heads + h) * p.tokens + t] = float(double(s.shift[i]) * double(kLn2) + __builtin_log(double(total)));
     bf16* out = static_cast<bf16*>(p.out) + ((b * p.tokens + t) * p.heads + h) * p.head_dim;
-    const Vec inverse = broadcast(1.0f / total);
+    const Vec inverse = broadcast(1.0f / sum(load(s.rounded_sums + i * kLanes)));
     for (int64_t d = 0; d < s.depth; ++d) {
       const float* accumulators = s.out + (d * kDotRows + i) * 32;
       const __m512i pair = narrow_pair(load(accumulators) * inverse, load(accumulators + 16) * inverse);

@@ -170,7 +170,9 @@ def test_attention_with_scores_far_from_their_bound(unit: str, spread: float, ge
 
 @each_dtype
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(1, 1, 8), (3, 2, 40), (70, 2, 64), (33, 1, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim"), [(1, 1, 8), (3, 2, 40), (70, 2, 64), (33, 1, 128), (257, 1, 88)]
+)
 def test_attention_backward(unit: str, dtype, folded: bool, tokens: int, heads: int, head_dim: int, generator) -> None:
     q, k, v, weights = attention_case(tokens, heads, head_dim, folded, dtype, generator)
     wide = [t.double() for t in (q, k, v)], [None if w is None else w.double() for w in weights]
