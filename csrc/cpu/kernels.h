@@ -22,6 +22,8 @@ struct Executor {
   void (*parallel_for)(int64_t n, int64_t grain, void (*task)(void* state, int64_t begin, int64_t end), void* state);
   // `bytes` of this thread's own memory, 64-byte aligned, valid until the task returns; one call a task.
   void* (*scratch)(int64_t bytes);
+  // `bytes` of the calling thread's memory for all tasks of a kernel, 64-byte aligned; one call a kernel.
+  void* (*shared)(int64_t bytes);
 };
 
 // rms_norm, layer_norm and layer_scale_residual_norm. Rows have a stride in elements; the rest is contiguous.
@@ -140,8 +142,7 @@ struct LinearParams {
   const float* bias;     // [M] or null
   const bf16* residual;  // [rows, M] or null: added in the epilogue
   int64_t residual_stride;
-  bf16* packed_x;  // packed_weight_size(rows, K) elements of working space
-  bf16* y;         // [rows, M] contiguous
+  bf16* y;  // [rows, M] contiguous
   int64_t rows, in_features, out_features;
   bool gelu;
 };
