@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -490,6 +491,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 // ---- linear -----------------------------------------------------------------------------------------------------------
 
+// Multiplies from registers and L1 on so many threads; returns the flops done, for the caller's clock.
+int64_t peak(ScalarType dtype, int64_t rounds, int64_t threads) {
+  std::vector<int64_t> flops(size_t(threads), 0);
+  const DType of = dtype == ScalarType::BFloat16 ? kBFloat16 : kFloat32;
+  kernels().peak({of, rounds, threads, flops.data()}, kExecutor);
+  return std::accumulate(flops.begin(), flops.end(), int64_t{0});
+}
+
 // Whether this instruction set has a GEMM of its own for that dtype.
 bool packs_linear(ScalarType dtype) { return kernels().linear && dtype == ScalarType::BFloat16; }
 
@@ -574,6 +583,7 @@ STABLE_TORCH_LIBRARY(internvit_cpu, m) {
       " Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q, Tensor? rstd_k, Tensor(a!) grad_q, Tensor(b!) grad_k,"
       " Tensor(c!) grad_v) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("packs_linear(ScalarType dtype) -> bool");
+  m.def("peak(ScalarType dtype, int rounds, int threads) -> int");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def(
       "linear_packed(Tensor x, Tensor packed_weight, int out_features, Tensor? bias, Tensor? residual, bool gelu)"
@@ -582,6 +592,7 @@ STABLE_TORCH_LIBRARY(internvit_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CompositeExplicitAutograd, m) {
   m.impl("packs_linear", TORCH_BOX(&internvit::packs_linear));
+  m.impl("peak", TORCH_BOX(&internvit::peak));
   m.impl("instruction_sets", TORCH_BOX(&internvit::instruction_sets));
   m.impl("use_instruction_set", TORCH_BOX(&internvit::use_instruction_set));
 }

@@ -153,6 +153,14 @@ struct PackWeightParams {
   int64_t in_features, out_features;
 };
 
+// What the machine could do at most, for benchmarks.
+struct PeakParams {
+  DType dtype;  // of the operands; float32 for what the unit multiplies in float32
+  int64_t rounds;
+  int64_t threads;
+  int64_t* flops;  // [threads], done by each
+};
+
 struct Kernels {
   const char* name;
   void (*norm)(const NormParams&, const Executor&);
@@ -164,6 +172,7 @@ struct Kernels {
   // Null where the unit has no GEMM of its own; torch's is used then.
   void (*pack_weight)(const PackWeightParams&, const Executor&);
   void (*linear)(const LinearParams&, const Executor&);
+  void (*peak)(const PeakParams&, const Executor&);
 };
 
 extern const Kernels kGenericKernels;

@@ -5,6 +5,7 @@ another machine will run.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -259,3 +260,29 @@ def test_the_same_bits_for_any_number_of_threads(unit: str, generator) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_callers_on_several_threads_get_the_bits_of_one(unit: str, generator) -> None:
+    """Working memory belongs to a thread: calls side by side, as from a server's workers, do not meet in it."""
+    cases = [attention_case(tokens, 2, 64, True, torch.bfloat16, generator) for tokens in (33, 130, 257, 300)]
+    x, w = (sample((n, 96), "normal", torch.bfloat16, generator) for n in (65, 64))
+    packed = cpu.pack_weight(w) if cpu.packs_linear(torch.bfloat16) else None
+
+    def work(index: int) -> list[torch.Tensor]:
+        q, k, v, weights = cases[index]
+        out, lse = cpu.attention(q, k, v, 0.125, *weights)
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        cpu.attention_backward(out, q, k, v, out, lse, 0.125, *weights, *grads)
+        linear = [] if packed is None else [cpu.linear_packed(x[: 10 + index], packed, 64, None, None, True)]
+        return [out, lse, *grads, *linear]
+
+    expected = [work(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for found, index in zip(pool.map(work, list(range(4)) * 6), list(range(4)) * 6, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected[index], strict=True))
+
+
+def test_peak_counts_its_own_flops(unit: str) -> None:
+    one, four = (cpu.peak(torch.bfloat16, rounds, 2) for rounds in (1, 4))
+    assert four == 4 * one > 0
+    assert cpu.peak(torch.float32, 3, 1) > 0
