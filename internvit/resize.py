@@ -95,4 +95,4 @@ def resize_embeddings(
         conv.bias = embeddings.patch_embedding.bias
         embeddings.patch_embedding = conv
     unchanged = config.replace(name=old.name) == old
-    model.config = embeddings.config = old if unchanged else config  # type: ignore[assignment]
+    model.config = embeddings.config = old if unchanged else config
