@@ -93,7 +93,8 @@ def draw_predictions(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours = np.array([mpl.colormaps["tab20"](k % 20)[:3] for k in range(len(names))])
+    palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colours = np.array([palette(k % palette.N)[:3] for k in range(len(names))])
     figure = Figure(figsize=(2.2 * len(titles), 2.2 * len(rows) + 0.7), layout="constrained")
     for axis, picture in zip(
         figure.subplots(len(rows), len(titles), squeeze=False).flat, (p for row in rows for p in row), strict=True

@@ -1,0 +1,253 @@
+"""A real segmentation run on two CPU cores: a trained, frozen ViT-S/14 under a linear head and under UPerNet.
+
+    python examples/segmentation/real_run.py WORK docs/       # both pictures and the table of docs/segmentation.md
+
+The tower is the trained network of examples/trained_vit_s.py without its final LayerNorm, the data the set that
+composed.py makes. Beside it stand: a constant predictor (the most frequent class of the training masks); the same
+tower with random weights; the reference backend; another seed of the heads. The tower is frozen, so its maps are
+computed once and kept in WORK; heads learn on them. Interrupted, the same command goes on.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+import torch
+from composed import NAMES, compose
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import trained_vit_s
+
+import internvit
+from internvit.fpn import FeaturePyramid
+from internvit.images import load_pixels
+from internvit.segmentation import (
+    LinearHead,
+    Pair,
+    Scores,
+    Segmenter,
+    UPerNetHead,
+    find_pairs,
+    score,
+    segmentation_loss,
+)
+from internvit.segmentation.evaluation import Testing, classes_of, draw_predictions
+from internvit.segmentation.folder import batches, read_pair
+
+OUT_INDICES = (2, 5, 8, 11)
+BATCH = 8
+STEPS = {"linear": 300, "upernet": 120}
+SHOWN = (0, 2, 3, 4)
+
+
+class Setting(NamedTuple):
+    """One column of the table: which tower, on which backend, and the heads' seed."""
+
+    title: str
+    weights: str
+    backend: str
+    seed: int
+
+
+SETTINGS = {
+    "trained": Setting("trained", "trained", "auto", 0),
+    "random": Setting("random weights", "random", "auto", 0),
+    "reference": Setting("trained, `reference` backend", "trained", "reference", 0),
+    "seed": Setting("trained, another seed of the head", "trained", "auto", 1),
+}
+
+
+class Head(nn.Module):
+    """The pyramid, where there is one, and the head."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        width = trained_vit_s.CONFIG.hidden_size
+        self.pyramid = FeaturePyramid(width) if kind == "upernet" else None
+        self.head: Any = (
+            LinearHead(width, len(NAMES)) if kind == "linear" else UPerNetHead((width,) * 4, len(NAMES), hidden_size=48)
+        )
+
+    def maps(self, maps: list[Tensor]) -> Any:
+        return maps if self.pyramid is None else self.pyramid(maps)
+
+
+def tower(weights: str) -> internvit.InternViT:
+    if weights == "trained":
+        return trained_vit_s.TrainedViTS().tower
+    torch.manual_seed(0)
+    reference = internvit.reference.InternViT(trained_vit_s.CONFIG)  # PyTorch's own initial values
+    model = internvit.InternViT(trained_vit_s.CONFIG).eval()
+    model.load_state_dict(reference.state_dict())
+    return model
+
+
+def backbone(weights: str, fpn: bool = False) -> internvit.InternViTBackbone:
+    return internvit.InternViTBackbone.from_model(tower(weights), None, OUT_INDICES, fpn, freeze=True).eval()
+
+
+@torch.no_grad()
+def cached_maps(setting: Setting, pairs: tuple[Pair, ...], split: str, work: Path) -> list[Tensor]:
+    """The frozen tower's maps [n, C, 16, 16] of a split, after each of OUT_INDICES."""
+    place = work / "maps" / f"{setting.weights}-{setting.backend}-{split}.safetensors"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        network, found = backbone(setting.weights), []
+        with internvit.backend(setting.backend):
+            for pair in tqdm(pairs, desc=place.stem, disable=None):
+                found.append(network(load_pixels(pair.image, (224, 224))[None]))
+        save_file({str(i): torch.cat(maps) for i, maps in enumerate(zip(*found, strict=True))}, f"{place}.writing")
+        Path(f"{place}.writing").replace(place)
+    loaded = load_file(place)
+    return [loaded[str(i)] for i in range(len(OUT_INDICES))]
+
+
+def masks(pairs: tuple[Pair, ...]) -> Tensor:
+    return torch.stack([torch.from_numpy(read_pair(p, len(NAMES))[1].astype(np.int64)) for p in pairs])
+
+
+@torch.no_grad()
+def predictions(head: Head, maps: list[Tensor]) -> Iterator[Tensor]:
+    head.eval()
+    for i in range(maps[0].shape[0]):
+        logits = head.head(head.maps([x[i : i + 1] for x in maps]))
+        yield F.interpolate(logits, (224, 224), mode="bilinear", align_corners=False)[0].argmax(0)
+
+
+def learn(kind: str, seed: int, maps: list[Tensor], labels: Tensor) -> tuple[Head, list[float]]:
+    """A head trained on cached maps, and its loss at each step: AdamW, 1e-3, falling linearly to 0."""
+    torch.manual_seed(seed)
+    head, steps = Head(kind).train(), STEPS[kind]
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    losses = []
+    order = batches(labels.shape[0], BATCH if kind == "linear" else BATCH // 2, seed)
+    for _, chosen in zip(tqdm(range(steps), desc=kind, disable=None), order, strict=False):
+        found = segmentation_loss(head.head, head.maps([x[chosen] for x in maps]), labels[chosen])
+        optimizer.zero_grad()
+        found.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(found.item())
+    return head, losses
+
+
+def check_assembled(head: Head, kind: str, setting: Setting, pair: Pair, expected: Tensor) -> float:
+    """The share of pixels in which a whole `Segmenter` on the image says what the cached maps said."""
+    whole = Segmenter(backbone(setting.weights, fpn=kind == "upernet"), head.head).eval()
+    if head.pyramid is not None:
+        whole.backbone.load_state_dict(head.pyramid.state_dict(), strict=False)
+    image, _ = read_pair(pair, len(NAMES))
+    how = Testing(crop=224, stride=112, short_side=0)
+    with internvit.backend(setting.backend):
+        return (classes_of(whole, image, how, patch_size=14) == expected).double().mean().item()
+
+
+def run(name: str, kind: str, work: Path, pairs: dict[str, tuple[Pair, ...]]) -> dict[str, Any]:
+    """Trains one head on one setting's maps and scores it; what is there already is read."""
+    place = work / "results" / f"{name}-{kind}.json"
+    if not place.exists():
+        setting = SETTINGS[name]
+        training, validation = (cached_maps(setting, pairs[s], s, work) for s in ("training", "validation"))
+        head, losses = learn(kind, setting.seed, training, masks(pairs["training"]))
+        found, labels = list(predictions(head, validation)), masks(pairs["validation"])
+        scores = score(zip(found, labels, strict=True), len(NAMES))
+        agreement = check_assembled(head, kind, setting, pairs["validation"][0], found[0])
+        result = {"losses": losses, "shown": [found[i].tolist() for i in SHOWN], "assembled": agreement}
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.with_suffix(".writing").write_text(json.dumps({**result, **scores._asdict()}))
+        place.with_suffix(".writing").replace(place)
+    return json.loads(place.read_text())
+
+
+def constant(pairs: dict[str, tuple[Pair, ...]]) -> Scores:
+    """Scores of calling everything the training masks' most frequent class."""
+    frequent = masks(pairs["training"]).flatten().bincount().argmax()
+    labels = masks(pairs["validation"])
+    return score(((torch.full_like(x, int(frequent)), x) for x in labels), len(NAMES))
+
+
+def table(results: dict[tuple[str, str], dict[str, Any]], always: Scores) -> str:
+    """Markdown: mIoU, pixel accuracy and each class's IoU, in percent."""
+    lines = [f"| features | head | mIoU | pixels right | {' | '.join(NAMES)} |", "|---" * (4 + len(NAMES)) + "|"]
+
+    def row(features: str, head: str, iou: list[float], miou: float, accuracy: float) -> str:
+        cells = (f"{100 * x:.1f}" for x in (miou, accuracy, *iou))
+        return f"| {features} | {head} | {' | '.join(cells)} |"
+
+    lines.append(row("none", "the most frequent class", list(always.iou), always.miou, always.accuracy))
+    for (name, kind), r in results.items():
+        lines.append(row(SETTINGS[name].title, kind, r["iou"], r["miou"], r["accuracy"]))
+    return "\n".join(lines)
+
+
+def draw_curves(out: Path, results: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """The loss of every run, a mean over ten steps each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    styles = {
+        "trained": ("tab:blue", "-"),
+        "random": ("tab:red", "-"),
+        "reference": ("black", ":"),
+        "seed": ("tab:cyan", "-"),
+    }
+    for axis, kind in zip(figure.subplots(1, 2), STEPS, strict=True):
+        for name, (colour, style) in styles.items():
+            if (name, kind) in results:
+                means = np.reshape(results[name, kind]["losses"], (-1, 10)).mean(1)
+                label = SETTINGS[name].title.replace("`", "")
+                axis.plot(np.arange(len(means)) * 10 + 5, means, color=colour, linestyle=style, label=label)
+        axis.set(title=f"{kind} head", xlabel="step", ylabel="training loss", yscale="log")
+        axis.legend(fontsize=7)
+    figure.savefig(out, dpi=100)
+
+
+@click.command()
+@click.argument("work", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("docs", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--only", help="SETTING-HEAD: this one alone, without table and pictures.")
+def main(work: Path, docs: Path, only: str | None) -> None:
+    """Compose the data in WORK, train every head, and write the pictures to DOCS; prints the table."""
+    if not (work / "data" / "classes.txt").exists():
+        compose(work / "data")
+    folders = {
+        split: (work / "data" / "images" / split, work / "data" / "annotations" / split)
+        for split in ("training", "validation")
+    }
+    pairs = {split: find_pairs(*both, len(NAMES)).pairs for split, both in folders.items()}
+    todo = [(name, kind) for name in SETTINGS for kind in STEPS]
+    if only:
+        run(*only.split("-"), work, pairs)
+        return
+    results = {key: run(*key, work, pairs) for key in todo}
+    print(table(results, constant(pairs)))
+    for kind in STEPS:
+        a, b = (np.array(results[name, kind]["losses"]) for name in ("trained", "reference"))
+        print(
+            f"{kind}: losses of the two backends differ by {abs(a[0] - b[0]):.1e} at first, "
+            f"{np.abs(a - b).max():.1e} at most"
+        )
+    print(
+        "assembled networks agree with cached maps in", min(r["assembled"] for r in results.values()), "of the pixels"
+    )
+    rows = []
+    for place, i in enumerate(SHOWN):
+        image, mask = read_pair(pairs["validation"][i], len(NAMES))
+        columns = (("trained", "linear"), ("trained", "upernet"), ("random", "linear"), ("random", "upernet"))
+        rows.append([image, mask, *(np.array(results[key]["shown"][place]) for key in columns)])
+    titles = ("image", "mask", "linear", "UPerNet", "linear, random tower", "UPerNet, random tower")
+    draw_predictions(docs / "segmentation.png", rows, titles, NAMES, dpi=75)
+    draw_curves(docs / "segmentation-curves.png", results)
+
+
+if __name__ == "__main__":
+    main()
