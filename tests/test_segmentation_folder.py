@@ -1,6 +1,7 @@
 """Folders of images and masks: what does not fit is named and counted; order and samples follow from seeds."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -62,13 +63,11 @@ def test_what_does_not_fit_is_named_counted_and_left_out(tmp_path, caplog) -> No
     found = find(tmp_path, on_broken="skip")
     assert [pair.image.name for pair in found.pairs] == ["good.png", "fine.png"]
     assert found.left_out.keys() == expected.keys()
-    import re
-
     for path, why in expected.items():
         assert re.search(why, found.left_out[path])
         assert str(path) in found.left_out[path]
         assert str(path) in caplog.text
-    assert "8 of 12 files left out" in caplog.text
+    assert "8 files do not fit; 2 of 9 images are used" in caplog.text
 
 
 def test_or_is_an_error_that_names_it(tmp_path) -> None:

@@ -151,7 +151,7 @@ def find_pairs(
             continue
         kept.append(pair)
     if left_out:
-        logger.warning("%d of %d files left out", len(left_out), len(left_out) + 2 * len(kept))
+        logger.warning("%d files do not fit; %d of %d images are used", len(left_out), len(kept), len(pairs))
     if not kept:
         raise ValueError(f"{images}: none of {len(pairs)} images has a mask that fits")
     return Found(tuple(kept), left_out)
