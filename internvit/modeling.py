@@ -208,6 +208,12 @@ class InternViT(nn.Module):
         output = InternViTOutput(last, last[:, 0], hidden, attentions)
         return output if return_dict else output.to_tuple()
 
+    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, **settings: Any) -> Any:
+        """Outputs of chosen blocks, as timm gives them; see `internvit.intermediates.forward_intermediates`."""
+        from internvit.intermediates import forward_intermediates
+
+        return forward_intermediates(self, x, indices, **settings)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.embeddings.patch_embedding.weight.dtype
@@ -218,12 +224,6 @@ class InternViT(nn.Module):
 
     def get_input_embeddings(self) -> Embeddings:
         return self.embeddings
-
-    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, **settings: Any) -> Any:
-        """Outputs of chosen blocks, as timm gives them; see `internvit.intermediates.forward_intermediates`."""
-        from internvit.intermediates import forward_intermediates
-
-        return forward_intermediates(self, x, indices, **settings)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recomputes each block in backward while training; off by default, never active in eval mode."""
