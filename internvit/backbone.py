@@ -132,7 +132,8 @@ class InternViTBackbone(nn.Module):
         grid = (pixel_values.shape[2] // size, pixel_values.shape[3] // size)
         maps = tuple(x[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous() for x in hidden_states)
         if self.fpn:
-            maps = tuple(self.get_submodule(f"up{i}")(x) for i, x in enumerate(maps, 1))
+            dtype = self.get_parameter("up1.0.weight").dtype  # maps of a float32 residual stream are float32
+            maps = tuple(self.get_submodule(f"up{i}")(x.to(dtype)) for i, x in enumerate(maps, 1))
         return maps if self.out_dtype is None else tuple(x.to(self.out_dtype) for x in maps)
 
     @classmethod

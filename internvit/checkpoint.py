@@ -31,6 +31,7 @@ from internvit.convert import (
     infer_config,
     target_shapes,
 )
+from internvit.resize import resize_embeddings
 from internvit.weight_files import CONFIG, INDEX, WEIGHTS, Checkpoint, locate, naming, read_index
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ def load_pretrained(
     token: str | bool | None = None,
     local_files_only: bool = False,
     strict: bool = True,
+    image_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    patch_resampling: str = "bicubic",
 ) -> Model:
     """A model with the weights of a checkpoint, in eval mode, in OpenGVLab's, transformers', timm's or mmseg's layout.
 
@@ -66,6 +70,9 @@ def load_pretrained(
         revision, cache_dir, token, local_files_only: of the hub.
         strict: missing and unexpected keys are an error; otherwise they are logged, and what is missing keeps the
             model's own initial values. Wrong shapes are an error always.
+        image_size: native (height, width) to resize the position embedding to; by default the checkpoint's.
+        patch_size: to resample the patch embedding to, such as 16; without image_size the grid stays (448 -> 512).
+        patch_resampling: "bicubic" (OpenGVLab's) or "pi" (timm's); see `internvit.resize.resample_patch_embedding`.
 
     Raises:
         ValueError: a broken file, pickled objects, weights that do not fit the configuration (the message lists them).
@@ -101,6 +108,8 @@ def load_pretrained(
     parameters = {name: tensor.to(device=where, dtype=dtype) for name, tensor in parameters.items()}
     parameters.update(_read_parameters(checkpoint, plan, found, expected, dtype, device))
     model.load_state_dict(parameters, assign=True)
+    if image_size is not None or patch_size is not None:
+        resize_embeddings(model, image_size, patch_size, patch_resampling)
     return model.eval()
 
 

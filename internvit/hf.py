@@ -4,6 +4,9 @@
 >>> from transformers import AutoModel
 >>> model = AutoModel.from_pretrained("OpenGVLab/InternViT-300M-448px-V2_5")  # no trust_remote_code
 
+`AutoBackbone` gives `internvit.hf_backbone.InternVisionBackbone`, for UperNetForSemanticSegmentation and its like
+(transformers 5.24's `AutoBackbone.from_pretrained` takes hub ids alone: load a folder by the class itself).
+
 The model type is the one in OpenGVLab's repositories, so in transformers 5 an InternVLConfig whose vision_config is an
 `InternVisionConfig` builds transformers' InternVL with this tower inside. (Saved, it is loaded again with `config=`:
 InternVLConfig reads any vision_config in a file as transformers' own tower. `internvit.patch` changes no file.)
@@ -14,6 +17,7 @@ dropout, and SDPA elsewhere. It gets q and k already normalised: for QK-norm ins
 """
 
 import dataclasses
+import sys
 from typing import Any
 
 import torch
@@ -28,11 +32,20 @@ from internvit.modeling import InternViT, InternViTLayer
 from internvit.modules import Embeddings
 from internvit.ops import attention
 
+try:
+    from transformers.backbone_utils import BackboneConfigMixin
+except ImportError:  # before transformers 5
+    from transformers.utils.backbone_utils import BackboneConfigMixin
+
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(InternViTConfig) if field.name != "name"}
 
 
-class InternVisionConfig(PretrainedConfig):
-    """OpenGVLab's configuration: the fields of `internvit.InternViTConfig`; others are kept and not used."""
+class InternVisionConfig(BackboneConfigMixin, PretrainedConfig):
+    """OpenGVLab's configuration: the fields of `internvit.InternViTConfig`; others are kept and not used.
+
+    For `internvit.hf_backbone.InternVisionBackbone` also `out_features` or `out_indices` (0, "stem", is the embeddings;
+    i, "stage{i}", the output of the i-th block, counted from 1), `fpn` and `final_norm`.
+    """
 
     model_type = "intern_vit_6b"
     base_config_key = "vision_config"
@@ -41,7 +54,17 @@ class InternVisionConfig(PretrainedConfig):
         fields = {name: kwargs.pop(name, default) for name, default in _DEFAULTS.items()}
         for name, value in fields.items():
             setattr(self, name, value)
+        self.fpn, self.final_norm = kwargs.pop("fpn", False), kwargs.pop("final_norm", False)
+        kwargs.pop("stage_names", None)  # they follow from the depth
+        self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(self.num_hidden_layers))]
+        chosen = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         super().__init__(**kwargs)
+        features, indices = (None if given is None else list(given) for given in chosen)
+        if hasattr(self, "set_output_features_output_indices"):
+            self.set_output_features_output_indices(features, indices)
+        else:
+            align = sys.modules[BackboneConfigMixin.__module__].get_aligned_output_features_output_indices
+            self._out_features, self._out_indices = align(features, indices, self.stage_names)
 
     def to_internvit(self) -> InternViTConfig:
         """The same architecture as this library's configuration.
@@ -174,3 +197,4 @@ def register() -> None:
 
 
 register()
+import internvit.hf_backbone  # noqa: E402, F401 (registers itself; it needs the classes above)

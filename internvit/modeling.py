@@ -6,7 +6,7 @@ where neither side has hooks, is checkpointed, wrapped or patched. Both give the
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,16 @@ class InternViTEncoder(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         indices: Collection[int] = (),
+        depth: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """The last hidden state; all L + 1 hidden states and L attention maps where asked for.
 
-        With `indices` the hidden states are the outputs of these blocks alone, in order, and no other is held.
+        With `indices` the hidden states are the outputs of these blocks alone, in order, and no other is held. Only
+        the first `depth` blocks run; by default all.
         """
         all_hidden_states, attentions = [hidden_states] if output_hidden_states else [], []
         normed = None
-        layers: list[Any] = list(self.layers)
+        layers: list[Any] = list(self.layers)[:depth]
         with recompute.scope():
             for index, (layer, next_layer) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
                 if output_attentions:
@@ -205,6 +207,12 @@ class InternViT(nn.Module):
         last, hidden, attentions = self.encoder(hidden_states, output_hidden_states, output_attentions)
         output = InternViTOutput(last, last[:, 0], hidden, attentions)
         return output if return_dict else output.to_tuple()
+
+    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, **settings: Any) -> Any:
+        """Outputs of chosen blocks, as timm gives them; see `internvit.intermediates.forward_intermediates`."""
+        from internvit.intermediates import forward_intermediates
+
+        return forward_intermediates(self, x, indices, **settings)
 
     @property
     def dtype(self) -> torch.dtype:

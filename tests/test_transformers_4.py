@@ -23,7 +23,17 @@ def test_with_transformers_4_57(tmp_path) -> None:
     version = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
     found = subprocess.run(version, capture_output=True, text=True, env=environment, cwd=root)
     assert found.stdout.strip() == "4.57.1", found.stderr
-    tests = [sys.executable, "-m", "pytest", "tests/test_hf.py", "tests/test_patch.py", "-q", "-m", "not slow"]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/test_hf.py",
+        "tests/test_hf_backbone.py",
+        "tests/test_patch.py",
+        "-q",
+        "-m",
+        "not slow",
+    ]
     run = subprocess.run([*tests, "-k", SELECTED], capture_output=True, text=True, env=environment, cwd=root)
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout

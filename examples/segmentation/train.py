@@ -1,0 +1,204 @@
+"""Trains a segmentation head, or a whole InternViT with one, on a folder of images and masks.
+
+    cd examples/segmentation
+    python train.py recipes/linear_probing.toml --data ADEChallengeData2016 --classes 150 --out runs/linear
+
+DATA holds images/training, images/validation, annotations/training and annotations/validation, as ADE20K does; a mask
+is an 8-bit PNG with its image's name. OUT gets checkpoint.pt, log.csv and predictions.png. Interrupted, or killed, the
+same command goes on from the last checkpoint, and ends with the same bits on the same machine.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from checkpoints import Log, read_checkpoint, rng_state, set_rng_state, write_checkpoint
+from recipe import Recipe, build, optimizer_and_schedule, read_recipe
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from internvit.segmentation import Pair, Scores, Segmenter, find_pairs
+from internvit.segmentation.evaluation import classes_of, draw_predictions, evaluate
+from internvit.segmentation.folder import batches, read_pair
+
+logger = logging.getLogger("train")
+
+
+class Samples(Dataset):
+    """Training samples by (step, place in the batch, pair): the same whoever makes them, and when."""
+
+    def __init__(self, pairs: tuple[Pair, ...], recipe: Recipe, num_classes: int) -> None:
+        self.pairs, self.recipe, self.num_classes = pairs, recipe, num_classes
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        step, place, index = key
+        image, classes = read_pair(self.pairs[index], self.num_classes, self.recipe.data.reduce_zero_label)
+        return self.recipe.augment(image, classes, np.random.default_rng([self.recipe.run.seed, 1, step, place]))
+
+
+class Order:
+    """The keys of `Samples` from a step on, one micro-batch after the other, to the run's end."""
+
+    def __init__(self, recipe: Recipe, count: int, start: int) -> None:
+        self.recipe, self.count, self.start = recipe, count, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        data, steps = self.recipe.data, self.recipe.optim.steps
+        chosen = batches(self.count, data.batch, self.recipe.run.seed, self.start)
+        for step, indices in zip(range(self.start, steps), chosen, strict=False):
+            keys = [(step, place, index) for place, index in enumerate(indices)]
+            yield from (keys[i : i + data.micro_batch] for i in range(0, data.batch, data.micro_batch))
+
+
+def kept(model: Segmenter, recipe: Recipe) -> dict[str, Tensor]:
+    """What training changes: a frozen tower comes from its own checkpoint again."""
+    tower = ("backbone.embeddings.", "backbone.encoder.") if recipe.model.freeze else ()
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tower)}
+
+
+def step_once(model: Segmenter, samples: Iterator, recipe: Recipe, device: str) -> float:
+    """Gradients of one batch, added up over its micro-batches; returns the loss."""
+    parts = recipe.data.batch // recipe.data.micro_batch
+    autocast = recipe.model.precision == "bfloat16" and not recipe.model.freeze
+    total = 0.0
+    for _ in range(parts):
+        pixels, labels = (x.to(device) for x in next(samples))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+            loss = model.loss(pixels, labels) / parts
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def train(
+    recipe: Recipe, pairs: dict[str, tuple[Pair, ...]], names: list[str], out: Path, device: str, workers: int
+) -> Scores:
+    """Trains to the recipe's last step, from the checkpoint in `out` if there is one; returns the last scores."""
+    torch.manual_seed(recipe.run.seed)
+    model = build(recipe, len(names), device)
+    optimizer, schedule = optimizer_and_schedule(recipe, model)
+    steps, every = recipe.optim.steps, recipe.run
+    place = out / "checkpoint.pt"
+    state = read_checkpoint(place)
+    data = [str(pair.image.name) for pair in pairs["training"]]
+    start = 0
+    if state is not None:
+        differs = [t for t, values in recipe.to_dict().items() if state["recipe"].get(t) != values and t != "test"]
+        if differs or state["data"] != data:
+            what = f"the recipe's {', '.join(differs)}" if differs else "the training images"
+            raise ValueError(f"{place}: written with another setting of {what}; give another --out, or the old setting")
+        model.load_state_dict(state["model"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        set_rng_state(state["rng"])
+        start = state["step"]
+        logger.info("going on from step %d of %s", start, place)
+    log = Log(out / "log.csv", start)
+    loader: Any = DataLoader(
+        Samples(pairs["training"], recipe, len(names)),
+        batch_sampler=Order(recipe, len(pairs["training"]), start),
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,  # a forked child hangs in torch's thread pool
+        generator=torch.Generator(),  # else it draws from the generator of dropout
+    )
+    samples = iter(loader)
+    scores = None
+    with tqdm(total=steps, initial=start, unit="step", disable=None) as bar:
+        for step in range(start + 1, steps + 1):
+            loss = step_once(model, samples, recipe, device)
+            if not math.isfinite(loss):
+                raise ValueError(f"step {step}: the loss is {loss}; the checkpoint before it is {place}")
+            lr = max(group["lr"] for group in optimizer.param_groups)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            if step % every.log_every == 0 or step == steps:
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+                log.add(step, loss, lr)
+            if step % every.evaluate_every == 0 or step == steps:
+                scores = evaluate(model, pairs["validation"], len(names), recipe.test, recipe.model.patch_size)
+                log.add(step, miou=scores.miou)
+                draw(model, pairs["validation"], names, recipe, out / "predictions.png")
+            if step % every.checkpoint_every == 0 or step == steps:
+                state = {"recipe": recipe.to_dict(), "data": data, "step": step, "model": kept(model, recipe)}
+                state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": rng_state()}
+                write_checkpoint(place, state)
+    return scores or evaluate(model, pairs["validation"], len(names), recipe.test, recipe.model.patch_size)
+
+
+def draw(model: Segmenter, pairs: tuple[Pair, ...], names: list[str], recipe: Recipe, path: Path) -> None:
+    """The first validation images, their masks and predictions."""
+    rows = []
+    training = model.training
+    model.eval()
+    for pair in pairs[:4]:
+        image, classes = read_pair(pair, len(names), recipe.test.reduce_zero_label)
+        rows.append((image, classes, classes_of(model, image, recipe.test, recipe.model.patch_size).numpy()))
+    model.train(training)
+    draw_predictions(path, rows, ("image", "mask", "prediction"), names)
+
+
+def class_names(value: str) -> list[str]:
+    """Names of the classes: a number of them, or a text file with one a line."""
+    if value.isdigit():
+        return [str(k) for k in range(int(value))]
+    return [line.strip() for line in Path(value).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder as ADE20K's; see above.")
+@click.option("--classes", required=True, help="How many, or a text file with their names, one a line.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
+@click.option("--weights", help="A checkpoint folder, file or hub id, instead of the recipe's.")
+@click.option("--set", "changes", multiple=True, help="TABLE.KEY=VALUE of the recipe, such as optim.steps=100.")
+@click.option("--broken", type=click.Choice(["raise", "skip"]), default="raise", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that make samples.")
+def main(
+    recipe: Path,
+    data: Path,
+    classes: str,
+    out: Path,
+    weights: str | None,
+    changes: tuple[str, ...],
+    broken: str,
+    device: str,
+    workers: int,
+) -> None:
+    """Train by RECIPE on a folder of images and masks; go on if OUT has a checkpoint.
+
+    A broken image or a mask that does not fit is named; with --broken skip it is left out, else the run stops.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        chosen = read_recipe(recipe, [*changes, *([f'model.weights="{weights}"'] if weights else [])])
+        names = class_names(classes)
+        out.mkdir(parents=True, exist_ok=True)
+        zero = chosen.data.reduce_zero_label
+        pairs = {}
+        for split in ("training", "validation"):
+            reading = lambda p, split=split: tqdm(p, desc=f"reading {split}", unit="image", disable=None)  # noqa: E731
+            found = find_pairs(data / "images" / split, data / "annotations" / split, len(names), broken, zero, reading)
+            click.echo(f"{split}: {len(found.pairs)} images, {len(found.left_out)} files left out")
+            pairs[split] = found.pairs
+        count = max(round(len(pairs["training"]) * chosen.data.fraction), 1)
+        order = np.random.default_rng([chosen.run.seed, 2]).permutation(len(pairs["training"]))
+        pairs["training"] = tuple(pairs["training"][i] for i in sorted(order[:count]))
+        scores = train(chosen, pairs, names, out, device, workers)
+    except (ValueError, OSError, ImportError) as error:
+        click.echo(f"train: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    click.echo(f"mIoU {100 * scores.miou:.1f}, pixel accuracy {100 * scores.accuracy:.1f}: {out}")
+
+
+if __name__ == "__main__":
+    main()
