@@ -132,7 +132,8 @@ class InternViTBackbone(nn.Module):
         grid = (pixel_values.shape[2] // size, pixel_values.shape[3] // size)
         maps = tuple(x[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous() for x in hidden_states)
         if self.fpn:
-            maps = tuple(self.get_submodule(f"up{i}")(x) for i, x in enumerate(maps, 1))
+            dtype = self.get_parameter("up1.0.weight").dtype  # maps of a float32 residual stream are float32
+            maps = tuple(self.get_submodule(f"up{i}")(x.to(dtype)) for i, x in enumerate(maps, 1))
         return maps if self.out_dtype is None else tuple(x.to(self.out_dtype) for x in maps)
 
     @classmethod
@@ -165,6 +166,8 @@ class InternViTBackbone(nn.Module):
     ) -> "InternViTBackbone":
         """A backbone of the parameters of `model`, shared; `pyramid` is a checkpoint that may hold one.
 
+        Its residual_dtype and folding of LayerScale are taken over; the pyramid of a float32 stream is float32.
+
         Args:
             model: kept as it is.
             settings, named: as in the constructor, from `out_indices` on.
@@ -182,8 +185,10 @@ class InternViTBackbone(nn.Module):
                     raise ValueError(f"{pyramid}: its feature pyramid does not fit: {error}") from error
             else:
                 logger.warning("%s: no feature pyramid there; it keeps its initial values", pyramid or "model")
-            weights |= levels.to(model.device, model.dtype).state_dict(keep_vars=True)
+            weights |= levels.to(model.device, model.residual_dtype or model.dtype).state_dict(keep_vars=True)
         backbone.load_state_dict(weights, assign=True)
+        backbone.encoder.residual_dtype = model.residual_dtype
+        backbone.encoder.set_layer_scale_folding(model.encoder.fold_layer_scale)
         if backbone.freeze:
             backbone.embeddings.requires_grad_(False)
             backbone.encoder.requires_grad_(False)

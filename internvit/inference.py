@@ -139,7 +139,7 @@ class _Block:
 
     @staticmethod
     def _add(end: Any, hidden: Tensor, x: Tensor, gamma: Tensor | None, norm: Any) -> tuple[Tensor, Any]:
-        if end.adds_residual:
+        if end.adds_residual and x.dtype == hidden.dtype:
             x = end(hidden, residual=x)
             return x, None if norm is None else norm(x)
         branch = end(hidden)
@@ -194,7 +194,7 @@ class OptimizedInternViT(nn.Module):
             raise RuntimeError("the weights have changed since optimize_for_inference: call .undo() and optimise again")
         if (pixel_values is None) == (pixel_embeds is None):
             raise ValueError(f"give pixel_values or pixel_embeds, got {'neither' if pixel_embeds is None else 'both'}")
-        x = self.model.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds
+        x = self.model.encoder.enter(self.model.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds)
         hidden_states = [x]
         layers: list[Any] = list(self.model.encoder.layers)
         # Images go through the blocks one by one where the GEMMs want that: nothing is copied between them.
