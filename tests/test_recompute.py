@@ -1,17 +1,15 @@
 """What a block leaves for backward, counted by live storages, and that recipes change no bit of any gradient."""
 
 import contextlib
-import gc
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from internvit import InternViT
+from internvit.benchmarks.memory import LiveStorages, saved_units
 from internvit.modeling import InternViTLayer
 from internvit.ops import recompute
 from tests.judges import CONFIGS, images, random_weights
@@ -24,39 +22,6 @@ def block(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[InternViTLaye
     layer = InternViTLayer(config, dtype=dtype)
     random_weights(layer)
     return layer, torch.randn(1, config.num_tokens, config.hidden_size, dtype=dtype).requires_grad_()
-
-
-class LiveStorages(TorchDispatchMode):
-    """The storages that ops made while active and that something still holds, a module's parameters apart."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.parameters = {p.untyped_storage()._cdata for p in module.parameters()}
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                if storage._cdata in self.parameters:
-                    continue
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return out
-
-    def bytes(self) -> int:
-        gc.collect()
-        return sum(n for reference, n in self.made.values() if not reference.expired())
-
-
-def saved_units(layer: InternViTLayer, x: Tensor) -> float:
-    """Units of one [N, C] tensor alive between forward and backward of a block, its input counted, its output not."""
-    with LiveStorages(layer) as live:
-        x.view_as(x)  # so that the input is counted
-        y = layer(x)
-    assert y.requires_grad
-    unit = x.numel() * x.element_size()
-    return (live.bytes() - y.numel() * y.element_size()) / unit
 
 
 @blocks
@@ -185,6 +150,24 @@ def test_gradient_checkpointing_modes_and_bad_input() -> None:
     assert not any(layer.selective_checkpointing for layer in model.encoder.layers)
     with pytest.raises(ValueError, match="mode must be one of 'none', 'selective', 'block', got 'all'"):
         model.set_gradient_checkpointing("all")
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "block"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_every_mode_compiles_whole(mode, folded) -> None:
+    model = InternViT(CONFIGS["tiny-rms_norm"].replace(drop_path_rate=0.6), fold_layer_scale=folded)
+    random_weights(model)
+    model.set_gradient_checkpointing(mode)
+    pixels = images(model.config, 3)
+
+    def grads(call: nn.Module) -> list[Tensor]:
+        torch.manual_seed(3)
+        return list(torch.autograd.grad(call(pixels).last_hidden_state.square().mean(), list(model.parameters())))
+
+    torch._dynamo.reset()
+    compiled = grads(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(compiled, grads(model), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
 
 
 @pytest.mark.parametrize("hooked", ["attn", "mlp", "attn.proj", "mlp.fc2", "norm1", "norm2", ""])
