@@ -10,6 +10,7 @@ not. FLOPs are those of the GEMMs and attention, by torch's counter. A way whose
 import argparse
 import csv
 import dataclasses
+import functools
 import io
 import json
 import sys
@@ -89,6 +90,10 @@ class Way:
         return torch.autograd.grad(self.forward(x), [x, *self.module.parameters()], incoming)
 
 
+def _last(encoder: InternViTEncoder, x: Tensor) -> Tensor:
+    return encoder(x)[0]
+
+
 def ways(config: InternViTConfig, device: str, dtype: torch.dtype) -> Iterator[Way]:
     weights = {k: v.to(device, dtype) for k, v in trained_like(config).items()}
     for name, (mode, folded) in MODES.items():
@@ -97,7 +102,7 @@ def ways(config: InternViTConfig, device: str, dtype: torch.dtype) -> Iterator[W
         encoder.load_state_dict(own, assign=True)
         encoder.set_gradient_checkpointing(mode)
         encoder.set_layer_scale_folding(folded)
-        yield Way(name, encoder, lambda x, encoder=encoder: encoder(x)[0])
+        yield Way(name, encoder, functools.partial(_last, encoder))
     layer = peers.transformers_model(config, weights).encoder.layer[0]
     yield Way("transformers SDPA", layer, layer)
 

@@ -75,30 +75,43 @@ class InternViTLayer(nn.Module):
         """
         if normed is None:
             normed = normalize(self.norm1, hidden_states)
+        if self.selective_checkpointing and self.training and torch.is_grad_enabled():
+            return self._step_selectively(hidden_states, normed, next_norm)
+        # No name is given to a branch: it would live through the next one.
+        hidden_states, normed = self._add(hidden_states, *self._attention_branch(normed), self.norm2)
+        return self._add(hidden_states, *self._mlp_branch(normed), next_norm)
+
+    def _step_selectively(
+        self, hidden_states: Tensor, normed: Tensor, next_norm: nn.Module | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`step` that keeps the stream, qkv and attention's output, and recomputes what follows them."""
         splits = _is_plain_branch(self.attn, Attention)
         attended = self.attn.attend(normed) if splits else self.attn(normed)
-        arguments = (hidden_states, attended, splits, next_norm)
-        if not (self.selective_checkpointing and self.training and torch.is_grad_enabled()):
-            return self._after_attention(*arguments)
-        # Kept: the stream, qkv and attention's output. DropPath draws inside, so that its random numbers are replayed.
-        hidden_states, normed = checkpoint(self._after_attention, *arguments, use_reentrant=False)
-        if next_norm is not None and normed is not None and is_plain_norm(next_norm):
-            remember_norm(next_norm, hidden_states, normed)
-        return hidden_states, normed
 
-    def _after_attention(
-        self, hidden_states: Tensor, attended: Tensor, splits: bool, next_norm: nn.Module | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The rest of the block: attention's projection (unless `attended` has it already), the MLP, both seams."""
-        branch: tuple[Tensor, Tensor | None] = (attended, self.ls1)
-        if splits:
-            branch = project_scaled(self.attn.proj, attended, self.ls1, self.fold_layer_scale)
-        hidden_states, normed = self._add(hidden_states, *branch, self.norm2)
-        if _is_plain_branch(self.mlp, MLP):
-            branch = project_scaled(self.mlp.fc2, self.mlp.expand(normed), self.ls2, self.fold_layer_scale)
-        else:
-            branch = self.mlp(normed), self.ls2
-        return self._add(hidden_states, *branch, next_norm)
+        def rest(hidden_states: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
+            branch: tuple[Tensor, Tensor | None] = attended, self.ls1
+            if splits:
+                branch = project_scaled(self.attn.proj, attended, self.ls1, self.fold_layer_scale)
+            hidden_states, normed = self._add(hidden_states, *branch, self.norm2)
+            return self._add(hidden_states, *self._mlp_branch(normed), next_norm)
+
+        # DropPath draws inside, so that its random numbers are replayed.
+        hidden_states, next_normed = checkpoint(rest, hidden_states, attended, use_reentrant=False)
+        if next_norm is not None and next_normed is not None and is_plain_norm(next_norm):
+            remember_norm(next_norm, hidden_states, next_normed)
+        return hidden_states, next_normed
+
+    def _attention_branch(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attention's branch, and the LayerScale still to be applied to it."""
+        if not _is_plain_branch(self.attn, Attention):
+            return self.attn(normed), self.ls1
+        return project_scaled(self.attn.proj, self.attn.attend(normed), self.ls1, self.fold_layer_scale)
+
+    def _mlp_branch(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The MLP's branch, and the LayerScale still to be applied to it."""
+        if not _is_plain_branch(self.mlp, MLP):
+            return self.mlp(normed), self.ls2
+        return project_scaled(self.mlp.fc2, self.mlp.expand(normed), self.ls2, self.fold_layer_scale)
 
     def _add(
         self, residual: Tensor, branch: Tensor, gamma: Tensor | None, norm: nn.Module | None
