@@ -28,7 +28,7 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _for_linears(y: Tensor, weight: Tensor) -> Tensor:
+def for_linears(y: Tensor, weight: Tensor) -> Tensor:
     """A normed float32 stream in the dtype of 16-bit weights, which the Linears behind the norm have too."""
     return y.to(weight.dtype) if y.dtype == torch.float32 and weight.dtype.itemsize == 2 else y
 
@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
         self.rounding = rounding
 
     def forward(self, x: Tensor) -> Tensor:
-        return _for_linears(rms_norm(x, self.weight, self.eps, self.rounding), self.weight)
+        return for_linears(rms_norm(x, self.weight, self.eps, self.rounding), self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, rounding={self.rounding!r}"
@@ -78,7 +78,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _for_linears(layer_norm(x, self.weight, self.bias, self.eps), self.weight)
+        return for_linears(layer_norm(x, self.weight, self.bias, self.eps), self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
