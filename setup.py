@@ -36,6 +36,7 @@ UNIT_FLAGS = {
     "isa_generic.cpp": [UNIT],
     "isa_avx2.cpp": [UNIT, *AVX2_FLAGS],
     "isa_avx512.cpp": [UNIT, *AVX512_FLAGS, "-mprefer-vector-width=512"],
+    "isa_avx512_bf16.cpp": [UNIT, *AVX512_FLAGS, "-mavx512bf16", "-mprefer-vector-width=512"],
     "isa_amx.cpp": [UNIT, *AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mprefer-vector-width=512"],
 }
 """Each unit's own instruction set: never -march=native, the machine that runs it chooses (csrc/cpu/dispatch.cpp)."""

@@ -102,7 +102,9 @@ def show(results: Any) -> None:
     machine, limits = results.machine, results.limits
     rates = ", ".join(f"{name} GEMM {rate / 1e12:.3g} TFLOP/s" for name, rate in limits["gemm"].items())
     out.print(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}", highlight=False)
-    out.print(f"limits measured in this run: copy {limits['bandwidth'] / 1e9:.3g} GB/s, {rates}", highlight=False)
+    peaks = "".join(f", {name} peak {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.get("peak", {}).items())
+    copy = f"copy {limits['bandwidth'] / 1e9:.3g} GB/s"
+    out.print(f"limits measured in this run: {copy}, {rates}{peaks}", highlight=False)
     for work, rows in table.grouped(results.rows).items():
         drawn = Table(*table.HEADINGS, title=escape(table.heading(work)), title_justify="left", box=box.SIMPLE_HEAD)
         for row in rows:

@@ -1,6 +1,7 @@
 """The benchmarks refuse wrong results, keep what was measured, and README says what the results say."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,12 @@ def test_gpu_report_rehearsed_on_the_cpu(tmp_path, monkeypatch) -> None:
     assert gpu_report.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     assert {"bench.json", "bench.csv", "report.json", "tests.log", "tune.log"} <= {p.name for p in tmp_path.iterdir()}
     assert results.read(tmp_path).complete
+    steps = {s["step"]: s for s in json.loads((tmp_path / "report.json").read_text())["steps"]}
+    assert steps["tests"]["outcome"] == steps["tune"]["outcome"] == "ok"
+    # The GPU's tests must be found without the packages of the development extra: only torch, Triton and pytest.
+    assert {line.split("::")[0] for line in (tmp_path / "tests.log").read_text().splitlines() if "::" in line} <= {
+        str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_gpu*.py")
+    }
 
 
 def test_the_bench_package_needs_no_extra() -> None:

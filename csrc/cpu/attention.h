@@ -1,4 +1,4 @@
-// Attention in float32 arithmetic, for every dtype, head dimension and instruction set (bf16 with tiles: attention_amx.h).
+// Attention in float32 arithmetic, for every dtype, head dimension and instruction set (bf16: attention_bf16.h).
 //
 //   out = softmax(q' k'^T) v,  q' = q * rstd_q * q_weight * k_weight * scale * log2(e),  k' = k * rstd_k   (base 2)
 //
@@ -178,21 +178,22 @@ void attention_strip(
 }
 
 // Calls pack(b, h) whenever the head changes, and strip(b, h, first, rows), over the units [begin, end).
-template <class Pack, class Strip>
+template <int64_t kRows = kStrip, class Pack, class Strip>
 INTERNVIT_INLINE void for_strips(
     int64_t begin, int64_t end, int64_t heads, int64_t tokens, const Pack& pack, const Strip& strip) {
-  const int64_t strips = (tokens + kStrip - 1) / kStrip;
+  const int64_t strips = (tokens + kRows - 1) / kRows;
   int64_t packed = -1;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t head = unit / strips, first = unit % strips * kStrip;
+    const int64_t head = unit / strips, first = unit % strips * kRows;
     if (head != packed) pack(head / heads, head % heads);
     packed = head;
-    strip(head / heads, head % heads, first, min_of(kStrip, tokens - first));
+    strip(head / heads, head % heads, first, min_of(kRows, tokens - first));
   }
 }
 
+template <int64_t kRows = kStrip>
 INTERNVIT_INLINE int64_t strip_count(const AttentionParams& p) {
-  return p.batch * p.heads * ((p.tokens + kStrip - 1) / kStrip);
+  return p.batch * p.heads * ((p.tokens + kRows - 1) / kRows);
 }
 
 void attention(const AttentionParams& p, const Executor& executor) {

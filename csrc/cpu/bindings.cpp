@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -56,24 +57,33 @@ struct Workspace {
   void* memory = nullptr;
   int64_t size = 0;
   ~Workspace() { std::free(memory); }
+
+  void* at_least(int64_t bytes) {
+    if (size < bytes) {
+      std::free(memory);
+      size = (bytes + 4095) / 4096 * 4096;
+      memory = std::aligned_alloc(4096, size_t(size));
+      STD_TORCH_CHECK(memory, "internvit_cpu: no memory for ", size, " bytes of working space");
+    }
+    return memory;
+  }
 };
 
 void* thread_scratch(int64_t bytes) {
   thread_local Workspace workspace;
-  if (workspace.size < bytes) {
-    std::free(workspace.memory);
-    workspace.size = (bytes + 4095) / 4096 * 4096;
-    workspace.memory = std::aligned_alloc(4096, size_t(workspace.size));
-    STD_TORCH_CHECK(workspace.memory, "internvit_cpu: no memory for ", workspace.size, " bytes of working space");
-  }
-  return workspace.memory;
+  return workspace.at_least(bytes);
+}
+
+void* shared_scratch(int64_t bytes) {
+  thread_local Workspace workspace;
+  return workspace.at_least(bytes);
 }
 
 void torch_parallel_for(int64_t n, int64_t grain, void (*task)(void*, int64_t, int64_t), void* state) {
   torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { task(state, begin, end); });
 }
 
-constexpr Executor kExecutor = {torch_parallel_for, thread_scratch};
+constexpr Executor kExecutor = {torch_parallel_for, thread_scratch, shared_scratch};
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -481,6 +491,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 // ---- linear -----------------------------------------------------------------------------------------------------------
 
+// Multiplies from registers and L1 on so many threads; returns the flops done, for the caller's clock.
+int64_t peak(ScalarType dtype, int64_t rounds, int64_t threads) {
+  std::vector<int64_t> flops(size_t(threads), 0);
+  const DType of = dtype == ScalarType::BFloat16 ? kBFloat16 : kFloat32;
+  kernels().peak({of, rounds, threads, flops.data()}, kExecutor);
+  return std::accumulate(flops.begin(), flops.end(), int64_t{0});
+}
+
 // Whether this instruction set has a GEMM of its own for that dtype.
 bool packs_linear(ScalarType dtype) { return kernels().linear && dtype == ScalarType::BFloat16; }
 
@@ -499,14 +517,13 @@ Tensor linear_packed(const Tensor& x, const Tensor& packed_weight, int64_t out_f
                      const Maybe& residual, bool gelu) {
   const Rows in(x), res(residual);
   const Floats b{bias};
-  STD_TORCH_CHECK(packs_linear(x.scalar_type()), "linear_packed: expected bfloat16 on a machine with AMX");
+  STD_TORCH_CHECK(packs_linear(x.scalar_type()), "linear_packed: expected bfloat16 on a machine with AVX-512 BF16 or AMX");
   STD_TORCH_CHECK(packed_weight.numel() == packed_weight_size(out_features, in.channels) &&
                       (!residual || (res.rows == in.rows && res.channels == out_features)),
                   "linear_packed: packed_weight or residual does not fit x and out_features");
   std::vector<int64_t> sizes = leading_sizes(x);
   sizes.push_back(out_features);
   Tensor y = torch::stable::new_empty(x, sizes);
-  Tensor packed_x = torch::stable::new_empty(x, {packed_weight_size(in.rows, in.channels)});
   LinearParams p = {};
   p.x = static_cast<const bf16*>(in.data);
   p.x_stride = in.stride;
@@ -514,7 +531,6 @@ Tensor linear_packed(const Tensor& x, const Tensor& packed_weight, int64_t out_f
   p.bias = b.data;
   p.residual = static_cast<const bf16*>(res.data);
   p.residual_stride = res.stride;
-  p.packed_x = static_cast<bf16*>(packed_x.data_ptr());
   p.y = static_cast<bf16*>(y.data_ptr());
   p.rows = in.rows;
   p.in_features = in.channels;
@@ -567,6 +583,7 @@ STABLE_TORCH_LIBRARY(internvit_cpu, m) {
       " Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q, Tensor? rstd_k, Tensor(a!) grad_q, Tensor(b!) grad_k,"
       " Tensor(c!) grad_v) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("packs_linear(ScalarType dtype) -> bool");
+  m.def("peak(ScalarType dtype, int rounds, int threads) -> int");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def(
       "linear_packed(Tensor x, Tensor packed_weight, int out_features, Tensor? bias, Tensor? residual, bool gelu)"
@@ -575,6 +592,7 @@ STABLE_TORCH_LIBRARY(internvit_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CompositeExplicitAutograd, m) {
   m.impl("packs_linear", TORCH_BOX(&internvit::packs_linear));
+  m.impl("peak", TORCH_BOX(&internvit::peak));
   m.impl("instruction_sets", TORCH_BOX(&internvit::instruction_sets));
   m.impl("use_instruction_set", TORCH_BOX(&internvit::use_instruction_set));
 }

@@ -34,7 +34,7 @@ bool tiles_permitted() {
 }
 
 struct Supported {
-  const Kernels* list[5] = {};
+  const Kernels* list[6] = {};
   int count = 0;
 
   Supported() {
@@ -50,9 +50,9 @@ struct Supported {
     if ((state & 0xe0) != 0xe0 || !avx512) return;                           // opmask, zmm
     list[count++] = &kAvx512Kernels;
     const bool amx = bit(d, 22) && bit(d, 24);  // AMX-BF16, AMX-TILE
-    if ((state & 0x60000) != 0x60000 || !amx) return;
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return;  // AVX512-BF16
-    if (tiles_permitted()) list[count++] = &kAmxKernels;
+    list[count++] = &kAvx512Bf16Kernels;
+    if ((state & 0x60000) == 0x60000 && amx && tiles_permitted()) list[count++] = &kAmxKernels;
   }
 };
 

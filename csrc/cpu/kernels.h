@@ -22,6 +22,8 @@ struct Executor {
   void (*parallel_for)(int64_t n, int64_t grain, void (*task)(void* state, int64_t begin, int64_t end), void* state);
   // `bytes` of this thread's own memory, 64-byte aligned, valid until the task returns; one call a task.
   void* (*scratch)(int64_t bytes);
+  // `bytes` of the calling thread's memory for all tasks of a kernel, 64-byte aligned; one call a kernel.
+  void* (*shared)(int64_t bytes);
 };
 
 // rms_norm, layer_norm and layer_scale_residual_norm. Rows have a stride in elements; the rest is contiguous.
@@ -140,8 +142,7 @@ struct LinearParams {
   const float* bias;     // [M] or null
   const bf16* residual;  // [rows, M] or null: added in the epilogue
   int64_t residual_stride;
-  bf16* packed_x;  // packed_weight_size(rows, K) elements of working space
-  bf16* y;         // [rows, M] contiguous
+  bf16* y;  // [rows, M] contiguous
   int64_t rows, in_features, out_features;
   bool gelu;
 };
@@ -150,6 +151,14 @@ struct PackWeightParams {
   const bf16* weight;  // [M, K] contiguous
   bf16* packed;        // packed_weight_size(M, K) elements
   int64_t in_features, out_features;
+};
+
+// What the machine could do at most, for benchmarks.
+struct PeakParams {
+  DType dtype;  // of the operands; float32 for what the unit multiplies in float32
+  int64_t rounds;
+  int64_t threads;
+  int64_t* flops;  // [threads], done by each
 };
 
 struct Kernels {
@@ -163,12 +172,14 @@ struct Kernels {
   // Null where the unit has no GEMM of its own; torch's is used then.
   void (*pack_weight)(const PackWeightParams&, const Executor&);
   void (*linear)(const LinearParams&, const Executor&);
+  void (*peak)(const PeakParams&, const Executor&);
 };
 
 extern const Kernels kGenericKernels;
 #ifdef __x86_64__
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAmxKernels;
 #endif
 

@@ -5,6 +5,7 @@ another machine will run.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from internvit.ops.attention import attention_backward_reference, attention_refe
 from internvit.ops.qk_norm_stats import qk_norm_stats_backward_reference, qk_norm_stats_reference
 from internvit.ops.rms_norm import rms_norm_backward_reference
 
-UNITS = ("generic", "avx2", "avx512", "amx")
+UNITS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 cpu = torch.ops.internvit_cpu
 
@@ -170,7 +171,9 @@ def test_attention_with_scores_far_from_their_bound(unit: str, spread: float, ge
 
 @each_dtype
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(1, 1, 8), (3, 2, 40), (70, 2, 64), (33, 1, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim"), [(1, 1, 8), (3, 2, 40), (70, 2, 64), (33, 1, 128), (257, 1, 88)]
+)
 def test_attention_backward(unit: str, dtype, folded: bool, tokens: int, heads: int, head_dim: int, generator) -> None:
     q, k, v, weights = attention_case(tokens, heads, head_dim, folded, dtype, generator)
     wide = [t.double() for t in (q, k, v)], [None if w is None else w.double() for w in weights]
@@ -183,8 +186,9 @@ def test_attention_backward(unit: str, dtype, folded: bool, tokens: int, heads: 
     tolerance = 3e-6 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
     assert relative_error(packed, truth) < tolerance
     for a, t in zip(results, expected, strict=True):
-        # Over one token the softmax is flat: the gradients of QK-norm are 0 but for rounding.
-        assert tokens == 1 or relative_error(a, t) < 2 * tolerance
+        # Over one token the softmax is flat: the gradients of QK-norm are 0 but for rounding. Row dots cancel: their
+        # terms are up to ten times their sum, and float32's lse alone moves them by 6e-6.
+        assert tokens == 1 or relative_error(a, t) < 4 * tolerance
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 32, 32), (33, 40, 56), (70, 1056, 17), (545, 64, 96)])
@@ -256,3 +260,29 @@ def test_the_same_bits_for_any_number_of_threads(unit: str, generator) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_callers_on_several_threads_get_the_bits_of_one(unit: str, generator) -> None:
+    """Working memory belongs to a thread: calls side by side, as from a server's workers, do not meet in it."""
+    cases = [attention_case(tokens, 2, 64, True, torch.bfloat16, generator) for tokens in (33, 130, 257, 300)]
+    x, w = (sample((n, 96), "normal", torch.bfloat16, generator) for n in (65, 64))
+    packed = cpu.pack_weight(w) if cpu.packs_linear(torch.bfloat16) else None
+
+    def work(index: int) -> list[torch.Tensor]:
+        q, k, v, weights = cases[index]
+        out, lse = cpu.attention(q, k, v, 0.125, *weights)
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        cpu.attention_backward(out, q, k, v, out, lse, 0.125, *weights, *grads)
+        linear = [] if packed is None else [cpu.linear_packed(x[: 10 + index], packed, 64, None, None, True)]
+        return [out, lse, *grads, *linear]
+
+    expected = [work(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for found, index in zip(pool.map(work, list(range(4)) * 6), list(range(4)) * 6, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected[index], strict=True))
+
+
+def test_peak_counts_its_own_flops(unit: str) -> None:
+    one, four = (cpu.peak(torch.bfloat16, rounds, 2) for rounds in (1, 4))
+    assert four == 4 * one > 0
+    assert cpu.peak(torch.float32, 3, 1) > 0

@@ -1,6 +1,6 @@
 // Runs every CPU kernel without torch: in threads under the sanitizers, between guard pages, and in shuffled order.
 //
-//   driver UNIT MODE [PLANT]     UNIT: generic, avx2, avx512, amx
+//   driver UNIT MODE [PLANT]     UNIT: generic, avx2, avx512, avx512_bf16, amx
 //   MODE serial    one range a call
 //        threads   ranges on std::threads, as torch's pool would run them (ThreadSanitizer, AddressSanitizer)
 //        shuffled  single indices, serially, in random order: any dependence between ranges changes bits
@@ -230,7 +230,6 @@ struct Driver {
     p.bias = floats(out);
     p.residual = static_cast<const bf16*>(filled(kBFloat16, rows * out));
     p.residual_stride = p.out_features = out;
-    p.packed_x = reinterpret_cast<bf16*>(guarded(packed_weight_size(rows, in) * 2));
     p.y = reinterpret_cast<bf16*>(guarded(rows * out * 2));
     p.rows = rows;
     for (bool gelu : {false, true}) {
@@ -279,7 +278,7 @@ int main(int argc, char** argv) {
   }
   plant_race = plant == "race";
   const auto parallel_for = mode == "serial" || mode == "counted" ? run_serially : mode == "threads" ? run_threads : run_shuffled;
-  Driver driver{*kernels, {parallel_for, guarded_scratch}, plant == "bounds"};
+  Driver driver{*kernels, {parallel_for, guarded_scratch, guarded_scratch}, plant == "bounds"};
   if (mode == "counted")
     driver.counted(plant == "float32" ? kFloat32 : kBFloat16);
   else

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cpu"
-UNITS = ("generic", "avx2", "avx512", "amx")
+UNITS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler (c++)"),
