@@ -44,8 +44,9 @@ bench: setup $(VENV)/.peers ## time every op, block and model next to peers; res
 docs: setup ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-report: setup ## README's tables and pictures from the committed results
+report: setup ## README's and docs' tables and pictures from the committed results
 	$(BIN)/python -m internvit.benchmarks.report
+	$(BIN)/python -m internvit.benchmarks.bench_training --report
 
 # No setup: a GPU machine has its own torch and Triton, and perhaps no network and no compiler.
 gpu-report: ## tests, tuning and times on this machine's GPU, within ten minutes

@@ -43,6 +43,7 @@ OPS = (
     "attention",
     "qk_norm_attention",
     "linear_gelu",
+    "linear_layer_scale",
 )
 LEAST_ROUNDS, MOST_SECONDS = 5, 12.0
 """Work that takes longer than so many seconds gets no more than five rounds: its spread is small beside it."""

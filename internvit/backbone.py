@@ -166,6 +166,8 @@ class InternViTBackbone(nn.Module):
     ) -> "InternViTBackbone":
         """A backbone of the parameters of `model`, shared; `pyramid` is a checkpoint that may hold one.
 
+        Its residual_dtype and folding of LayerScale are taken over; the pyramid of a float32 stream is float32.
+
         Args:
             model: kept as it is.
             settings, named: as in the constructor, from `out_indices` on.
@@ -183,8 +185,10 @@ class InternViTBackbone(nn.Module):
                     raise ValueError(f"{pyramid}: its feature pyramid does not fit: {error}") from error
             else:
                 logger.warning("%s: no feature pyramid there; it keeps its initial values", pyramid or "model")
-            weights |= levels.to(model.device, model.dtype).state_dict(keep_vars=True)
+            weights |= levels.to(model.device, model.residual_dtype or model.dtype).state_dict(keep_vars=True)
         backbone.load_state_dict(weights, assign=True)
+        backbone.encoder.residual_dtype = model.residual_dtype
+        backbone.encoder.set_layer_scale_folding(model.encoder.fold_layer_scale)
         if backbone.freeze:
             backbone.embeddings.requires_grad_(False)
             backbone.encoder.requires_grad_(False)

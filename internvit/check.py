@@ -99,6 +99,18 @@ def _linear_gelu(x: Tensor, generator: torch.Generator, backend: str) -> Outcome
     return product_failures(y, truth, F.gelu(F.linear(x, weight, bias))), relative_error(y, truth)
 
 
+def _linear_layer_scale(x: Tensor, generator: torch.Generator, backend: str) -> Outcome:
+    width = x.shape[-1]
+    weight = sample((width // 4, width), "normal", x.dtype, generator).to(x.device) / width**0.5
+    bias, gamma = (sample((width // 4,), "normal", x.dtype, generator).to(x.device) for _ in range(2))
+    truth = F.linear(x.double(), weight.double(), bias.double()) * gamma.double()
+    y = ops.linear_layer_scale(x, weight, bias, gamma, backend)
+    emulation = F.linear(x, weight, bias) * gamma
+    if x.dtype != torch.float32:  # the folded weight is the operand that is rounded
+        emulation = F.linear(x.double(), (weight * gamma[:, None]).double(), (bias * gamma).double()).to(x.dtype)
+    return product_failures(y, truth, emulation), relative_error(y, truth)
+
+
 def _gradients(backend: str, kind: str, device: str, generator: torch.Generator) -> Outcome:
     """A whole block's gradients on one backend in float32, against the reference's in float64."""
     config = _block_config(kind)
@@ -194,6 +206,14 @@ def checks(quick: bool = False, device: str = "cpu") -> Iterator[tuple[str, str,
                 return _linear_gelu(sample((1, tokens, 1024), "normal", t, generator, device), generator, b)
 
             yield "linear_gelu", backend, name(dtype), f"{tokens}x1024", run_gelu
+        for backend in _backends("linear_layer_scale", device, dtype):
+            if dtype == torch.float16:  # refused there
+                continue
+
+            def run_folded(t=dtype, b=backend) -> Outcome:  # type: ignore[no-untyped-def]
+                return _linear_layer_scale(sample((1, tokens, 4096), "normal", t, generator, device), generator, b)
+
+            yield "linear_layer_scale", backend, name(dtype), f"{tokens}x4096", run_folded
     for backend in _backends("rms_norm", device, torch.float32):
         for kind in ("rms_norm", "layer_norm"):
 

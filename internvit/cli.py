@@ -71,7 +71,7 @@ class Bytes(click.ParamType):
         return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-_FITS = {"yes": "yes", "no": "no", "with checkpointing": "check-\npointed"}
+_FITS = {"yes": "yes", "no": "no", "with selective checkpointing": "selec-\ntive", "with checkpointing": "block"}
 
 
 def gib(n: float) -> str:
@@ -260,16 +260,17 @@ def plan(
     use = "training" if train else "inference"
     title = f"{TASKS[task]}\n{use}, {found.costs[0].tokens} tokens, batch {batch}, {dtype}"
     headings = (
-        ["weights", "optimizer", "activ-\nations", "check-\npointed", "total"]
+        ["weights", "optim-\nizer", "activ-\nations", "selec-\ntive", "block", "total"]
         if train
         else ["weights", "activ-\nations", "total"]
     )
     table = Table("internvit-", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.columns[0].min_width = 15
-    for heading in ["para-\nmeters", "TFLOP an\nimage", *headings, *(["fits"] if found.fits else [])]:
+    for heading in ["para-\nmeters", "TFLOP/\nimage", *headings, *(["fits"] if found.fits else [])]:
         table.add_column(heading, justify="right", no_wrap=True)
     for c in found.costs:
-        sizes = [c.weights, c.optimizer, c.training, c.checkpointing] if train else [c.weights, c.inference]
+        activations = [c.training, c.selective, c.checkpointing] if train else [c.inference]
+        sizes = [c.weights, *([c.optimizer] if train else []), *activations]
         row = [c.variant.removeprefix("internvit-"), f"{c.parameters / 1e9:.2f}B", f"{c.flops / 1e12:.2f}"]
         row += [gib(n) for n in (*sizes, c.total(train))]
         table.add_row(*row, *([_FITS[found.fits[c.variant]]] if found.fits else []))

@@ -17,6 +17,7 @@ from internvit.modeling import InternViT, InternViTLayer, is_plain_layer
 from internvit.modules import LayerNorm, RMSNorm, is_plain_linear, is_plain_norm
 from internvit.ops import layer_scale_residual, layer_scale_residual_norm, linear_gelu, native, qk_norm_attention
 from internvit.ops.linear import linear
+from internvit.ops.linear_layer_scale import float16_holds
 from internvit.output import InternViTOutput
 
 logger = logging.getLogger("internvit")
@@ -96,12 +97,8 @@ def _linear_for(weight: Tensor, pack: bool) -> type[_PlainLinear] | type[_Packed
 def fold_layer_scale(weight: Tensor, bias: Tensor | None, gamma: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """gamma * weight and gamma * bias, computed in float64; None where float16 cannot hold them as normal numbers."""
     folded = gamma.double().unsqueeze(1) * weight.double()
-    if weight.dtype == torch.float16:
-        limits, magnitude = torch.finfo(torch.float16), folded.abs()
-        if ((magnitude < limits.tiny) & (magnitude > 0) & (weight.abs() >= limits.tiny)).any():
-            return None
-        if (magnitude > limits.max).any():
-            return None
+    if weight.dtype == torch.float16 and not float16_holds(folded, weight):
+        return None
     return folded.to(weight.dtype), None if bias is None else (gamma.double() * bias.double()).to(bias.dtype)
 
 
@@ -142,7 +139,7 @@ class _Block:
 
     @staticmethod
     def _add(end: Any, hidden: Tensor, x: Tensor, gamma: Tensor | None, norm: Any) -> tuple[Tensor, Any]:
-        if end.adds_residual:
+        if end.adds_residual and x.dtype == hidden.dtype:
             x = end(hidden, residual=x)
             return x, None if norm is None else norm(x)
         branch = end(hidden)
@@ -197,7 +194,7 @@ class OptimizedInternViT(nn.Module):
             raise RuntimeError("the weights have changed since optimize_for_inference: call .undo() and optimise again")
         if (pixel_values is None) == (pixel_embeds is None):
             raise ValueError(f"give pixel_values or pixel_embeds, got {'neither' if pixel_embeds is None else 'both'}")
-        x = self.model.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds
+        x = self.model.encoder.enter(self.model.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds)
         hidden_states = [x]
         layers: list[Any] = list(self.model.encoder.layers)
         # Images go through the blocks one by one where the GEMMs want that: nothing is copied between them.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internvit.config import InternViTConfig
-from internvit.ops import attention, layer_norm, qk_norm_attention, recompute, rms_norm
+from internvit.ops import attention, layer_norm, linear_layer_scale, qk_norm_attention, recompute, rms_norm
 from internvit.ops.linear import linear
 from internvit.ops.linear_gelu import gelu, linear_gelu_with_pre_activation
 from internvit.reference import check_pixels, resize_position_embedding
@@ -26,6 +26,11 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def for_linears(y: Tensor, weight: Tensor) -> Tensor:
+    """A normed float32 stream in the dtype of 16-bit weights, which the Linears behind the norm have too."""
+    return y.to(weight.dtype) if y.dtype == torch.float32 and weight.dtype.itemsize == 2 else y
 
 
 class RMSNorm(nn.Module):
@@ -48,7 +53,7 @@ class RMSNorm(nn.Module):
         self.rounding = rounding
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.rounding)
+        return for_linears(rms_norm(x, self.weight, self.eps, self.rounding), self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, rounding={self.rounding!r}"
@@ -73,7 +78,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        return for_linears(layer_norm(x, self.weight, self.bias, self.eps), self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -110,6 +115,13 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or not is_plain_linear(module):
         return module(x)
     return linear(x, module.weight, module.bias)
+
+
+def project_scaled(module: nn.Module, x: Tensor, gamma: Tensor, fold: bool) -> tuple[Tensor, Tensor | None]:
+    """The branch that the Linear `module` ends, and the LayerScale still to be applied: None where it is folded in."""
+    if fold and torch.is_grad_enabled() and is_plain_linear(module):
+        return linear_layer_scale(x, module.weight, module.bias, gamma), None
+    return project(module, x), gamma
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
@@ -153,6 +165,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch [B, N, C] of normed tokens x [B, N, C]."""
+        return project(self.proj, self.attend(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The branch before its last Linear, [B, N, C]."""
         qkv = project(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
         if not self.qk_normalization:
             out = qk_norm_attention(qkv)
@@ -162,7 +178,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self._normed_heads(qkv)
             out = attention(q, k, v)
-        return project(self.proj, out.flatten(2))
+        return out.flatten(2)
 
     def _normed_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.unbind(2)
@@ -191,7 +207,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch [B, N, C] of normed tokens x [B, N, C]."""
-        return project(self.fc2, fc1_gelu(self.fc1, x))
+        return project(self.fc2, self.expand(x))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """The branch before its last Linear, [B, N, 4 C]."""
+        return fc1_gelu(self.fc1, x)
 
 
 class _GridCache(dict[tuple, Tensor]):

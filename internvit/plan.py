@@ -27,6 +27,8 @@ class Cost:
         weights: of the parameters.
         inference: activations at the peak of a forward pass without gradients.
         training: activations kept for backward, at the peak.
+        folded: the same with LayerScale folded into the Linears (`InternViT.set_layer_scale_folding`).
+        selective: the same as training with selective checkpointing (`InternViT.set_gradient_checkpointing`).
         checkpointing: the same with every block recomputed.
         optimizer: gradients and AdamW's two float32 moments, and float32 master weights beside 16-bit parameters.
     """
@@ -38,14 +40,17 @@ class Cost:
     weights: int
     inference: int
     training: int
+    folded: int
+    selective: int
     checkpointing: int
     optimizer: int
 
-    def total(self, train: bool, checkpointing: bool = False) -> int:
-        """All bytes of one use."""
+    def total(self, train: bool, checkpointing: str = "none") -> int:
+        """All bytes of one use; `checkpointing` is "none", "selective" or "block"."""
         if not train:
             return self.weights + self.inference
-        return self.weights + self.optimizer + (self.checkpointing if checkpointing else self.training)
+        activations = {"none": self.training, "selective": self.selective, "block": self.checkpointing}
+        return self.weights + self.optimizer + activations[checkpointing]
 
 
 def flops(config: InternViTConfig, size: tuple[int, int]) -> int:
@@ -67,13 +72,15 @@ def cost(config: InternViTConfig, size: tuple[int, int], batch: int, dtype: torc
     tokens, width, layers = _tokens(config, size), config.hidden_size, config.num_hidden_layers
     unit = batch * tokens * width * item
     inner = config.intermediate_size / width
-    statistics = batch * tokens * 4 * (6 if config.norm_type == "layer_norm" else 4) + batch * tokens * 4 * (
-        config.num_attention_heads + 2
-    )
+    attention_statistics = batch * tokens * 4 * (config.num_attention_heads + 2)
+    statistics = batch * tokens * 4 * (6 if config.norm_type == "layer_norm" else 4) + attention_statistics
     # x, qkv (3), attention, its projection, the stream between, fc1's pre-activation, fc2's output
     kept = (8 + inner) * unit + statistics
     # One block's backward: GELU's output and gradient, the pre-activation's gradient, and gradients of the stream.
     working = (2 * inner + 2) * unit
+    # Recomputed in a checkpoint, where nothing is left as a recipe: proj's output, the stream between, its norm, the
+    # pre-activation, GELU and fc2's output, when GELU's gradient and those of the stream are there.
+    recomputed = (3 * inner + 5) * unit
     parameters = config.num_parameters()
     wide = item < 4
     return Cost(
@@ -86,7 +93,10 @@ def cost(config: InternViTConfig, size: tuple[int, int], batch: int, dtype: torc
         # projection, or beside fc1's pre-activation and its GELU, or the GELU and fc2's output.
         inference=round((5 + max(5, 2 * inner, inner + 1) + maps) * unit),
         training=round(layers * kept + unit + working),
-        checkpointing=round(layers * unit + kept + working),
+        # Folded, the scaled gradient of a branch is alive beside the stream's.
+        folded=round(layers * (kept - 2 * unit) + 2 * unit + working),
+        selective=round(layers * (5 * unit + attention_statistics) + unit + recomputed),
+        checkpointing=round(layers * unit + unit + recomputed + 5 * unit + statistics),  # and norm1, qkv, attention
         optimizer=parameters * (item + 8 + (4 if wide else 0)),
     )
 
@@ -149,7 +159,7 @@ def plan(
         return Plan(costs, fits, choice, reason)
     for name in preferred:
         if fits[name] != "no":
-            how = " with checkpointing" if fits[name] == "with checkpointing" else ""
+            how = "" if fits[name] == "yes" else f" {fits[name]}"
             return Plan(costs, fits, name, f"the largest that fits{how}; {_reason(name, task)}")
     return Plan(costs, fits, None, "none fits; lower --batch or --size, or use a 16-bit --dtype")
 
@@ -165,4 +175,7 @@ def _reason(name: str, task: str) -> str:
 def _fit(c: Cost, train: bool, memory: int) -> str:
     if c.total(train) <= memory:
         return "yes"
-    return "with checkpointing" if train and c.total(train, checkpointing=True) <= memory else "no"
+    for mode, how in (("selective", "with selective checkpointing"), ("block", "with checkpointing")):
+        if train and c.total(train, mode) <= memory:
+            return how
+    return "no"

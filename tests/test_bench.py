@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from internvit import cli, ops
-from internvit.benchmarks import gpu_report, report, results, run, table
+from internvit.benchmarks import bench_training, gpu_report, report, results, run, table
 from internvit.benchmarks.timing import Times, copies_past_cache, last_level_cache
 from internvit.benchmarks.work import MissingPeerError, Setting, Variant
 
@@ -205,6 +205,32 @@ def test_pytest_benchmark_runs_the_same_cases() -> None:
     done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
     assert "8 passed, 4 skipped" in done.stdout, done.stdout
+
+
+def test_training_counts_and_refuses(monkeypatch) -> None:
+    pytest.importorskip("transformers", reason="the peer beside ours")
+    arguments = (bench_training.VARIANTS[0], 65, "cpu", torch.bfloat16, 1, bench_training.cpu_seconds)
+    rows = {row.way: row for row in bench_training.measured(*arguments)}
+    units = {way: row.units for way, row in rows.items()}
+    assert list(units)[-1] == "transformers SDPA"
+    assert 18 < units[bench_training.WITHOUT] < 18.1
+    assert [round(units[way]) for way in bench_training.MODES] == [18, 12, 10, 5, 1]
+    assert all(row.over > 0 for row in rows.values())
+    right = bench_training.Way.gradients
+
+    def wrong(way: bench_training.Way, *arguments: torch.Tensor) -> tuple:
+        x, *rest = right(way, *arguments)
+        return (-x if "selective" in way.name else x, *rest)
+
+    monkeypatch.setattr(bench_training.Way, "gradients", wrong)
+    refused = {row.way: row for row in bench_training.measured(*arguments)}
+    assert [way for way, row in refused.items() if row.note] == ['internvit "selective"']
+    assert refused['internvit "selective"'].p50_ms is None
+
+
+def test_the_training_page_says_what_the_results_say() -> None:
+    text = bench_training.PAGE.read_text()
+    assert bench_training.page(text) == text
 
 
 def test_readme_says_what_the_results_say() -> None:

@@ -12,7 +12,7 @@ from internvit.ops import backends
 
 def test_a_sound_machine_passes_and_prints_a_table(capsys, monkeypatch) -> None:
     every = list(check.checks(quick=True))
-    assert {"rms_norm", "layer_norm", "attention", "qk_norm_attention", "linear_gelu"} <= {
+    assert {"rms_norm", "layer_norm", "attention", "qk_norm_attention", "linear_gelu", "linear_layer_scale"} <= {
         what.partition(",")[0] for what, *_ in every
     }
     some = [c for c in every if "6b" not in c[0]][::4]

@@ -1,5 +1,7 @@
 """InternVL's connector and dynamic tiling against transformers, PIL and OpenGVLab's formula."""
 
+import copy
+
 import numpy
 import pytest
 import torch
@@ -178,3 +180,13 @@ def test_tiling_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_features_of_a_float32_residual_stream_beside_float16_weights() -> None:
+    connector = InternVLConnector(8, 16, dtype=torch.float16)
+    features = torch.randn(1, 17, 8)
+    features[..., 3] = 1e5  # past float16's end
+    wide = copy.deepcopy(connector).double()
+    out = connector(features)
+    assert out.dtype == torch.float16
+    assert relative_error(out, wide(features.double())) < 5e-3

@@ -1,6 +1,7 @@
 """The planner's bytes against live storages of a real run, its FLOPs against torch's counter."""
 
 import gc
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,30 +11,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvit import VARIANTS, InternViT, InternViTConfig
 from internvit.ops.linear_gelu import _run as run_linear_gelu
+from internvit.ops.linear_gelu import _run_backward as run_linear_gelu_backward
 from internvit.plan import cost, flops, plan
 from tests.judges import CONFIGS
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of storages made while active that were alive at once."""
+    """The most bytes of storages made while active that were alive at once; of tensors with `tokens` rows if given."""
 
-    def __init__(self) -> None:
+    INSIDE: ClassVar = {  # so that the pre-activation and its gradient are seen
+        torch.ops.internvit.linear_gelu.default: run_linear_gelu,
+        torch.ops.internvit.linear_gelu_backward.default: run_linear_gelu_backward,
+    }
+
+    def __init__(self, tokens: int | None = None) -> None:
         super().__init__()
+        self.tokens = tokens
         self.alive: list[tuple[StorageWeakRef, int]] = []
         self.known: set[int] = set()
         self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is torch.ops.internvit.linear_gelu.default:
-            with self:  # so that the pre-activation inside is seen
-                out = run_linear_gelu(*args)
+        if func in self.INSIDE:
+            with self:
+                out = self.INSIDE[func](*args)
         else:
             out = func(*args, **(kwargs or {}))
         self.alive = [(r, n) for r, n in self.alive if not r.expired()]
         known = {r.cdata for r, _ in self.alive}
         inputs = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
         for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, Tensor):
+            if isinstance(t, Tensor) and self.tokens in (None, *t.shape):
                 storage = t.untyped_storage()
                 if storage._cdata not in known and storage._cdata not in inputs:
                     known.add(storage._cdata)
@@ -63,6 +71,28 @@ def test_bytes_for_backward_agree_with_a_run(name) -> None:
     working = (2 * model.config.intermediate_size / width + 2) * out.numel() * 2
     assert peak.now() == pytest.approx(expected.training - working, rel=0.05)
     assert out.requires_grad
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(
+    ("mode", "folded", "field"),
+    [
+        ("none", False, "training"),
+        ("none", True, "folded"),
+        ("selective", False, "selective"),
+        ("block", False, "checkpointing"),
+    ],
+)
+def test_the_peak_of_training_agrees_with_a_run(mode, folded, field, layers) -> None:
+    """Of activations and their gradients: those of the parameters count among the optimizer's bytes."""
+    model, pixels = network("300m-2-layers", layers)
+    model.train().set_gradient_checkpointing(mode)
+    model.set_layer_scale_folding(folded)
+    with Peak(model.config.num_tokens) as peak:
+        out = model(pixels).last_hidden_state
+        out.float().sum().backward()  # float(): a gradient of its own, not a scalar expanded
+    expected = getattr(cost(model.config, model.config.image_hw, 1, torch.bfloat16), field)
+    assert peak.peak == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["300m-2-layers", "6b-2-layers"])
@@ -109,8 +139,9 @@ def test_choices_and_bad_input() -> None:
     small = plan("detection", batch=32, memory=2**30)
     assert small.choice is None
     assert "lower --batch" in small.why
-    tight = plan("simple", batch=16, train=True, memory=10 * 2**30)
-    assert tight.fits["internvit-300m-448px-v2.5"] == "with checkpointing"
+    for gib, how in ((16, "yes"), (10, "with selective checkpointing"), (7, "with checkpointing"), (5, "no")):
+        tight = plan("simple", batch=16, train=True, memory=gib * 2**30)
+        assert tight.fits["internvit-300m-448px-v2.5"] == how
     for arguments, message in (
         ({"task": "sing"}, "task: expected one of simple"),
         ({"task": "simple", "batch": 0}, "batch: expected at least 1"),

@@ -6,6 +6,7 @@ from internvit.ops.layer_norm import layer_norm
 from internvit.ops.layer_scale_residual import layer_scale_residual
 from internvit.ops.layer_scale_residual_norm import layer_scale_residual_norm
 from internvit.ops.linear_gelu import linear_gelu
+from internvit.ops.linear_layer_scale import linear_layer_scale
 from internvit.ops.qk_norm import qk_norm
 from internvit.ops.qk_norm_attention import qk_norm_attention
 from internvit.ops.qk_norm_stats import qk_norm_stats
@@ -18,6 +19,7 @@ __all__ = [
     "layer_scale_residual",
     "layer_scale_residual_norm",
     "linear_gelu",
+    "linear_layer_scale",
     "qk_norm",
     "qk_norm_attention",
     "qk_norm_stats",

@@ -37,6 +37,10 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "linear_gelu_backward": lambda grad, x, weight, pre, mask, *args, **kwargs: (
         2 * prod(grad) * weight[1] * (bool(mask[0]) + bool(mask[1]))
     ),
+    "linear_layer_scale": lambda x, weight, *args, **kwargs: 2 * prod(x) * weight[0],
+    "linear_layer_scale_backward": lambda grad, x, weight, bias, gamma, mask, *args, **kwargs: (
+        2 * prod(grad) * weight[1] * (bool(mask[0]) + bool(mask[1] or mask[3]))
+    ),
 }
 _registered = False
 

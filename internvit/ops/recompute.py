@@ -68,10 +68,10 @@ class _Scopes(threading.local):
 _active = _Scopes()
 
 
-def _foreign_hooks() -> bool:
-    """Whether someone else's saved-tensor hooks are on, as inside a checkpoint: hooks do not chain, theirs must act."""
+def _top_hooks() -> tuple[Callable, Callable] | None:
+    """The saved-tensor hooks that act here. Hooks do not chain: inside a checkpoint only the checkpoint's do."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
+    return None if top is None else top(False)
 
 
 @contextlib.contextmanager
@@ -87,14 +87,20 @@ def _open() -> Iterator[None]:
 
 def scope() -> contextlib.AbstractContextManager[None]:
     """Recipes given by `remember` inside replace what autograd would save; a null context where they cannot."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _foreign_hooks():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _top_hooks() is not None:
         return contextlib.nullcontext()
     return _open()
 
 
 def active() -> bool:
-    """Whether `remember` has an effect here."""
-    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and bool(_active.stack)
+    """Whether `remember` has an effect here: inside a scope, and not inside a checkpoint in it.
+
+    There a recipe would only hold its inputs until the scope ends: 5 units a block for a whole model's forward.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _active.stack:
+        return False
+    hooks = _top_hooks()
+    return hooks is None or getattr(hooks[0], "__self__", None) is _active.stack[-1]
 
 
 def remember(tensor: Tensor, rebuild: Callable[[], Tensor], *inputs: Tensor | None) -> Tensor:

@@ -119,6 +119,12 @@ CASES = (
         ("qkv",),
     ),
     Case("linear_gelu", _linear_arguments, ops.linear_gelu, ("x",)),
+    Case(
+        "linear_layer_scale",
+        lambda g: {**_linear_arguments(g), "gamma": 1 + _randn(g, 6).abs()},
+        ops.linear_layer_scale,
+        ("x",),
+    ),
 )
 
 
