@@ -18,35 +18,46 @@ template <int V, bool kAligned, int W>
 INTERNVIT_DEVICE void write_block_sum(const float (&sum)[V][W], float* destination, int channels) {
   __shared__ Shared<float> rows_before[V * W * kMaxSharingLanes];
   const int lanes = int(blockDim.x), last = int(blockDim.y) - 1;
-  for (int y = 0; y <= last; ++y) {
+  for (int y = 0; y < last; ++y) {
     if (int(threadIdx.y) == y) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        float total[W];
 #pragma unroll
         for (int i = 0; i < W; ++i) {
           const int cell = (v * W + i) * lanes + int(threadIdx.x);
-          total[i] = y == 0 ? sum[v][i] : float(rows_before[cell]) + sum[v][i];
-          if (y < last) rows_before[cell] = total[i];
-        }
-        if (y == last) {
-          const Column<W> column(v, channels);
-          Chunk<float, W> chunk;
-          chunk.set(total);
-          store<kAligned>(destination + column.c, chunk, column.count);
+          rows_before[cell] = y == 0 ? sum[v][i] : float(rows_before[cell]) + sum[v][i];
         }
       }
     }
-    if (last > 0) __syncthreads();
+    __syncthreads();
   }
+  if (int(threadIdx.y) == last) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const Column<W> column(v, channels);
+      float total[W];
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        const int cell = (v * W + i) * lanes + int(threadIdx.x);
+        total[i] = last == 0 ? sum[v][i] : float(rows_before[cell]) + sum[v][i];
+      }
+      Chunk<float, W> chunk;
+      chunk.set(total);
+      store<kAligned>(destination + column.c, chunk, column.count);
+    }
+  }
+  if (last > 0) __syncthreads();  // before the next sum takes the cells
 }
 
 // kLayerNorm: with a mean and grad_bias; it does RMSNorm's work as well, with the same bits, at a cost in registers.
 template <class T, class R, int V, bool kAligned, bool kLayerNorm>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     norm_backward_kernel(const __grid_constant__ Jobs<NormBackwardParams> jobs) {
   constexpr int W = 16 / int(sizeof(T));
   constexpr bool kReload = V * W * int(sizeof(R)) > 128;  // 40 floats more would spill: x comes from the cache again
+  // Registers of sums and of what is read; above 210 the second half of it is read late, where it is used.
+  constexpr int kHeld = V * W * (kLayerNorm ? 3 : 2) + V * W * ((kReload ? 1 : 2) * int(sizeof(R)) + 2 * int(sizeof(T))) / 4;
+  constexpr bool kEarly = kAligned && kHeld <= 210;
   __shared__ GroupSums<2> group_sums;
   const NormBackwardParams& p = jobs.job[blockIdx.y];
   float grad_gamma[V][W] = {}, grad_weight[V][W] = {}, grad_bias[V][W] = {};
@@ -96,9 +107,21 @@ __global__ void __launch_bounds__(kMaxThreads)
     const T* branch = static_cast<const T*>(p.branch) + row * p.branch_stride;
     R* grad_residual = static_cast<R*>(p.grad_residual) + row * p.channels;
     T* grad_branch = static_cast<T*>(p.grad_branch) + row * p.channels;
+    Chunk<R, W> added[V] = {};
+    Chunk<T, W> other[V] = {};
+#pragma unroll
+    for (int v = 0; v < V && kEarly; ++v) {  // all loads before the first store, which they may not pass
+      const Column<W> column(v, p.channels);
+      if (p.grad_residual_out) added[v] = load<kAligned, W>(grad_out + column.c, column.count);
+      if (p.grads[kGradGamma].data) other[v] = load<kAligned, W>(branch + column.c, column.count);
+    }
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const Column<W> column(v, p.channels);
+      if constexpr (!kEarly) {
+        if (p.grad_residual_out) added[v] = load<kAligned, W>(grad_out + column.c, column.count);
+        if (p.grads[kGradGamma].data) other[v] = load<kAligned, W>(branch + column.c, column.count);
+      }
       float grad[W] = {}, factor[W];
       if (p.weight.data) {
         load_parameter<kAligned, T>(p.weight, column.c, column.count, 0.0f, factor);
@@ -109,21 +132,15 @@ __global__ void __launch_bounds__(kMaxThreads)
           grad[i] = (fmaf(-x_hat, mean_of[1], g) - mean_of[0]) * rstd;
         }
       }
-      if (p.grad_residual_out) {
-        const Chunk<R, W> added = load<kAligned, W>(grad_out + column.c, column.count);
 #pragma unroll
-        for (int i = 0; i < W; ++i) grad[i] += added[i];
-      }
+      for (int i = 0; i < W; ++i) grad[i] += added[v][i];
       if (p.grad_residual) {
         Chunk<R, W> chunk;
         chunk.set(grad);
         store<kAligned>(grad_residual + column.c, chunk, column.count);
       }
-      if (p.grads[kGradGamma].data) {
-        const Chunk<T, W> other = load<kAligned, W>(branch + column.c, column.count);
 #pragma unroll
-        for (int i = 0; i < W; ++i) grad_gamma[v][i] = fmaf(grad[i] * other[i], row_scale, grad_gamma[v][i]);
-      }
+      for (int i = 0; i < W; ++i) grad_gamma[v][i] = fmaf(grad[i] * other[v][i], row_scale, grad_gamma[v][i]);
       if (p.grad_branch) {
         load_parameter<kAligned, T>(p.gamma, column.c, column.count, 1.0f, factor);
 #pragma unroll

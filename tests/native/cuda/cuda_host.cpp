@@ -133,20 +133,21 @@ std::vector<int64_t> order_of(int64_t n, std::mt19937_64& random) {
   return order;
 }
 
+void prepare(Fiber& fiber, dim3 index) {
+  fiber.state = State::kReady;
+  fiber.sanitizer_stack = nullptr;
+  fiber.index = index;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = &scheduler;
+  makecontext(&fiber.context, fiber_main, 0);
+}
+
 void run_block(std::mt19937_64& random) {
   ++epoch;
   ++block_number;
-  for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = fibers[size_t(t)];
-    fiber.state = State::kReady;
-    fiber.sanitizer_stack = nullptr;
-    fiber.index = dim3(unsigned(t) % blockDim.x, unsigned(t) / blockDim.x);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, fiber_main, 0);
-  }
+  for (int t = 0; t < threads; ++t) prepare(fibers[size_t(t)], dim3(unsigned(t) % blockDim.x, unsigned(t) / blockDim.x));
   for (;;) {
     int ended = 0, at_barrier = 0;
     bool moved = false;
