@@ -27,7 +27,7 @@ BUDGET = Path(__file__).with_name("budget.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 LIMITS = ("registers", "stack_bytes", "shared_bytes")
 
-_GLOBAL = re.compile(r"\b(?:LDG|STG|LDGSTS)\.([\w.]+)")
+_GLOBAL = re.compile(r"\b(LDG|STG)\.([\w.]+)")
 _SPILL = re.compile(r"\bSTL(?:\.(64|128))?\b")
 _TYPES = {"float": "float32", "internvit::cuda::bf16": "bfloat16", "internvit::cuda::f16": "float16"}
 _THREADS = {"gelu_kernel": 256, "sum_partials_kernel": 256}
@@ -91,7 +91,9 @@ def profile(arch: str, library: Path = LIBRARY) -> Iterator[Row]:
     for mangled, code in zip(sass[::2], sass[1::2], strict=True):
         kernel, config = kernel_and_config(mangled)
         registers, stack, shared = map(int, re.findall(r":(\d+)", resources[mangled]))
-        moves = collections.Counter("128" in m.split(".") for m in _GLOBAL.findall(code))
+        accesses = [(name, "128" in width.split(".")) for name, width in _GLOBAL.findall(code)]
+        moves = collections.Counter(wide for _, wide in accesses)
+        last_load = max((i for i, (name, _) in enumerate(accesses) if name == "LDG"), default=-1)
         yield {
             "kernel": kernel,
             "config": config,
@@ -104,6 +106,7 @@ def profile(arch: str, library: Path = LIBRARY) -> Iterator[Row]:
             "matrix_instructions": {},
             "global_16_byte": moves[True],
             "global_16_byte_share": round(moves[True] / moves.total(), 3) if moves else None,
+            "narrow_until_last_load": sum(not wide for _, wide in accesses[: last_load + 1]),
             "source": {"symbol": mangled, "target": arch, "library": library.name},
         }
 

@@ -59,18 +59,17 @@ def test_within_budget(rows) -> None:
 
 
 def test_hot_loops_move_16_bytes(rows) -> None:
-    """In an aligned kernel only statistics, row scales and sums are narrower; a scalar one moves elements.
+    """Where an aligned kernel still loads, only statistics and row scales are narrower; a scalar one moves elements.
 
-    ptxas splits a store or two of the one partial row that a block of backward writes at its end.
+    After its last load a block of backward writes its one row of sums; ptxas splits some of these stores.
     """
+    streams = {"norm_kernel": 5, "norm_backward_kernel": 6, "qk_norm_stats_backward_kernel": 3}
     for row in rows:
         if "scalar" in row["config"]:
             assert row["global_16_byte"] == 0, key(row)
-        elif row["kernel"] in ("norm_kernel", "norm_backward_kernel", "qk_norm_stats_backward_kernel"):
-            vectors = int(re.search(r"vectors=(\d+)", row["config"] + " vectors=1").group(1))
-            streams = {"norm_kernel": 5, "norm_backward_kernel": 6, "qk_norm_stats_backward_kernel": 3}[row["kernel"]]
-            assert row["global_16_byte"] >= streams * vectors, key(row)
-            narrow = row["global_16_byte"] / row["global_16_byte_share"] - row["global_16_byte"]
-            assert narrow < 10.5, f"{key(row)}: {narrow:.0f} narrow global accesses"
-        else:
-            assert row["global_16_byte"] >= 1, key(row)
+            continue
+        vectors = int(re.search(r"vectors=(\d+)", row["config"] + " vectors=1").group(1))
+        assert row["global_16_byte"] >= streams.get(row["kernel"], 1) * vectors, key(row)
+        if row["kernel"] != "gelu_kernel":  # its last vector may not be whole and has a path of its own
+            narrow = row["narrow_until_last_load"]
+            assert narrow <= 3, f"{key(row)}: {narrow} narrow global accesses"
