@@ -8,13 +8,13 @@ and with SDPA the plain formula, an image at a time. Compiled and run on the hos
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from internvit.ops.backends import BACKENDS, implementation
+from internvit.ops.linear import linear
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    pre_activation = F.linear(x, weight, bias)
+    pre_activation = linear(x, weight, bias)
     return implementation("gelu", "cuda")(pre_activation), pre_activation
 
 
