@@ -11,13 +11,17 @@ from tests.cuda import host
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler (c++)")
 
 ORDERS = ("ascending", "descending", "shuffled")
+ONE_UNIT = ("-O1", "-DINTERNVIT_ONE_UNIT")
 DRIVER = [host.HARNESS / "cuda_host.cpp", host.HARNESS / "driver.cpp"]
 
 
-def build(folder: Path, sources: list[Path], *flags: str, root: Path = host.SOURCES) -> Path:
-    objects = host.compile_objects(folder, sources, *flags, root=root)
+def link(folder: Path, objects: list[str], *flags: str) -> Path:
     subprocess.run(["c++", *flags, *objects, "-o", str(folder / "driver")], check=True)
     return folder / "driver"
+
+
+def build(folder: Path, sources: list[Path], *flags: str) -> Path:
+    return link(folder, host.compile_objects(folder, sources, *flags), *flags)
 
 
 def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -44,7 +48,7 @@ def test_a_planted_row_too_many_hits_the_guard(plain) -> None:
 
 
 def test_sanitizers(tmp_path) -> None:
-    flags = ("-O1", "-g1", "-DINTERNVIT_ONE_UNIT", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    flags = (*ONE_UNIT, "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     driver = build(tmp_path, [host.SOURCES / "unit_bfloat16.cu", *DRIVER], *flags)
     done = run(driver, "shuffled")
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
@@ -116,16 +120,22 @@ BUGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory) -> list[str]:
+    """What no planted bug touches, compiled once."""
+    return host.compile_objects(tmp_path_factory.mktemp("harness"), DRIVER, *ONE_UNIT)
+
+
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug, tmp_path) -> None:
+def test_a_planted_bug_is_caught(bug, tmp_path, harness) -> None:
     file, right, wrong, message = BUGS[bug]
     copy = tmp_path / "cuda"
     shutil.copytree(host.SOURCES, copy)
     text = (copy / file).read_text()
     assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {file}"
     (copy / file).write_text(text.replace(right, wrong))
-    sources = [copy / "unit_bfloat16.cu", *DRIVER]
-    driver = build(tmp_path, sources, "-O1", "-DINTERNVIT_ONE_UNIT", root=copy)
+    unit = host.compile_objects(tmp_path, [copy / "unit_bfloat16.cu"], *ONE_UNIT, root=copy)
+    driver = link(tmp_path, [*unit, *harness])
     done = run(driver, "shuffled")
     assert done.returncode != 0, "the driver saw nothing"
     assert message in done.stdout
