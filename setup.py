@@ -1,17 +1,22 @@
 """Builds the package; the compiled libraries are optional, their absence is one logged line with the reason.
 
-`internvit/lib/internvit_cpu.so` is plain C++17 on torch's stable ABI: one binary for every Python and torch >= 2.10,
-loaded by `torch.ops.load_library`, so the wheel carries no Python version. torch is not a build requirement: under
-build isolation it is not seen and the package installs without the library (`pip install --no-build-isolation .`).
+`internvit/lib/internvit_cpu.so` and `internvit_cuda.so` are C++17 on torch's stable ABI: one binary for every Python
+and torch >= 2.10, loaded by `torch.ops.load_library`, so the wheel carries no Python version. torch is not a build
+requirement: under build isolation it is not seen and the package installs without the libraries
+(`pip install --no-build-isolation .`). No device is asked: `internvit_cuda` is built where nvcc is, beside a torch
+built for CUDA; INTERNVIT_CUDA=0 leaves it out, INTERNVIT_CUDA=1 warns where it cannot be built. TORCH_CUDA_ARCH_LIST
+and MAX_JOBS mean what they mean for torch's own extensions.
 """
 
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,8 +30,7 @@ except ImportError:
 
 logger = logging.getLogger("internvit.build")
 
-SOURCES = Path(__file__).resolve().parent / "csrc" / "cpu"
-LIBRARY = "internvit_cpu.so"
+CSRC = Path(__file__).resolve().parent / "csrc"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
@@ -42,15 +46,35 @@ UNIT_FLAGS = {
 """Each unit's own instruction set: never -march=native, the machine that runs it chooses (csrc/cpu/dispatch.cpp)."""
 
 
+CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings"]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
+NVCC_FLAGS += ["-fmad=false"]
+"""The bodies write every fused multiply-add out: all instantiations, and the host in tests, round alike."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a library is built: a command per source without `-c SOURCE -o OBJECT`, and the link around the objects."""
+
+    name: str
+    compiles: dict[Path, list[str]]
+    link: list[str]
+    link_end: list[str]
+
+
 class BuildLibraries(build_ext):
     """Builds the libraries that can be built here, and says in one line why another cannot."""
 
     def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rpartition(".")[2]
         try:
-            built = compile_cpu_library(Path(self.build_temp).resolve() / "internvit_cpu")
+            built = build_library(PLANS[name](), Path(self.build_temp).resolve() / name)
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            logger.warning("internvit_cpu is not built, its ops run on PyTorch: %s", reason[0])
+            asked = name != "internvit_cuda" or os.environ.get("INTERNVIT_CUDA") == "1"
+            level = logging.WARNING if asked or not isinstance(error, MissingError) else logging.INFO
+            logger.log(level, "%s is not built, its ops run on other backends: %s", name, reason[0])
             return
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,48 +91,147 @@ class BuildLibraries(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-def compile_cpu_library(build: Path) -> Path:
-    """Compiles csrc/cpu with the torch of this environment; returns the library's path."""
+class MissingError(RuntimeError):
+    """What a library needs is not on this machine."""
+
+
+def torch_cpp_extension():  # type: ignore[no-untyped-def]
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        raise RuntimeError(f"no torch here ({error}); pip install --no-build-isolation sees yours") from error
+        raise MissingError(f"no torch here ({error}); pip install --no-build-isolation sees yours") from error
+    return cpp_extension
+
+
+def cpu_plan() -> Plan:
+    """csrc/cpu with the torch of this environment."""
+    cpp_extension = torch_cpp_extension()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     units = {name: flags for name, flags in UNIT_FLAGS.items() if x86 or name == "isa_generic.cpp"}
-    build.mkdir(parents=True, exist_ok=True)
     compiler = [cpp_extension.get_cxx_compiler(), *COMMON_FLAGS, "-fPIC"]
     torch_flags = [STABLE_ABI, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
     compiles = {
-        name: [*compiler, *units.get(name, []), *(torch_flags if name == "bindings.cpp" else [])]
+        CSRC / "cpu" / name: [*compiler, *units.get(name, []), *(torch_flags if name == "bindings.cpp" else [])]
         for name in [*units, "dispatch.cpp", "bindings.cpp"]
     }
     link = [*compiler, "-shared", *(f"-L{path}" for path in cpp_extension.library_paths())]
     link_end = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu", "-lc10"]
-    (run_ninja if shutil.which("ninja") else run_serially)(build, compiles, link, link_end)
-    return build / LIBRARY
+    return Plan("internvit_cpu", compiles, link, link_end)
 
 
-def run_ninja(build: Path, compiles: dict[str, list[str]], link: list[str], link_end: list[str]) -> None:
-    """Two compilers at a time, and only what changed."""
+def cuda_plan() -> Plan:
+    """csrc/cuda with nvcc and the torch of this environment."""
+    if os.environ.get("INTERNVIT_CUDA") == "0":
+        raise MissingError("INTERNVIT_CUDA=0")
+    nvcc = find_nvcc()
+    cpp_extension = torch_cpp_extension()
+    import torch
+
+    version = re.search(r"release (\d+)\.", output_of([nvcc, "--version"]))
+    if torch.version.cuda is None:
+        raise MissingError(f"torch {torch.__version__} here is built without CUDA")
+    if version and version[1] != torch.version.cuda.partition(".")[0]:
+        raise MissingError(f"nvcc here is of CUDA {version[1]}, torch of CUDA {torch.version.cuda}")
+    includes, libraries = toolkit_folders(nvcc)
+    device_compiler = [nvcc, *NVCC_FLAGS, *architecture_flags(nvcc)]
+    host_compiler = [
+        cpp_extension.get_cxx_compiler(),
+        *COMMON_FLAGS,
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        STABLE_ABI,
+    ]
+    host_compiler += [f"-isystem{path}" for path in [*cpp_extension.include_paths(), *includes]]
+    compiles = dict.fromkeys(sorted((CSRC / "cuda").glob("unit_*.cu")), device_compiler)
+    compiles[CSRC / "cuda" / "bindings.cpp"] = host_compiler
+    link = [*host_compiler, "-shared", *(f"-L{path}" for path in [*cpp_extension.library_paths(), *libraries])]
+    return Plan("internvit_cuda", compiles, link, ["-ltorch_cuda", "-ltorch_cpu", "-lc10", "-lcudart"])
+
+
+PLANS = {"internvit_cpu": cpu_plan, "internvit_cuda": cuda_plan}
+
+
+def find_nvcc() -> str:
+    """nvcc of CUDA_HOME, of the path, or where the toolkit's own installer puts it."""
+    for place in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), None, "/usr/local/cuda"):
+        found = shutil.which("nvcc", path=f"{place}/bin" if place else None)
+        if found:
+            return found
+    raise MissingError("no nvcc here; install the CUDA toolkit, or set CUDA_HOME to it")
+
+
+def toolkit_folders(nvcc: str) -> tuple[list[str], list[str]]:
+    """nvcc's own folders of headers and of libraries: torch takes them from nvcc's path, which may be a wrapper's."""
+    told = output_of([nvcc, "--dryrun", "-c", "nothing.cu"])
+    by_name = dict(re.findall(r"^#\$ (INCLUDES|SYSTEM_INCLUDES|LIBRARIES)=(.*)$", told, re.MULTILINE))
+    includes = re.findall(r'"-I([^"]+)"', by_name.get("INCLUDES", ""))
+    libraries = [path for path in re.findall(r'"-L([^"]+)"', by_name.get("LIBRARIES", "")) if "stubs" not in path]
+    if not includes or not any((Path(path) / "libcudart.so").exists() for path in libraries):
+        raise MissingError(f"{nvcc} has no libcudart.so in {', '.join(libraries) or 'its folders'}")
+    return includes, libraries
+
+
+def architecture_flags(nvcc: str) -> list[str]:
+    """-gencode for TORCH_CUDA_ARCH_LIST, or for those of CUDA_ARCHITECTURES that this nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    known = set(re.findall(r"compute_(\w+)", output_of([nvcc, "--list-gpu-arch"])))
+    flags = []
+    for name in re.split(r"[ ;,]+", asked or CUDA_ARCHITECTURES):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if not match:
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: expected numbers as '8.0;9.0+PTX', got {name!r}")
+        number = match[1] + match[2]
+        if not asked and number not in known:
+            continue
+        code = f"sm_{number}{match[3]}"
+        flags.append(f"-gencode=arch=compute_{number}{match[3]},code={code}")
+        if match[4]:
+            flags.append(f"-gencode=arch=compute_{number}{match[3]},code=compute_{number}{match[3]}")
+    if not flags:
+        raise MissingError(f"this nvcc knows none of {CUDA_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
+    return flags
+
+
+def output_of(command: list[str]) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
+
+
+def jobs() -> str:
+    """MAX_JOBS, or as many compilers as there are cores and 2 GiB of memory for."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**32
+    return os.environ.get("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, memory // 2**31))))
+
+
+def build_library(plan: Plan, build: Path) -> Path:
+    """Compiles and links; returns the library's path."""
+    build.mkdir(parents=True, exist_ok=True)
+    (run_ninja if shutil.which("ninja") else run_serially)(build, plan)
+    return build / f"{plan.name}.so"
+
+
+def run_ninja(build: Path, plan: Plan) -> None:
+    """Several compilers at a time, and only what changed."""
     rules = (("run", ["  depfile = $depfile", "  deps = gcc"]), ("link", []))
     lines = [line for name, more in rules for line in (f"rule {name}", "  command = $command", *more)]
-    for name, command in compiles.items():
-        source, stem = SOURCES / name, Path(name).stem
+    for source, command in plan.compiles.items():
+        stem = source.stem
         call = [*command, "-MMD", "-MF", f"{stem}.d", "-c", str(source), "-o", f"{stem}.o"]
         lines += [f"build {stem}.o: run {source}", f"  command = {shlex.join(call)}", f"  depfile = {stem}.d"]
-    objects = [f"{Path(name).stem}.o" for name in compiles]
-    lines += [f"build {LIBRARY}: link {' '.join(objects)}"]
-    lines += [f"  command = {shlex.join([*link, *objects, '-o', LIBRARY, *link_end])}", ""]
+    objects, library = [f"{source.stem}.o" for source in plan.compiles], f"{plan.name}.so"
+    lines += [f"build {library}: link {' '.join(objects)}"]
+    lines += [f"  command = {shlex.join([*plan.link, *objects, '-o', library, *plan.link_end])}", ""]
     (build / "build.ninja").write_text("\n".join(lines))
-    run(["ninja", "-j", os.environ.get("MAX_JOBS", "2")], build)
+    run(["ninja", "-j", jobs()], build)
 
 
-def run_serially(build: Path, compiles: dict[str, list[str]], link: list[str], link_end: list[str]) -> None:
+def run_serially(build: Path, plan: Plan) -> None:
     objects = []
-    for name, command in compiles.items():
-        objects.append(f"{Path(name).stem}.o")
-        run([*command, "-c", str(SOURCES / name), "-o", objects[-1]], build)
-    run([*link, *objects, "-o", LIBRARY, *link_end], build)
+    for source, command in plan.compiles.items():
+        objects.append(f"{source.stem}.o")
+        run([*command, "-c", str(source), "-o", objects[-1]], build)
+    run([*plan.link, *objects, "-o", f"{plan.name}.so", *plan.link_end], build)
 
 
 def run(command: list[str], folder: Path) -> None:
@@ -134,7 +257,7 @@ class PythonFreeWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("internvit.lib.internvit_cpu", sources=[], optional=True)],
+    ext_modules=[Extension(f"internvit.lib.{name}", sources=[], optional=True) for name in PLANS],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PythonFreeWheel},
     distclass=CompiledDistribution,
 )

@@ -13,14 +13,11 @@
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace internvit {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
 
 // The instruction set in use: the best one, unless a test or a benchmark chose another.
 std::atomic<const Kernels*>& current() {
@@ -98,83 +95,6 @@ DType dtype_of(const Tensor& t) {
       return kFloat32;
   }
 }
-
-Tensor empty_like_of(const Tensor& t, ScalarType dtype) { return torch::stable::new_empty(t, t.sizes(), dtype); }
-Tensor empty_floats(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
-}
-Tensor no_grad_asked(const Tensor& like) { return empty_floats(like, {0}); }
-
-Tensor converted(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-}
-
-// A parameter as contiguous float32, which the kernels take: its conversion costs one row.
-struct Floats {
-  Tensor kept;
-  const float* data = nullptr;
-  explicit Floats(const Maybe& t) {
-    if (!t) return;
-    kept = torch::stable::contiguous(converted(*t, ScalarType::Float));
-    data = static_cast<const float*>(kept.data_ptr());
-  }
-};
-
-// A tensor as rows of contiguous channels (its last `channel_dims` dimensions) with one stride; copied where it is not.
-struct Rows {
-  Tensor kept;
-  void* data = nullptr;
-  int64_t rows = 1, channels = 1, stride = 0;
-  bool copied = false;
-
-  Rows() = default;
-  explicit Rows(const Tensor& t, int channel_dims = 1) : kept(t) {
-    if (!collapse(channel_dims)) {
-      kept = torch::stable::contiguous(t);
-      copied = true;
-      collapse(channel_dims);
-    }
-    data = kept.data_ptr();
-  }
-  explicit Rows(const Maybe& t) {
-    if (t) *this = Rows(*t);
-  }
-
- private:
-  bool collapse(int channel_dims) {
-    const auto sizes = kept.sizes(), strides = kept.strides();
-    const int64_t leading = int64_t(sizes.size()) - channel_dims;
-    rows = channels = 1;
-    bool regular = true;
-    for (int64_t i = int64_t(sizes.size()) - 1; i >= leading; --i) {
-      regular &= sizes[i] == 1 || strides[i] == channels;
-      channels *= sizes[i];
-    }
-    stride = channels;
-    bool first = true;
-    for (int64_t i = leading - 1; i >= 0; --i) {
-      if (sizes[i] != 1) {
-        if (first) stride = strides[i];
-        regular &= first || strides[i] == rows * stride;
-        first = false;
-      }
-      rows *= sizes[i];
-    }
-    return regular || rows == 0;
-  }
-};
-
-std::vector<int64_t> leading_sizes(const Tensor& t, int channel_dims = 1) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end() - channel_dims};
-}
-
-int64_t rows_per_image(const Tensor& t, int64_t rows) {
-  const auto sizes = t.sizes();
-  return sizes.size() > 1 && sizes[0] > 0 && rows > 0 ? rows / sizes[0] : 1;
-}
-
-float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 // ---- norms ----------------------------------------------------------------------------------------------------------
 

@@ -86,6 +86,13 @@ def _from_library(library: str) -> Callable[[str], Callable | None]:
     return find
 
 
+def _cuda(op: str) -> Callable | None:
+    """The library's op, or what it leaves to PyTorch and flash-attn."""
+    from internvit.ops import cuda
+
+    return _from_library("internvit_cuda")(op) or getattr(cuda, op, None)
+
+
 def _library_missing(library: str) -> Callable[[], str | None]:
     def missing() -> str | None:
         from internvit.ops import native
@@ -148,14 +155,16 @@ BACKENDS: dict[str, Backend] = {
         Backend("cpu", _from_library("internvit_cpu"), _library_missing("internvit_cpu"), _only(("cpu",), _FLOATS)),
         Backend(
             "cuda",
-            _from_library("internvit_cuda"),
+            _cuda,
             _library_missing("internvit_cuda"),
             _only(("cuda",), _FLOATS),
             folds_qk_norm=False,
+            lse_devices=(),
         ),
     )
 }
 
+# Triton before cuda: it folds QK-norm into attention, and q_hat and k_hat need no memory. No GPU has timed the two yet.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "sdpa", "reference"),
     "cuda": ("triton", "cuda", "sdpa", "reference"),

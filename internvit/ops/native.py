@@ -20,8 +20,8 @@ def _load(library: str) -> str | None:
     if not path.exists():
         return (
             f"the compiled library {library} was not built; install a C++ compiler"
-            f"{' and nvcc' if library.endswith('cuda') else ''} and reinstall from source "
-            "(pip install --no-build-isolation -v .)"
+            f"{', nvcc and a torch of the same CUDA' if library.endswith('cuda') else ''} and reinstall from source "
+            "(pip install --no-build-isolation -v ., which says why it cannot be built)"
         )
     try:
         torch.ops.load_library(str(path))

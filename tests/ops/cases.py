@@ -51,7 +51,7 @@ def _attention_with_statistics(q, k, v, q_weight, k_weight, backend=None):
 
 
 def _norm_backend(backend: str | None) -> str | None:
-    return "reference" if backend in ("sdpa", "flash") else backend
+    return "reference" if backend and not BACKENDS[backend].folds_qk_norm else backend
 
 
 def _packed(qkv, q_weight, k_weight, rounding="fused", backend=None):
