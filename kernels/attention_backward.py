@@ -83,6 +83,16 @@ def attention_delta_kernel(
 
 
 @triton.jit
+def probabilities(b_exponent, BOUNDED: tl.constexpr):
+    """2^(S - lse). Plain scores have no bound: from 10^9 on, lse's float32 rounding alone is an exponent of 128 and the
+    gradients would be infinite; with at most 0 a probability is at most 1. It costs 1 instruction a score in some 28
+    (sm_90, D = 64); QK-norm's scores need none."""
+    if BOUNDED:
+        return tl.exp2(b_exponent)
+    return tl.exp2(tl.minimum(b_exponent, 0.0))
+
+
+@triton.jit
 def grad_kv_step(
     b_grad_k,  # [BLOCK_N, BLOCK_D]
     b_grad_v,  # [BLOCK_N, BLOCK_D]
@@ -101,13 +111,14 @@ def grad_kv_step(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,  # scores are those of QK-norm
 ):
     """One tile of queries into the gradients of a tile of keys and values; everything is transposed."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     b_q = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, MASKED)
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
     b_lse = tl.load(p_lse + o_m, mask=o_m < N, other=float("inf"))  # exp2(-inf) drops queries beyond N
-    b_p = tl.exp2(b_s * b_column_scale[:, None] - (b_lse * LOG2E)[None, :])
+    b_p = probabilities(b_s * b_column_scale[:, None] - (b_lse * LOG2E)[None, :], BOUNDED)
     b_grad = load_rows(p_grad_out, i_m, N, stride_gn, o_d, D, BLOCK_M, MASKED)
     b_grad_v = tl.dot(b_p.to(b_grad.dtype), b_grad, b_grad_v, input_precision="ieee")
     b_grad_p = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee")
@@ -178,7 +189,7 @@ def attention_grad_kv_kernel(
     for i_m in range(0, N, BLOCK_M):
         b_grad_k, b_grad_v = grad_kv_step(
             b_grad_k, b_grad_v, b_k, b_v, b_column_scale, p_q, p_grad_out, p_lse, p_delta, i_m, N,
-            stride_qn, stride_gn, o_d, D, BLOCK_M, TAIL,
+            stride_qn, stride_gn, o_d, D, BLOCK_M, TAIL, p_rstd_k is not None,
         )  # fmt: skip
     # without QK-norm b_column_scale is scale * log2(e): times ln 2 it is the scale
     b_grad_k *= (b_column_scale * LN2)[:, None]
@@ -213,7 +224,8 @@ def grad_q_step(
     o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     b_k = load_rows(p_k, i_n, N, stride_kn, o_d, D, BLOCK_N, MASKED)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    b_p = tl.exp2(scaled_scores(b_s, p_rstd_k, o_n, N, scale_log2, MASKED) - b_lse[:, None])
+    b_s = scaled_scores(b_s, p_rstd_k, o_n, N, scale_log2, MASKED)
+    b_p = probabilities(b_s - b_lse[:, None], p_rstd_k is not None)
     b_v = load_rows(p_v, i_n, N, stride_vn, o_d, D, BLOCK_N, MASKED)
     b_grad_s = b_p * (tl.dot(b_grad, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
     if p_rstd_k is not None:
