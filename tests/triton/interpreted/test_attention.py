@@ -142,12 +142,16 @@ def test_attention(case):
 
 @pytest.mark.parametrize(
     ("norm", "distribution"),
-    [("none", "large_mean"), ("same", "large_mean"), pytest.param("same", "massive", marks=pytest.mark.slow)],
+    [
+        ("none", "large_mean"),
+        pytest.param("same", "large_mean", marks=pytest.mark.slow),
+        pytest.param("same", "massive", marks=pytest.mark.slow),
+    ],
 )
 def test_errors_over_many_draws(norm, distribution):
     """Where few rounded terms decide, single draws lie between 0.4 and 13 times the emulation's error: at a mean of 30
     plain attention's grad_k between 0.6 and 2.3 times, over 14 draws 0.84 times; over many they are as large."""
-    case = {"heads": (2, 64), "tokens": 65, "dtype": "bfloat16", "layout": "packed", "norm": norm}
+    case = {"heads": (2, 64), "tokens": 33, "dtype": "bfloat16", "layout": "packed", "norm": norm}
     squares = torch.zeros(2, len(NAMES), dtype=torch.float64)
     for seed in range(14):
         inputs, grad_out, grads, memory = problem({**case, "distribution": distribution}, seed)
