@@ -1,6 +1,7 @@
 """Every kernel compiles for every target without spills and within the committed budget; no GPU is needed.
 
-`python tests/triton/test_static_profile.py` writes the budget anew: read the difference before you commit it.
+`PYTHONPATH=. python tests/triton/test_static_profile.py` writes the budget anew: read the difference before you commit
+it.
 """
 
 import json
