@@ -5,6 +5,8 @@
 Passes over one [N, C] tensor per block in bf16 with epilogues: 26. norm1 2, qkv 4, attention 4, proj with its residual
 3, norm2 2, fc1 with GELU 5, fc2 with its residual 6. The two norms stay passes of their own because a row's statistics
 need all columns, which the threads of the GEMM before share.
+
+On a GPU the Linears are torch's and everything between them the fused ops; the blocks can run as one CUDA graph.
 """
 
 import logging
@@ -13,9 +15,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from internvit.cuda_graph import GraphedFunction
 from internvit.modeling import InternViT, InternViTLayer, is_plain_layer
-from internvit.modules import LayerNorm, RMSNorm, is_plain_linear, is_plain_norm
+from internvit.modules import MLP, Attention, LayerNorm, RMSNorm, has_hooks, is_plain_linear, is_plain_norm
 from internvit.ops import layer_scale_residual, layer_scale_residual_norm, linear_gelu, native, qk_norm_attention
+from internvit.ops.backends import requested
 from internvit.ops.linear import linear
 from internvit.ops.linear_layer_scale import float16_holds
 from internvit.output import InternViTOutput
@@ -155,6 +159,8 @@ def _can_fold(layer: nn.Module) -> TypeGuard[InternViTLayer]:
     if not isinstance(layer, InternViTLayer) or not is_plain_layer(layer):
         return False
     attn, mlp = layer.attn, layer.mlp
+    if type(attn) is not Attention or type(mlp) is not MLP or has_hooks(attn) or has_hooks(mlp):
+        return False
     norms = [layer.norm1, layer.norm2, *((attn.q_norm, attn.k_norm) if attn.qk_normalization else ())]
     linears = [attn.qkv, attn.proj, mlp.fc1, mlp.fc2]
     return all(map(is_plain_linear, linears)) and all(map(is_plain_norm, norms))
@@ -163,9 +169,10 @@ def _can_fold(layer: nn.Module) -> TypeGuard[InternViTLayer]:
 class OptimizedInternViT(nn.Module):
     """What `optimize_for_inference` returns: an `InternViT`'s forward and state_dict, no gradients."""
 
-    def __init__(self, model: InternViT, pack: bool) -> None:
+    def __init__(self, model: InternViT, pack: bool, cuda_graph: bool = False) -> None:
         super().__init__()
         self.model = model
+        self._graphs = GraphedFunction() if cuda_graph else None
         self._blocks = [_Block(layer, pack) if _can_fold(layer) else None for layer in model.encoder.layers]
         self._stamp = self._weights_stamp()
 
@@ -195,6 +202,23 @@ class OptimizedInternViT(nn.Module):
         if (pixel_values is None) == (pixel_embeds is None):
             raise ValueError(f"give pixel_values or pixel_embeds, got {'neither' if pixel_embeds is None else 'both'}")
         x = self.model.encoder.enter(self.model.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds)
+        x, *hidden_states = self._encode(x, output_hidden_states)
+        output = InternViTOutput(x, x[:, 0], tuple(hidden_states) if output_hidden_states else None, None)
+        return output if return_dict else output.to_tuple()
+
+    def _encode(self, x: Tensor, output_hidden_states: bool) -> tuple[Tensor, ...]:
+        """The last hidden state and, where asked for, all L + 1; by a CUDA graph if there are graphs."""
+        if (
+            self._graphs is None
+            or x.numel() == 0
+            or torch.compiler.is_compiling()
+            or torch.cuda.is_current_stream_capturing()
+        ):
+            return self._run_blocks(x, output_hidden_states)
+        variant = (output_hidden_states, requested())
+        return self._graphs(lambda static: self._run_blocks(static, output_hidden_states), x, variant)
+
+    def _run_blocks(self, x: Tensor, output_hidden_states: bool) -> tuple[Tensor, ...]:
         hidden_states = [x]
         layers: list[Any] = list(self.model.encoder.layers)
         # Images go through the blocks one by one where the GEMMs want that: nothing is copied between them.
@@ -211,11 +235,12 @@ class OptimizedInternViT(nn.Module):
             if output_hidden_states:
                 hidden_states.append(torch.cat([piece for piece, _ in states]))
         x = torch.cat([piece for piece, _ in states]) if len(states) > 1 else states[0][0]
-        output = InternViTOutput(x, x[:, 0], tuple(hidden_states) if output_hidden_states else None, None)
-        return output if return_dict else output.to_tuple()
+        return (x, *hidden_states) if output_hidden_states else (x,)
 
     def undo(self) -> InternViT:
-        """The model as it was; the packed copies are freed with this object."""
+        """The model as it was; CUDA graphs are freed now, packed copies with this object."""
+        if self._graphs is not None:
+            self._graphs.clear()
         return self.model
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,10 +249,11 @@ class OptimizedInternViT(nn.Module):
     def extra_repr(self) -> str:
         packed = sum(b is not None and b.qkv.adds_residual for b in self._blocks)
         folded = sum(b is not None for b in self._blocks)
-        return f"{folded} of {len(self._blocks)} layers folded, {packed} packed"
+        graphs = "" if self._graphs is None else ", CUDA graph by shape"
+        return f"{folded} of {len(self._blocks)} layers folded, {packed} packed{graphs}"
 
 
-def optimize_for_inference(model: InternViT, pack: bool = True) -> OptimizedInternViT:
+def optimize_for_inference(model: InternViT, pack: bool = True, cuda_graph: bool = False) -> OptimizedInternViT:
     """Prepares a model for inference on this machine: the same forward, faster, without gradients.
 
     LayerScale is folded into proj and fc2 (in float64; left out of a float16 layer where gamma * weight would leave the
@@ -238,15 +264,30 @@ def optimize_for_inference(model: InternViT, pack: bool = True) -> OptimizedInte
     Args:
         model: an `InternViT` in eval mode; it is not changed.
         pack: False folds, and leaves the GEMMs to PyTorch; proj and fc2 are then held twice.
+        cuda_graph: on a GPU, capture the blocks as a CUDA graph for each shape of input (at most eight; what was
+            unused for longest is freed first) and replay it. The first call of a shape runs three times. Calls must not
+            overlap on several streams. Unmeasured: no GPU has run this yet.
 
     Returns:
         A module with the model's forward and state_dict; `.undo()` gives the model back.
 
     Raises:
-        ValueError: not an `InternViT`, or in training mode.
+        ValueError: not an `InternViT`, or in training mode; `cuda_graph` for a model that is not on a GPU, or with
+            hooks, adapters or replaced parts, whose Python a graph would run at capture only.
     """
     if not isinstance(model, InternViT):
         raise ValueError(f"optimize_for_inference: model must be an InternViT, got {type(model).__name__}")
     if model.training:
         raise ValueError("optimize_for_inference: model must be in eval mode, got training mode; call model.eval()")
-    return OptimizedInternViT(model, pack).eval()
+    if cuda_graph and model.device.type != "cuda":
+        raise ValueError(
+            f"optimize_for_inference: cuda_graph=True needs a model on a CUDA device, got {model.device}; "
+            "move the model first, or leave cuda_graph out"
+        )
+    if cuda_graph and not all(map(_can_fold, model.encoder.layers)):
+        layers = [i for i, layer in enumerate(model.encoder.layers) if not _can_fold(layer)]
+        raise ValueError(
+            f"optimize_for_inference: cuda_graph=True cannot take layers {layers}: their hooks, adapters or replaced "
+            "parts would run at capture only; remove them, or leave cuda_graph out"
+        )
+    return OptimizedInternViT(model, pack, cuda_graph).eval()

@@ -2,22 +2,29 @@
 
     python -m internvit.kernels.ceilings [--batch 8]
 
+`static_profile` has the same of each kernel alone, as a column.
+
 Arithmetic from data sheets, no measurement: never to be printed beside one as if it were.
 """
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Ceiling:
     """Attributes:
+    target: its `launch.Target`'s name.
     bandwidth: of device memory, bytes a second.
     flops: dense bfloat16 products with float32 accumulation, a second.
     source: the vendor's data sheet.
     """
 
     device: str
+    target: str
     bandwidth: float
     flops: float
     source: str
@@ -27,10 +34,10 @@ class Ceiling:
 
 
 CEILINGS = (
-    Ceiling("A100 SXM 80GB", 2.039e12, 312e12, "NVIDIA A100 Tensor Core GPU data sheet"),
-    Ceiling("H100 SXM", 3.35e12, 989.4e12, "NVIDIA H100 Tensor Core GPU data sheet, dense = half of sparse"),
-    Ceiling("B200", 8.0e12, 2250e12, "NVIDIA HGX B200 data sheet, dense = half of sparse, one of eight GPUs"),
-    Ceiling("MI300X", 5.3e12, 1307.4e12, "AMD Instinct MI300X data sheet"),
+    Ceiling("A100 SXM 80GB", "sm_80", 2.039e12, 312e12, "NVIDIA A100 Tensor Core GPU data sheet"),
+    Ceiling("H100 SXM", "sm_90", 3.35e12, 989.4e12, "NVIDIA H100 Tensor Core GPU data sheet, dense = half of sparse"),
+    Ceiling("B200", "sm_100", 8.0e12, 2250e12, "NVIDIA HGX B200 data sheet, dense = half of sparse, one of eight GPUs"),
+    Ceiling("MI300X", "gfx942", 5.3e12, 1307.4e12, "AMD Instinct MI300X data sheet"),
 )
 
 ACTIVATIONS = {
@@ -60,6 +67,26 @@ def work(op: str, batch: int, heads: int, head_dim: int, tokens: int = 1025) -> 
     if op in ("gelu", "gelu_backward"):
         return (8 if op == "gelu" else 12) * one, 0.0
     return ACTIVATIONS[op] * one, 0.0
+
+
+MATRIX_PRODUCTS = {"attention_kernel": 2, "attention_grad_kv_kernel": 4, "attention_grad_q_kernel": 3}
+"""Products over all pairs of tokens that a kernel computes: the backward pair recomputes the scores twice."""
+
+
+def kernel_work(kernel: str, tensors: Iterable[Tensor]) -> tuple[float, float]:
+    """Bytes of a kernel's tensors, each moved once, and flops of its matrix products; attention's first tensor is q."""
+    unique = list({id(t): t for t in tensors}.values())
+    flops = 0.0
+    if kernel in MATRIX_PRODUCTS:
+        B, N, H, D = unique[0].shape
+        flops = 2.0 * MATRIX_PRODUCTS[kernel] * B * H * N * N * D
+    return float(sum(t.numel() * t.element_size() for t in unique)), flops
+
+
+def kernel_seconds(target: str, kernel: str, tensors: Iterable[Tensor]) -> float:
+    """The least time of one kernel on the device of `target`."""
+    ceiling = next(c for c in CEILINGS if c.target == target)
+    return ceiling.seconds(*kernel_work(kernel, tensors))
 
 
 def main() -> None:

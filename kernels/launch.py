@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -127,9 +128,33 @@ def _tuned(target: Target) -> dict[str, dict[str, dict[str, int]]]:
     choices: dict[str, dict[str, dict[str, int]]] = {}
     for path in reversed(tuned_files(target)):
         if path.is_file():
-            for kernel, by_key in json.loads(path.read_text())["choices"].items():
+            for kernel, by_key in _read(path).items():
                 choices.setdefault(kernel, {}).update(by_key)
     return choices
+
+
+def _read(path: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """The choices in a tuned file; none, and a warning, if it is broken: the rules serve without it."""
+    try:
+        choices = json.loads(path.read_text())["choices"]
+        for kernel, by_key in choices.items():
+            for key, fields in by_key.items():
+                wrong = {name: value for name, value in fields.items() if type(value) is not int or value < 0}
+                if wrong:
+                    raise ValueError(f"{kernel}, {key}: numbers are expected, got {wrong}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _ignore(path, f"{type(error).__name__}: {error}")
+        return {}
+    return choices
+
+
+def _ignore(what: object, why: str) -> None:
+    warnings.warn(
+        f"{what} holds no launch choices ({why}): rules are used instead; delete it, or write it anew with "
+        "`python -m internvit.kernels.tune --out FILE`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 Choice = TypeVar("Choice")
@@ -138,4 +163,10 @@ Choice = TypeVar("Choice")
 def choose(choice: type[Choice], kernel: str, key: str, target: Target, rule: Callable[[], Choice]) -> Choice:
     """The measured choice for (`kernel`, `key`) on `target` where there is one, else the rule's."""
     measured = _tuned(target).get(kernel, {}).get(key)
-    return rule() if measured is None else choice(**measured)
+    if measured is None:
+        return rule()
+    try:
+        return choice(**measured)
+    except TypeError as error:  # a file of another version of this library
+        _ignore(f"the tuned file's entry {kernel}, {key}", str(error))
+        return rule()

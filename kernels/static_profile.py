@@ -5,8 +5,10 @@
 The ops run on `meta` tensors of InternViT's shapes while their launches are recorded, so what is compiled is what a
 device would be asked to run. A row: kernel, config (op, model, dtype, tile), arch, registers and spills (bytes stored
 to the stack) of a thread, stack_bytes, shared_bytes, occupancy (resident threads over the most possible),
-matrix_instructions with their mnemonic, the share of global memory instructions that move 16 bytes a thread, and
-`source`: all that another program needs to compile the same kernel again.
+matrix_instructions with their mnemonic, the share of global memory instructions that move 16 bytes a thread,
+ceiling_us, and `source`: all that another program needs to compile the same kernel again. ceiling_us is the time at
+the ceilings of `ceilings.py` for 2 x 1025 tokens, on the device that a target stands for (A100, H100, B200, MI300X):
+the bytes of the kernel's tensors over the bandwidth or its products over the peak. Arithmetic, never a measured figure.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from internvit.kernels.ceilings import kernel_seconds
 from internvit.kernels.launch import TARGETS, Launch, Target, record
 from internvit.ops.backends import implementation
 
@@ -149,6 +152,7 @@ def profile(launch: Launch, target: Target, config: str) -> Row:
     compiled = compile_launch(launch, target)
     found = (_read_amd if target.is_amd else _read_nvidia)(compiled)
     shared = compiled.metadata.shared
+    tensors = [a for a in launch.args if isinstance(a, Tensor)]
     return {
         "kernel": launch.kernel.fn.__name__,
         "config": config,
@@ -160,6 +164,7 @@ def profile(launch: Launch, target: Target, config: str) -> Row:
         "occupancy": round(occupancy(target, found["registers"], shared, launch.num_warps), 3),
         "matrix_instructions": dict(found["matrix"]),
         "global_16_byte_share": round(sum(found["wide"]) / len(found["wide"]), 3) if found["wide"] else None,
+        "ceiling_us": round(1e6 * kernel_seconds(target.name, launch.kernel.fn.__name__, tensors), 3),
         "source": describe(launch) | {"target": target.name},
     }
 
@@ -258,14 +263,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="writes the rows here")
     args = parser.parse_args()
     rows = []
-    print(f"{'arch':7} {'kernel':32} {'regs':>4} {'spills':>6} {'shared':>7} {'occ':>5} {'16B':>5} matrix / config")
+    titles = f"{'regs':>4} {'spills':>6} {'shared':>7} {'occ':>5} {'16B':>5} {'least us':>8}"
+    print(f"{'arch':7} {'kernel':32} {titles} matrix / config")
     for row in profile_all(args.arch, [getattr(torch, d) for d in args.dtype], args.only):
         rows.append(row)
         wide = "-" if row["global_16_byte_share"] is None else f"{row['global_16_byte_share']:.2f}"
         matrix = " ".join(f"{n}x{m}" for m, n in row["matrix_instructions"].items())
         print(
             f"{row['arch']:7} {row['kernel']:32} {row['registers']:4} {row['spills']:6} {row['shared_bytes']:7}"
-            f" {row['occupancy']:5.2f} {wide:>5} {matrix} {row['config']}",
+            f" {row['occupancy']:5.2f} {wide:>5} {row['ceiling_us']:8.2f} {matrix} {row['config']}",
             flush=True,
         )
     if args.json:

@@ -10,6 +10,7 @@ the analytic rule by 2 %, and only if its results equal the rule's to the last b
 import argparse
 import itertools
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -21,11 +22,13 @@ import triton
 
 from internvit.kernels import attention, attention_backward, rows
 from internvit.kernels.attention_launch import AttentionLaunch, attention_launch
-from internvit.kernels.launch import Target, target_of
+from internvit.kernels.launch import Target, target_of, tuned_files
 from internvit.kernels.rows import RowLaunch, row_launch
 from internvit.ops.backends import implementation
 
 ROUNDS = 20
+DEVICE = "cuda"
+BATCH, TOKENS = 8, 1025
 MODELS = ((25, 128), (16, 64))
 
 
@@ -39,13 +42,13 @@ def attention_candidates() -> Iterator[AttentionLaunch]:
 
 
 def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
+    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 def row_problems(channels: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """launch name -> a call whose only kernel is of that name."""
-    x, w = _random(8, 1025, channels, dtype=dtype), _random(channels, dtype=dtype)
-    stat, scale = _random(8, 1025, dtype=torch.float32), _random(8, dtype=torch.float32)
+    x, w = _random(BATCH, TOKENS, channels, dtype=dtype), _random(channels, dtype=dtype)
+    stat, scale = _random(BATCH, TOKENS, dtype=torch.float32), _random(BATCH, dtype=torch.float32)
     calls: dict[str, tuple] = {
         "rms_norm": (x, w, 1e-6, "fused"),
         "rms_norm_backward": (x, x, w, stat, (True, True)),
@@ -63,8 +66,8 @@ def row_problems(channels: int, dtype: torch.dtype) -> dict[str, Callable[[], An
 
 
 def attention_problems(heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    q, k, v = _random(8, 1025, 3, heads, head_dim, dtype=dtype).unbind(2)
-    grads = _random(8, 1025, 3, heads, head_dim, dtype=dtype).unbind(2)
+    q, k, v = _random(BATCH, TOKENS, 3, heads, head_dim, dtype=dtype).unbind(2)
+    grads = _random(BATCH, TOKENS, 3, heads, head_dim, dtype=dtype).unbind(2)
     scale = head_dim**-0.5
     out, lse = attention.attention(q, k, v, scale, None, None, None, None)
 
@@ -113,7 +116,7 @@ def best(problem: Callable[[], Any], candidates: Iterator[Any], rule: Any, use: 
     for choice in candidates:
         try:
             result = flat(call(choice)())
-        except triton.runtime.errors.OutOfResources:
+        except (triton.runtime.errors.OutOfResources, triton.CompilationError):
             continue
         if all(
             torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2) for a, b in zip(result, expected, strict=True)
@@ -166,19 +169,34 @@ def tune(target: Target, dtypes: list[torch.dtype], only: str) -> dict[str, dict
     return choices
 
 
+def write(path: Path, choices: dict[str, Any], **about: str) -> None:
+    """Puts the file in place in one step: another process reads the old one or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps({**about, "choices": choices}, indent=1) + "\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m internvit.kernels.tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="~/.cache/internvit/TARGET.json is read at run time")
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     args = parser.parse_args()
+    args.out = args.out.expanduser()
+    if args.out.is_dir():
+        parser.error(f"--out: expected a file, got the folder {args.out}")
     if not torch.cuda.is_available():
         parser.exit(1, "tune: no GPU is visible to torch; launch choices stay those of the analytic rules\n")
-    target = target_of(torch.empty(0, device="cuda"))
+    target = target_of(torch.empty(0, device=DEVICE))
     choices = tune(target, [getattr(torch, d) for d in args.dtype], args.only)
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**about, "choices": choices}, indent=1) + "\n")
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    write(args.out, choices, target=target.name, device=torch.cuda.get_device_name(), **versions)
+    if args.out not in tuned_files(target):
+        print(f"tune: {args.out} is not read from where it is; put it at {tuned_files(target)[0]}")
 
 
 if __name__ == "__main__":

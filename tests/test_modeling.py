@@ -233,7 +233,7 @@ def test_float16_with_a_float32_residual_stream(name) -> None:
 
 
 def test_a_float32_residual_stream_beside_packed_bfloat16_weights() -> None:
-    """Where kernels add the residual in their epilogue they take bfloat16 alone: the seam adds a float32 one."""
+    """Where kernels add the residual in their epilogue they take bfloat16 alone: the op after it adds a float32 one."""
     model, reference = pair("tiny-layer_norm")
     model.bfloat16()
     reference.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-// The backward of the norms and of the seam, as a job of norm_backward.cuh: what it reads, writes and returns.
+// The backward of the norms and of the fused residual, as a job of norm_backward.cuh: what it reads, writes and returns.
 #pragma once
 
 #include <utility>

@@ -263,7 +263,10 @@ def _resolve_once(
         if why is None and folded and not chosen.folds_qk_norm:
             why = "its attention has no QK-norm inside; normalise with qk_norm, or call qk_norm_attention"
         if why is not None:
-            raise ValueError(f"{op}: backend {asked!r} cannot take this input: {why}")
+            raise ValueError(
+                f"{op}: backend {asked!r} cannot take this input: {why}; use backend='reference', or 'auto' to have "
+                "one chosen"
+            )
         return asked
     if context != "auto" and not asked and _usable(context).find(op) is not None:
         return _resolve_once(op, device, dtype, head_dim, folded, context, "auto")

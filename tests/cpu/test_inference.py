@@ -79,6 +79,16 @@ def test_a_layer_with_a_hook_or_an_adapter_runs_as_it_is() -> None:
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_hooks_on_a_branch_run(part: str) -> None:
+    model, seen = small_model(VARIANTS[0], torch.float32, 0), []
+    getattr(model.encoder.layers[1], part).register_forward_hook(lambda *_: seen.append(1))
+    optimized = internvit.optimize_for_inference(model)
+    assert "2 of 3 layers folded" in repr(optimized)
+    optimized(torch.randn(1, 3, 112, 112))
+    assert seen == [1]
+
+
 def test_changed_weights_and_wrong_arguments_are_clear_errors() -> None:
     model = small_model(VARIANTS[0], torch.float32, 0)
     optimized = internvit.optimize_for_inference(model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from internvit.kernels import ceilings, launch
+from internvit.kernels import ceilings, launch, tune
 from internvit.kernels.attention_launch import AttentionLaunch
 from internvit.kernels.launch import TARGETS
 from internvit.kernels.rows import RowLaunch, persistent_programs, row_launch
@@ -28,21 +28,87 @@ def test_persistent_programs_are_at_most_two_per_multiprocessor():
     assert persistent_programs(100_000, choice, target) == 264
 
 
-def test_a_measured_file_goes_before_the_rule(tmp_path, monkeypatch):
+@pytest.fixture
+def tuned_file(tmp_path, monkeypatch):
+    """Where sm_90's measured choices lie in a user's cache directory of this test's own; nothing is remembered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    target = TARGETS["sm_90"]
-    path, _ = launch.tuned_files(target)
-    path.parent.mkdir()
-    path.write_text(json.dumps({"choices": {"rms_norm": {"C=1024": {"rows": 1, "warps": 2}}}}))
+    path, _ = launch.tuned_files(TARGETS["sm_90"])
     for cached in (launch._tuned, row_launch):
         cached.cache_clear()
-    try:
-        assert row_launch("rms_norm", 1024, target) == RowLaunch(1, 2)
-        assert row_launch("layer_norm", 1024, target) == RowLaunch.rule(1024)
-        assert row_launch("rms_norm", 1024, TARGETS["sm_80"]) == RowLaunch.rule(1024)
-    finally:
-        for cached in (launch._tuned, row_launch):
-            cached.cache_clear()
+    yield path
+    for cached in (launch._tuned, row_launch):
+        cached.cache_clear()
+
+
+MEASURED = {"rms_norm": {"C=1024": {"rows": 1, "warps": 2}}}
+
+
+def test_a_measured_file_goes_before_the_rule(tuned_file):
+    tune.write(tuned_file, MEASURED, device="a test")
+    assert json.loads(tuned_file.read_text())["device"] == "a test"
+    target = TARGETS["sm_90"]
+    assert row_launch("rms_norm", 1024, target) == RowLaunch(1, 2)
+    assert row_launch("layer_norm", 1024, target) == RowLaunch.rule(1024)
+    assert row_launch("rms_norm", 1024, TARGETS["sm_80"]) == RowLaunch.rule(1024)
+
+
+def test_the_users_file_goes_before_the_packages(tuned_file, tmp_path, monkeypatch):
+    shipped = tmp_path / "package" / "sm_90.json"
+    monkeypatch.setattr(launch, "tuned_files", lambda target: (tuned_file, shipped))
+    tune.write(shipped, {"rms_norm": {"C=1024": {"rows": 4, "warps": 4}, "C=3200": {"rows": 1, "warps": 4}}})
+    tune.write(tuned_file, MEASURED)
+    assert row_launch("rms_norm", 1024, TARGETS["sm_90"]) == RowLaunch(1, 2)
+    assert row_launch("rms_norm", 3200, TARGETS["sm_90"]) == RowLaunch(1, 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"choices": ',
+        "[]",
+        '{"kernels": {}}',
+        '{"choices": {"rms_norm": 3}}',
+        '{"choices": {"rms_norm": {"C=1024": {"rows": "two", "warps": 2}}}}',
+        '{"choices": {"rms_norm": {"C=1024": {"rows": 1, "warps": -2}}}}',
+        '{"choices": {"rms_norm": {"C=1024": {"lines": 1}}}}',
+    ],
+)
+def test_a_broken_file_is_ignored_with_a_warning(tuned_file, text):
+    tuned_file.parent.mkdir()
+    tuned_file.write_text(text)
+    with pytest.warns(
+        RuntimeWarning, match=r"rules are used instead; .* `python -m internvit.kernels.tune --out FILE`"
+    ):
+        assert row_launch("rms_norm", 1024, TARGETS["sm_90"]) == RowLaunch.rule(1024)
+
+
+def test_a_failed_write_leaves_the_old_file(tuned_file):
+    tune.write(tuned_file, MEASURED)
+    before = tuned_file.read_text()
+    with pytest.raises(TypeError):
+        tune.write(tuned_file, {"rms_norm": {"C=1024": object()}})
+    assert tuned_file.read_text() == before
+    assert list(tuned_file.parent.iterdir()) == [tuned_file]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "the following arguments are required: --out"),
+        (["--out", "FOLDER"], "--out: expected a file, got the folder"),
+        (["--out", "FOLDER/x.json", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--out", "FOLDER/x.json"], "tune: no GPU is visible to torch"),
+    ],
+)
+def test_tunes_arguments(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["tune", *(a.replace("FOLDER", str(tmp_path)) for a in arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        tune.main()
+    assert stopped.value.code in (1, 2)
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -70,3 +136,8 @@ def test_ceilings():
     assert flops == 0
     assert h100.seconds(3.35e12, 0) == 1
     assert h100.seconds(0, 989.4e12) == 1
+    q, lse = torch.empty(2, 1025, 16, 64, device="meta", dtype=torch.bfloat16), torch.empty(2, 16, 1025, device="meta")
+    bytes_moved, flops = ceilings.kernel_work("attention_kernel", [q, q, lse])
+    assert bytes_moved == q.numel() * 2 + lse.numel() * 4, "a tensor given twice is moved once"
+    assert flops == ceilings.work("attention", 2, 16, 64)[1]
+    assert {c.target for c in ceilings.CEILINGS} == set(TARGETS)

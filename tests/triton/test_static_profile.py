@@ -1,6 +1,7 @@
 """Every kernel compiles for every target without spills and within the committed budget; no GPU is needed.
 
-`python tests/triton/test_static_profile.py` writes the budget anew: read the difference before you commit it.
+`PYTHONPATH=. python tests/triton/test_static_profile.py` writes the budget anew: read the difference before you commit
+it.
 """
 
 import json
@@ -60,10 +61,7 @@ def test_within_budget(arch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("arch", TARGETS)
 def test_other_dtypes_do_not_spill(arch, dtype):
-    rows = list(profile_all([arch], [dtype]))
-    # float32 attention exists to be exact: its products run without tensor cores, and those of D = 128 fill registers
-    exact = ("attention_grad_kv_kernel", "attention_grad_q_kernel")
-    check([r for r in rows if not (dtype == torch.float32 and r["kernel"] in exact and "6B" in r["config"])], None)
+    check(list(profile_all([arch], [dtype])), None)
 
 
 def test_rows_can_be_compiled_by_another_program():
@@ -74,6 +72,9 @@ def test_rows_can_be_compiled_by_another_program():
     from triton.compiler import ASTSource
 
     row = json.loads(json.dumps(next(iter(profile_all(["sm_90"], only="gelu")))))
+    fields = "kernel config arch registers spills stack_bytes shared_bytes occupancy matrix_instructions"
+    assert set(row) == {*fields.split(), "global_16_byte_share", "ceiling_us", "source"}
+    assert row["ceiling_us"] == round(2 * 2 * 1025 * 12800 * 2 / 3.35e12 * 1e6, 3)
     source = row["source"]
     kernel = getattr(importlib.import_module(source["module"]), source["function"])
     constants = {(kernel.arg_names.index(name),): value for name, value in source["constants"].items()}

@@ -27,7 +27,7 @@ def test_compiles(version, tmp_path):
     rows = tmp_path / "rows.json"
     profile = [sys.executable, "-m", "internvit.kernels.static_profile", "--json", str(rows)]
     subprocess.run(profile, env=environment, check=True, capture_output=True)
-    # launch choices are those of the Triton in budget.json, with none spilled; another register allocator may miss by
-    # a few bytes at 255 registers: 12 in 3.6.0 (attention's grad_kv on sm_80), 4 in 3.9.0
-    spilled = [f"{r['arch']} {r['kernel']}: {r['spills']}" for r in json.loads(rows.read_text()) if r["spills"] > 16]
+    spilled = [
+        f"{r['arch']} {r['kernel']} {r['config']}: {r['spills']}" for r in json.loads(rows.read_text()) if r["spills"]
+    ]
     assert not spilled, f"triton {version}: {spilled}"

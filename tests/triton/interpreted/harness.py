@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from internvit import contract
+from internvit.kernels.launch import INTERPRETER
+from internvit.kernels.rows import RowLaunch, persistent_programs
 from internvit.ops.backends import REFERENCE, implementation
 
 GUARD = 64  # elements on either side of every buffer; 128 bytes keep 16-byte alignment
@@ -19,8 +21,8 @@ ROWS = (1, 3, 257, 1025)
 CHANNELS = (40, 384, 1024, 3200)
 
 
-def pairwise(factors: dict[str, tuple], allowed: Callable[[dict], bool]) -> list[dict[str, Any]]:
-    """A short fixed table in which each allowed pair of values of any two factors meets (greedy, no randomness)."""
+def pairwise(factors: dict[str, tuple], allowed: Callable[[dict], bool], has: list[dict[str, Any]]) -> list[dict]:
+    """A short fixed table in which each allowed pair of values of any two factors meets that `has` lacks (greedy)."""
     pairs = itertools.combinations(factors, 2)
     wanted = [{a: x, b: y} for a, b in pairs for x in factors[a] for y in factors[b]]
     table: list[dict[str, Any]] = []
@@ -28,6 +30,7 @@ def pairwise(factors: dict[str, tuple], allowed: Callable[[dict], bool]) -> list
     def covers(case: dict[str, Any], pair: dict[str, Any]) -> bool:
         return all(case.get(name, pair) == value for name, value in pair.items())
 
+    wanted = [p for p in wanted if not any(covers(case, p) for case in has)]
     while wanted:
         case = dict(wanted[0])
         for name, values in factors.items():
@@ -45,18 +48,20 @@ def pairwise(factors: dict[str, tuple], allowed: Callable[[dict], bool]) -> list
 def parametrize(
     full: tuple[str, ...], allowed: Callable[[dict], bool] = lambda case: True, **factors: tuple
 ) -> Callable:
-    """The pairwise table in every run; as slow tests the product of the factors in `full`, the others taking turns.
+    """Each pair of values of any two factors; as slow tests the product of the factors in `full`, the others in turns.
 
-    `allowed` keeps what takes the interpreter too long out of the table; the product has it.
+    `allowed` says what every run has; pairs that take the interpreter too long for that are slow tests as well.
     """
-    table = pairwise(factors, allowed)
+    table = pairwise(factors, allowed, [])
+    long = pairwise(factors, lambda case: True, table)
     others = [{k: v for k, v in case.items() if k not in full} for case in table]
     rest = [
         {**dict(zip(full, values, strict=True)), **others[i % len(others)]}
         for i, values in enumerate(itertools.product(*(factors[name] for name in full)))
     ]
+    slow = [*long, *(c for c in rest if c not in table and c not in long)]
     cases = [pytest.param(c, id=_id(c)) for c in table]
-    cases += [pytest.param(c, id=_id(c), marks=pytest.mark.slow) for c in rest if c not in table]
+    cases += [pytest.param(c, id=_id(c), marks=pytest.mark.slow) for c in slow]
     return pytest.mark.parametrize("case", cases)
 
 
@@ -148,32 +153,56 @@ def reference(op: str, dtype: torch.dtype, *args: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def agree(kind: str, names: str, actual: tuple, truth: tuple, eager: tuple, terms: Tensor | None = None) -> None:
+def agree(
+    kind: str,
+    names: str,
+    actual: tuple,
+    truth: tuple,
+    eager: tuple,
+    terms: Tensor | None = None,
+    roundings: float = 8,
+    addends: int = 1,
+) -> None:
     """Every output keeps the contract: 'norm' element by element, 'sum' in relative error (sums cancel).
 
-    Where an element is a sum of two that cancel, float32 sees no further than 2^-22 of `terms`, their sizes' sum.
+    `terms` and `roundings` are `contract.norm_failures`'s. `addends` is how many numbers a float32 sum over rows adds
+    one after the other: each addition rounds, and n errors of random signs add up to about sqrt(n) of them, where
+    eager's pairwise sum has log2(n); at least 4, for of few channels that count eager's error may be nothing by luck.
     """
     failures = []
     for name, a, t, e in zip(names.split(), actual, truth, eager, strict=True):
         if t is None or t.numel() == 0 or a.numel() == 0:
             assert a.numel() == 0 or t is None or t.shape == a.shape, f"{name}: shape {a.shape}, expected {t.shape}"
             continue
-        if terms is not None and a.dtype != torch.float32:
-            a = torch.where((a - t).abs() <= 2**-22 * terms, t.to(a.dtype), a)
         if kind == "norm" or a.dtype == torch.float32:
-            found = contract.norm_failures(a, t, e)
-            if kind == "sum" and contract.relative_error(a, t) <= 4 * torch.finfo(torch.float32).eps:
-                found = []  # of few channels that count, eager's error may be nothing by luck
+            found = contract.norm_failures(a, t, e, terms, roundings=roundings)
+            allowed = max(4.0, addends**0.5) * torch.finfo(torch.float32).eps
+            if kind == "sum" and contract.relative_error(a, t) <= allowed:
+                found = []
         else:
             found = contract.product_failures(a, t, t.to(a.dtype))
         failures += [f"{name}: {f}" for f in found]
     assert not failures, "; ".join(failures)
 
 
+def layer_norm_terms(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """What cancels in a LayerNorm's output, in float64: `magnitude` of `contract.norm_failures`."""
+    x, weight, bias, mean, rstd = (t.double() for t in (x, weight, bias, mean, rstd))
+    return (x.abs() + mean.abs().unsqueeze(-1)) * rstd.unsqueeze(-1) * weight.abs() + bias.abs()
+
+
+def addends(rows: int, channels: int) -> int:
+    """How many rows a program of the interpreter's target adds one after the other."""
+    choice = RowLaunch.rule(channels)
+    return -(-rows // (choice.rows * persistent_programs(rows, choice, INTERPRETER)))
+
+
 def check_statistics(actual: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> None:
-    """rstd within 1e-6 of itself, mean (if any) within 2^-22 of its own size plus the row's spread."""
+    """rstd within 4 eps of itself (0.5 for each of root, quotient and eps, the squares' sum; measured: 2.2), mean (if
+    any) within eps of its own size plus the row's spread (measured: 0.6)."""
+    eps = torch.finfo(torch.float32).eps
     rstd = truth[-1]
-    assert ((actual[-1] - rstd).abs() <= 1e-6 * rstd).all()
+    assert ((actual[-1] - rstd).abs() <= 4 * eps * rstd).all()
     if truth[0].numel() and len(truth) == 2:
         mean = truth[0]
-        assert ((actual[0] - mean).abs() <= 2**-22 * (mean.abs() + 1 / rstd)).all()
+        assert ((actual[0] - mean).abs() <= eps * (mean.abs() + 1 / rstd)).all()

@@ -21,9 +21,6 @@ FACTORS = {
 
 
 def allowed(case):
-    # without a norm the scores of large activations, 10^4 at a mean of 30, are known to 10^-3 only in float32
-    if case.get("norm") == "none" and case.get("distribution", "normal") not in ("normal", "near_zero"):
-        return False
     if case.get("dtype") == "float32" and case.get("tokens") == 1025:  # float32 tiles are small: a minute each
         return False
     return not (case.get("tokens") == 1025 and case.get("heads", (1, 1))[0] == 2 and case.get("norm") == "float32")
@@ -49,6 +46,7 @@ def emulate(q, k, v, scale, q_weight, k_weight, rstd_q, rstd_k, grad_out, dtype)
         scores = q @ k.transpose(-1, -2) * scale
     spread = (scores - scores.amax(-1, keepdim=True)).exp()
     out = rounded(rounded(spread) @ v / spread.sum(-1, keepdim=True))
+    lse = scores.logsumexp(-1)
     p = scores.softmax(-1)
     grad_scores = p * (grad_out @ v.transpose(-1, -2) - (grad_out * out).sum(-1, keepdim=True))
     grad_v = rounded(p).transpose(-1, -2) @ grad_out
@@ -56,7 +54,7 @@ def emulate(q, k, v, scale, q_weight, k_weight, rstd_q, rstd_k, grad_out, dtype)
         grad_q = rounded(grad_scores) @ k * scale
         grad_k = rounded(grad_scores).transpose(-1, -2) @ q * scale
         results = (grad_q, grad_k, grad_v)
-        return out.transpose(1, 2), tuple(rounded(t).transpose(1, 2) for t in results), ()
+        return out.transpose(1, 2), lse, tuple(rounded(t).transpose(1, 2) for t in results), ()
     unit = rstd_k.double()[:, :1, None, None]
     grad_q = rounded(grad_scores * columns / unit) @ k * unit * scale * rstd_q.double()[:, None, :, None]
     grad_k = rounded(grad_scores).transpose(-1, -2) @ folded * columns.transpose(-1, -2) * math.log(2)
@@ -69,14 +67,12 @@ def emulate(q, k, v, scale, q_weight, k_weight, rstd_q, rstd_k, grad_out, dtype)
         (grad_k * k).sum(-1),
     )
     grads = tuple(rounded(t).transpose(1, 2) for t in (grad_q, grad_k, grad_v))
-    return out.transpose(1, 2), grads, sums
+    return out.transpose(1, 2), lse, grads, sums
 
 
-@parametrize(full=("heads", "tokens", "dtype", "distribution", "norm"), allowed=allowed, **FACTORS)
-def test_attention(case):
-    if case["norm"] == "none" and not allowed({**case, "tokens": 1}):
-        pytest.skip("without a norm scores of large activations are beyond float32's exactness")
-    g, memory = generator(case), Memory()
+def problem(case, seed=None):
+    """The forward's inputs, grad_out and the memory they lie in."""
+    g, memory = generator(case) if seed is None else torch.Generator().manual_seed(seed), Memory()
     (H, D), N, dtype = case["heads"], case["tokens"], getattr(torch, case["dtype"])
     batch = 1 if N > 17 else 2
     q, k, _ = heads(memory, case, batch, case["distribution"], g)
@@ -85,64 +81,98 @@ def test_attention(case):
     if case["norm"] != "none":
         weight_dtype = torch.float32 if case["norm"] == "float32" else dtype
         weights = [memory.place((1 + 0.3 * torch.randn(H * D, generator=g)).to(weight_dtype)) for _ in range(2)]
-        statistics = reference("qk_norm_stats", torch.float32, q, k, 1e-6)
-        norm = (*weights, *(memory.place(s) for s in statistics))
-    inputs = (q, k, v, D**-0.5, *norm)
+        norm = (*weights, *run(memory, "qk_norm_stats", q, k, 1e-6))  # the kernels' own statistics
+    return (q, k, v, D**-0.5, *norm), grad_out, heads(memory, case, batch, "normal", g), memory
 
+
+def solve(inputs, grad_out, grads, memory):
+    """out and lse; grad_q, grad_k, grad_v and the sums, of the kernels, in float64 and in float32."""
     out, lse = run(memory, "attention", *inputs)
-    truth_out, truth_lse = reference("attention", torch.float64, *inputs)
-    eager_out, _ = reference("attention", torch.float32, *inputs)
-    emulated_out, emulated_grads, emulated_sums = emulate(*inputs, grad_out, dtype)
-    wide = dtype == torch.float32
-    failures = [f"out: {f}" for f in contract.product_failures(out, truth_out, eager_out if wide else emulated_out)]
-    assert out.is_contiguous()
-    # folding rounds the queries: a score of 100 may be off by 0.1 in bfloat16
-    lse_error = (lse - truth_lse).abs().max().item()
-    assert lse_error <= 8 * torch.finfo(dtype).eps * (1 + truth_lse.abs().max().item()), f"lse off by {lse_error}"
+    for t in grads:
+        t.fill_(float("nan"))
+    q, k, v, *rest = inputs
+    sums = run(memory, "attention_backward", grad_out, q, k, v, out, lse, *rest, *grads)
+    results = [((out, lse), [*grads, *sums])]
+    for dtype in (torch.float64, torch.float32):
+        forward = reference("attention", dtype, *inputs)
+        buffers = [torch.empty(q.shape, dtype=dtype) for _ in range(3)]
+        # buffers are of `dtype` already, so that the reference fills them and not copies
+        backward = reference("attention_backward", dtype, grad_out, q, k, v, *forward, *rest, *buffers)
+        results.append((forward, [*buffers, *backward]))
+    return results
 
-    grads = [t.fill_(float("nan")) for t in heads(memory, case, batch, "normal", g)]
-    sums = run(memory, "attention_backward", grad_out, q, k, v, out, lse, *inputs[3:], *grads)
-    truth, eager = [], []
-    for kept, d in ((truth, torch.float64), (eager, torch.float32)):
-        buffers = [torch.empty(q.shape, dtype=d) for _ in range(3)]
-        args = (grad_out, q, k, v, truth_out, truth_lse, *inputs[3:])
-        kept += [*reference("attention_backward", d, *args, *buffers)]
-        kept[:0] = buffers  # of dtype d already, so reference() filled them and not copies
-    names = ("grad_q", "grad_k", "grad_v", "grad_q_weight", "grad_k_weight", "row_dot_q", "row_dot_k")
-    actual = [*grads, *sums]
-    if N == 1:  # one key: the scores get no gradient, only rounding
+
+NAMES = ("grad_q", "grad_k", "grad_v", "grad_q_weight", "grad_k_weight", "row_dot_q", "row_dot_k")
+
+
+@parametrize(full=("heads", "tokens", "dtype", "distribution", "norm"), allowed=allowed, **FACTORS)
+def test_attention(case):
+    dtype, wide = getattr(torch, case["dtype"]), case["dtype"] == "float32"
+    inputs, grad_out, buffers, memory = problem(case)
+    ((out, lse), actual), ((truth_out, truth_lse), truth), ((eager_out, eager_lse), eager) = solve(
+        inputs, grad_out, buffers, memory
+    )
+    assert out.is_contiguous()
+    emulated_out, emulated_lse, emulated_grads, emulated_sums = emulate(*inputs, grad_out, dtype)
+    # each float32 step of the score rounds: the product, its scale, the sum of two terms and its way to base e
+    unit = torch.finfo(torch.float32).eps * (1 + truth_lse.abs().max().item())
+    lse_error, other = ((t - truth_lse).abs().max().item() for t in (lse, eager_lse if wide else emulated_lse))
+    assert lse_error <= 2 * other + 4 * unit, f"lse off by {lse_error}, {other} by rounding alone"
+    if case["norm"] == "none" and case["distribution"] not in ("normal", "near_zero"):
+        # scores of 10^4 and more, of which float32 knows 10^-3 and less: a spike, whose gradients are rounding
+        assert out.isfinite().all()
+        assert all(t.isfinite().all() for t in actual if dtype != torch.float16)
+        if case["distribution"] == "large_mean":
+            failures = contract.product_failures(out, truth_out, eager_out if wide else emulated_out)
+            assert not failures, failures
+        return
+    failures = [f"out: {f}" for f in contract.product_failures(out, truth_out, eager_out if wide else emulated_out)]
+    names = NAMES
+    if case["tokens"] == 1:  # one key: the scores get no gradient, only rounding
         assert all((t.abs() <= 1e-3).all() for t in actual[:2] + actual[3:])
         actual, names = actual[2:3], names[2:3]
         truth, eager, emulated_grads, emulated_sums = truth[2:3], eager[2:3], emulated_grads[2:3], ()
-    if case["distribution"] == "large_mean":
+    if case["distribution"] in ("large_mean", "massive"):
         # the sums over tokens cancel to what rounding left, one draw a head: see the test over many draws below
         emulated_sums = ()
     for name, a, t, e, m in zip(names, actual, truth, eager, [*emulated_grads, *emulated_sums], strict=False):
-        factor = None if wide else 1.1
-        failures += [f"{name}: {f}" for f in contract.product_failures(a, t, e if wide else m, factor)]
+        failures += [f"{name}: {f}" for f in contract.product_failures(a, t, e if wide else m)]
     assert not failures, "; ".join(failures)
 
 
-@pytest.mark.slow
-def test_weight_gradients_at_a_large_mean():
-    """Single draws lie between 0.4 and 13 times the emulation's error; over 14 of them the errors are as large."""
-    squares = torch.zeros(2, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("norm", "distribution"),
+    [
+        ("none", "large_mean"),
+        pytest.param("same", "large_mean", marks=pytest.mark.slow),
+        pytest.param("same", "massive", marks=pytest.mark.slow),
+    ],
+)
+def test_errors_over_many_draws(norm, distribution):
+    """Where few rounded terms decide, single draws lie between 0.4 and 13 times the emulation's error: at a mean of 30
+    plain attention's grad_k between 0.6 and 2.3 times, over 14 draws 0.84 times; over many they are as large."""
+    case = {"heads": (2, 64), "tokens": 33, "dtype": "bfloat16", "layout": "packed", "norm": norm}
+    squares = torch.zeros(2, len(NAMES), dtype=torch.float64)
     for seed in range(14):
-        g, memory = torch.Generator().manual_seed(seed), Memory()
-        q, k = (contract.sample((1, 65, 2, 64), "large_mean", torch.bfloat16, g) for _ in range(2))
-        v, grad_out = (torch.randn(1, 65, 2, 64, generator=g).bfloat16() for _ in range(2))
-        weights = [(1 + 0.3 * torch.randn(128, generator=g)).bfloat16() for _ in range(2)]
-        inputs = (q, k, v, 0.125, *weights, *reference("qk_norm_stats", torch.float32, q, k, 1e-6))
-        out, lse = run(memory, "attention", *inputs)
-        grads = [torch.empty_like(q) for _ in range(3)]
-        actual = run(memory, "attention_backward", grad_out, q, k, v, out, lse, *inputs[3:], *grads)[0]
-        truth_out, truth_lse = reference("attention", torch.float64, *inputs)
-        buffers = [torch.empty(q.shape, dtype=torch.float64) for _ in range(3)]
-        args = (grad_out, q, k, v, truth_out, truth_lse, *inputs[3:], *buffers)
-        truth = reference("attention_backward", torch.float64, *args)[0]
-        emulation = emulate(*inputs, grad_out, torch.bfloat16)[2][0]
-        squares += torch.tensor([contract.relative_error(t, truth) ** 2 for t in (actual, emulation)])
-    assert squares[0] <= 1.1**2 * squares[1]
+        inputs, grad_out, grads, memory = problem({**case, "distribution": distribution}, seed)
+        (_, actual), (_, truth), _ = solve(inputs, grad_out, grads, memory)
+        _, _, emulated_grads, emulated_sums = emulate(*inputs, grad_out, torch.bfloat16)
+        for i, (a, t, m) in enumerate(zip(actual, truth, [*emulated_grads, *emulated_sums], strict=False)):
+            squares[:, i] += torch.stack([(x.double() - t).square().sum() for x in (a, m)])
+    ratios = (squares[0] / squares[1]).sqrt().nan_to_num(0)
+    assert (ratios <= 1.1).all(), dict(zip(NAMES, ratios.tolist(), strict=True))
+
+
+def test_gradients_of_huge_scores_are_finite():
+    """Scores of 10^34, where lse is known to 10^26: no probability is above one."""
+    g, memory = torch.Generator().manual_seed(12), Memory()
+    q, k = (contract.sample((1, 33, 2, 64), "near_overflow", torch.bfloat16, g) for _ in range(2))
+    v, grad_out = (torch.randn(1, 33, 2, 64, generator=g).bfloat16() for _ in range(2))
+    out, lse = run(memory, "attention", q, k, v, 0.125, *[None] * 4)
+    grads = [torch.full_like(q, float("nan")) for _ in range(3)]
+    run(memory, "attention_backward", grad_out, q, k, v, out, lse, 0.125, *[None] * 4, *grads)
+    assert all(t.isfinite().all() for t in (out, *grads))
+    assert grads[2].double().norm() <= 33 * grad_out.double().norm()
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from internvit.ops import layer_scale_residual_norm, qk_norm_attention, rms_norm
@@ -38,6 +39,34 @@ def samples():
 @pytest.mark.parametrize("op", samples())
 def test_opcheck(op):
     opcheck(getattr(torch.ops.internvit, op).default, (*samples()[op], "triton"))
+
+
+class BackwardCalls(TorchDispatchMode):
+    """Keeps each call of one of this library's backward ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "internvit" and func.name().endswith("_backward"):
+            plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]  # they have no second derivative
+            self.calls.append((func, plain))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", samples())
+def test_opcheck_backward(op):
+    arguments = samples()[op]
+    outputs = getattr(torch.ops.internvit, op).default(*arguments, "triton")
+    outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t.requires_grad]
+    leaves = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
+    with BackwardCalls() as kept:
+        torch.autograd.grad(outputs, leaves, [torch.randn_like(t) for t in outputs], allow_unused=True)
+    assert [func.name() for func, _ in kept.calls] == [f"internvit::{op}_backward"]
+    for func, args in kept.calls:
+        assert args[-1] == "triton"
+        opcheck(func, tuple(args))
 
 
 def loss(x, branch, gamma, weight, qk, backend):

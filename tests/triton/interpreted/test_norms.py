@@ -8,9 +8,11 @@ from harness import (
     ROWS,
     STRIDES,
     Memory,
+    addends,
     agree,
     check_statistics,
     generator,
+    layer_norm_terms,
     parametrize,
     reference,
     run,
@@ -44,15 +46,16 @@ def test_norm(case):
     inputs = (x, weight, 1e-6, "fused") if case["op"] == "rms_norm" else (x, weight, bias, 1e-6)
     actual = run(memory, case["op"], *inputs)
     truth, eager = (reference(case["op"], d, *inputs) for d in (torch.float64, torch.float32))
-    terms = bias.double().abs() + (truth[0] - bias.double()).abs() if case["op"] == "layer_norm" else None
+    terms = layer_norm_terms(x, weight, bias, *truth[1:]) if case["op"] == "layer_norm" else None
     agree("norm", "y", actual[:1], truth[:1], eager[:1], terms)
     check_statistics(actual[1:], truth[1:])
 
     mask = (True,) * (2 if case["op"] == "rms_norm" else 3)
-    actual = run(memory, f"{case['op']}_backward", grad_y, x, weight, *(s.float() for s in truth[1:]), mask)
+    actual = run(memory, f"{case['op']}_backward", grad_y, x, weight, *actual[1:], mask)  # its own statistics
     truth = reference(f"{case['op']}_backward", torch.float64, grad_y, x, weight, *truth[1:], mask)
     eager = reference(f"{case['op']}_backward", torch.float32, grad_y, x, weight, *eager[1:], mask)
-    agree("sum", " ".join(("grad_x", "grad_weight", "grad_bias")[: len(mask)]), actual, truth, eager)
+    names = " ".join(("grad_x", "grad_weight", "grad_bias")[: len(mask)])
+    agree("sum", names, actual, truth, eager, addends=addends(case["rows"], case["channels"]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])

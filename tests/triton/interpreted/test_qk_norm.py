@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import DTYPES, Memory, agree, check_statistics, generator, parametrize, reference, run
+from harness import DTYPES, Memory, addends, agree, check_statistics, generator, parametrize, reference, run
 
 from internvit import contract
 from internvit.ops import qk_norm
@@ -61,12 +61,19 @@ def test_qk_norm(case):
 
     grads = heads(memory, case, batch, "normal", g)[:2]
     mask = (True,) * 4
-    actual = run(memory, "qk_norm_backward", *grads, q, k, *weights, *(s.float() for s in truth[2:]), mask)
+    actual = run(memory, "qk_norm_backward", *grads, q, k, *weights, *statistics, mask)  # its own statistics
     truth, eager = (
         reference("qk_norm_backward", d, *grads, q, k, *weights, *(s.to(d) for s in truth[2:]), mask)
         for d in (torch.float64, torch.float32)
     )
-    agree("sum", "grad_q grad_k grad_q_weight grad_k_weight", actual, truth, eager)
+    agree(
+        "sum",
+        "grad_q grad_k grad_q_weight grad_k_weight",
+        actual,
+        truth,
+        eager,
+        addends=addends(batch * case["tokens"], H * D),
+    )
 
 
 @parametrize(full=("heads", "tokens", "dtype", "distribution"), allowed=short, **FACTORS)

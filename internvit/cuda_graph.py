@@ -1,0 +1,90 @@
+"""CUDA graphs by input shape: a function's kernels are recorded once, and each later call starts them all at once.
+
+At batch 1 a block is some nine launches of a few microseconds each, and the host cannot keep up with a fast GPU.
+Unmeasured: no GPU has run this yet.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+
+WARM_UPS = 2
+"""Runs before capture: the first compiles kernels and lets cuBLAS allocate, which a capture may not."""
+
+
+class _Captured:
+    """One graph with the memory it reads its input from and writes its outputs to."""
+
+    def __init__(self, run: Callable[[Tensor], Tensors], x: Tensor, pool: Any) -> None:
+        # An inference tensor could not be written to outside inference mode later; weights that autocast has cast and
+        # cached are freed when it ends, under a graph that still reads them.
+        kind = x.device.type
+        autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(kind, dtype, autocast, cache_enabled=False),
+            torch.cuda.device(x.device),
+        ):
+            self.input = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            self.input.copy_(x)
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    run(self.input)
+            current.wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.outputs = run(self.input)
+
+    def __call__(self, x: Tensor) -> Tensors:
+        with torch.cuda.device(x.device):
+            self.input.copy_(x)
+            self.graph.replay()
+            return tuple(t.clone() for t in self.outputs)  # the graph's own are overwritten by its next replay
+
+
+class GraphedFunction:
+    """`run(x) -> tensors` by CUDA graphs, one for each shape, dtype and device of x, autocast and `variant`.
+
+    The first call of a kind runs `run` twice on a side stream and captures it; later ones copy x into the graph's
+    input, replay, and return copies of its outputs. `run` may do nothing but launch kernels: Python in it runs at
+    capture only. Calls must not overlap on several streams: they share the graph's memory.
+
+    Args:
+        limit: how many graphs are kept; the one unused for longest is freed for a new one.
+    """
+
+    def __init__(self, limit: int = 8) -> None:
+        self.limit = limit
+        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[Tensor], Tensors], x: Tensor, variant: Hashable = None) -> Tensors:
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (tuple(x.shape), x.dtype, x.device, autocast, variant)
+        if key not in self._graphs:
+            if len(self._graphs) >= self.limit:
+                self._graphs.popitem(last=False)[1].graph.reset()
+            # Graphs share one pool: none runs beside another, and outputs stay alive, so nothing is overwritten.
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[key] = _Captured(run, x, self._pool)
+        self._graphs.move_to_end(key)
+        return self._graphs[key](x)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def clear(self) -> None:
+        """Frees every graph and its memory."""
+        for captured in self._graphs.values():
+            captured.graph.reset()
+        self._graphs.clear()
+        self._pool = None
