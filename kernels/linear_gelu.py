@@ -6,8 +6,8 @@
 The bias belongs to the GEMM, whose epilogue adds it in registers (torch's addmm). In tensors [N, M] moved, the GEMM's
 output included: forward 3 (z written and read, y written), backward 3. With the bias in this pass instead it is 3 and 3
 as well if backward adds it again to the saved product, and 4 and 3 if the pass writes z for it: it saves nothing. And
-the product would be rounded to 16 bit before the bias instead of after: z, which recipes and other backends share, would
-be nowhere, or rounded twice, sqrt(2) times the error that the contract allows.
+the product would be rounded to 16 bit before the bias instead of after: z, which recipes and other backends share,
+would be nowhere, or rounded twice, sqrt(2) times the error that the contract allows.
 """
 
 from dataclasses import dataclass
