@@ -22,10 +22,20 @@ def cpu_flags() -> list[str]:
     return [flag for flag in _FLAGS if flag in line.split()]
 
 
-def cpu_name() -> str:
+def cpu_name(cpuinfo: str | None = None) -> str:
+    """The processor's name, and its generation where virtual machines leave that out of the name ("AMD EPYC").
+
+    Args:
+        cpuinfo: what /proc/cpuinfo says; read here by default.
+    """
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
+    if cpuinfo is None:
+        cpuinfo = path.read_text() if path.exists() else ""
+    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in cpuinfo.splitlines())}
+    name = fields.get("model name") or platform.processor()
+    zen = {"23": "Zen 2", "25": "Zen 4" if "avx512f" in fields.get("flags", "").split() else "Zen 3", "26": "Zen 5"}
+    generation = zen.get(fields.get("cpu family", "")) if fields.get("vendor_id") == "AuthenticAMD" else None
+    return f"{name} ({generation})" if generation and "Zen" not in name else name
 
 
 def info() -> dict[str, Any]:

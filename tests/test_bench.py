@@ -13,6 +13,7 @@ from internvit import cli, ops
 from internvit.benchmarks import bench_training, gpu_report, report, results, run, table
 from internvit.benchmarks.timing import Times, copies_past_cache, last_level_cache
 from internvit.benchmarks.work import MissingPeerError, Setting, Variant
+from internvit.info import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = Setting(quick=True, dtypes=(torch.float32,))
@@ -235,3 +236,12 @@ def test_the_training_page_says_what_the_results_say() -> None:
 
 def test_readme_says_what_the_results_say() -> None:
     assert report.main(["--check"]) == 0
+
+
+def test_the_cpus_name_has_its_generation() -> None:
+    """Two EPYCs of different generations call themselves "AMD EPYC", and differ by two in bfloat16."""
+    amd = "vendor_id : AuthenticAMD\ncpu family : {}\nmodel name : AMD EPYC\nflags : {}\n"
+    assert cpu_name(amd.format(26, "avx2 avx512f")) == "AMD EPYC (Zen 5)"
+    assert cpu_name(amd.format(25, "avx2 avx512f")) == "AMD EPYC (Zen 4)"
+    assert cpu_name(amd.format(25, "avx2")) == "AMD EPYC (Zen 3)"
+    assert cpu_name("vendor_id : GenuineIntel\ncpu family : 6\nmodel name : Intel Xeon\n") == "Intel Xeon"

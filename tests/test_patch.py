@@ -334,17 +334,22 @@ def test_compiles_whole(name) -> None:
 
 @every_upstream
 def test_autocast(name) -> None:
-    model, pixels = upstream(name)
-    truth = features(model, pixels)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = features(model, pixels)
-        handle = internvit.patch(model)
-        with counted() as ran:
-            after = features(model, pixels)
-    assert len(ran) == 3
-    assert not handle.left
-    assert after.dtype == before.dtype
-    assert relative_error(after, truth) <= 1.02 * relative_error(before, truth)
+    """Over several draws: of one the ratio scatters by 2 % about 0.99, whatever the instruction set."""
+    errors = []
+    for _ in range(8):
+        model, pixels = upstream(name)
+        truth = features(model, pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            before = features(model, pixels)
+            handle = internvit.patch(model)
+            with counted() as ran:
+                after = features(model, pixels)
+        assert len(ran) == 3
+        assert not handle.left
+        assert after.dtype == before.dtype
+        errors.append((relative_error(after, truth), relative_error(before, truth)))
+    patched, unpatched = (sum(e**2 for e in column) ** 0.5 for column in zip(*errors, strict=True))
+    assert patched <= 1.02 * unpatched
 
 
 @every_upstream
