@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.benchmarks.work import Setting, Work, op_work, tokens_of, vector
+from internvit.benchmarks.work import Setting, Work, gemm_dtypes, op_work, tokens_of, vector
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def works(setting: Setting) -> list[Work]:
     found = []
     for _, images, tokens, width in tokens_of(setting):
         images = images if setting.device.startswith("cuda") else 1
-        for dtype in setting.dtypes:
+        for dtype in gemm_dtypes(setting, width):
             generator, out = setting.generator(), 4 * width
             activation, product = images * tokens * width * dtype.itemsize, 2.0 * images * tokens * width * out
             parameters = width * out * dtype.itemsize

@@ -132,7 +132,7 @@ def works(setting: Setting) -> list[Work]:
             (small, 1, 448, 24, True),
             (small, 4, 448, 6, True),
             (small, 1, 224, 24, False),
-            (small, 1, 896, 4, False),
+            (small, 1, 896, 2, False),
         ]
     return [model_work(setting, *case) for case in cases]
 

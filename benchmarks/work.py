@@ -135,6 +135,13 @@ def tokens_of(setting: Setting) -> tuple[tuple[str, int, int, int], ...]:
     return ("layer_norm", 8, 1025, 1024), ("rms_norm", 1, 1025, 3200)
 
 
+def gemm_dtypes(setting: Setting, width: int) -> tuple[torch.dtype, ...]:
+    """The dtypes that GEMMs are timed in: on a CPU no float32 at the 6B's width, two minutes of fifteen on two cores."""
+    if setting.device.startswith("cuda") or setting.quick or width < 3200:
+        return setting.dtypes
+    return tuple(dtype for dtype in setting.dtypes if dtype.itemsize < 4)
+
+
 def needs(package: str, how: str) -> None:
     """Raises MissingPeerError unless `package` can be imported."""
     if importlib.util.find_spec(package) is None:
