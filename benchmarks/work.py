@@ -136,7 +136,7 @@ def tokens_of(setting: Setting) -> tuple[tuple[str, int, int, int], ...]:
 
 
 def gemm_dtypes(setting: Setting, width: int) -> tuple[torch.dtype, ...]:
-    """The dtypes that GEMMs are timed in: on a CPU no float32 at the 6B's width, two minutes of fifteen on two cores."""
+    """The dtypes GEMMs are timed in: on a CPU no float32 at the 6B's width, two minutes of fifteen on two cores."""
     if setting.device.startswith("cuda") or setting.quick or width < 3200:
         return setting.dtypes
     return tuple(dtype for dtype in setting.dtypes if dtype.itemsize < 4)
