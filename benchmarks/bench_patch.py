@@ -66,7 +66,13 @@ def patch_work(setting: Setting, upstream: str, dtype: torch.dtype, layers: int,
 
 def works(setting: Setting) -> list[Work]:
     layers, size = (1, 224) if setting.quick else (4, 448)
-    return [patch_work(setting, name, dtype, layers, size) for name in UPSTREAMS for dtype in setting.dtypes]
+    # On a CPU float32 is timed for OpenGVLab's alone: the others' differ from it by their attention, as in bfloat16.
+    every = setting.device.startswith("cuda") or setting.quick
+    return [
+        patch_work(setting, name, dtype, layers, size)
+        for name in UPSTREAMS
+        for dtype in (setting.dtypes if every or name == UPSTREAMS[0] else setting.dtypes[:1])
+    ]
 
 
 def test_patch(timed) -> None:

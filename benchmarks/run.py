@@ -45,7 +45,7 @@ OPS = (
     "linear_gelu",
     "linear_layer_scale",
 )
-LEAST_ROUNDS, MOST_SECONDS = 5, 8.0
+LEAST_ROUNDS, MOST_SECONDS = 5, 6.0
 """Work that takes longer than so many seconds gets no more than five rounds: its spread is small beside it."""
 BENCHES = (*OPS, "block", "patch", "model")
 Progress = Callable[[str], None]
