@@ -173,6 +173,9 @@ _AUTO_ORDER_ELSEWHERE = ("sdpa", "reference")
 
 _FROM_ENVIRONMENT = os.environ.get("INTERNVIT_BACKEND", "auto")
 _requested: ContextVar[str] = ContextVar("internvit_backend", default=_FROM_ENVIRONMENT)
+_latest = [_FROM_ENVIRONMENT]
+"""The value set last, in any thread: what is compiled by a torch that cannot trace a ContextVar reads it."""
+_TRACES_CONTEXT_VARIABLES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14)
 
 
 class backend(contextlib.AbstractContextManager):  # noqa: N801 (used like a function, as torch.set_grad_enabled is)
@@ -197,9 +200,11 @@ class backend(contextlib.AbstractContextManager):  # noqa: N801 (used like a fun
         if name != "auto":
             _usable(name)
         self._token = _requested.set(name)
+        _latest[0] = name
 
     def __exit__(self, *exc_info: object) -> None:
         _requested.reset(self._token)
+        _latest[0] = _requested.get()
 
     def __repr__(self) -> str:
         return f"internvit.backend({self.name!r})"
@@ -207,6 +212,8 @@ class backend(contextlib.AbstractContextManager):  # noqa: N801 (used like a fun
 
 def requested() -> str:
     """The backend name in force for ops called without `backend=`."""
+    if torch.compiler.is_compiling() and not _TRACES_CONTEXT_VARIABLES:
+        return _latest[0]
     return _requested.get()
 
 
@@ -239,8 +246,7 @@ def resolve(op: str, x: torch.Tensor, asked: str | None = None, head_dim: int = 
 
     `folded` asks for an attention that takes QK-norm's weights and statistics.
     """
-    context = _requested.get()
-    return _resolve(op, x.device.type, x.dtype, head_dim, folded, asked or "", context)
+    return _resolve(op, x.device.type, x.dtype, head_dim, folded, asked or "", requested())
 
 
 def _resolve(*key: Any) -> str:
