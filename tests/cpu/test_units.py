@@ -178,17 +178,22 @@ def test_attention_backward(unit: str, dtype, folded: bool, tokens: int, heads: 
     q, k, v, weights = attention_case(tokens, heads, head_dim, folded, dtype, generator)
     wide = [t.double() for t in (q, k, v)], [None if w is None else w.double() for w in weights]
     out, lse = attention_reference(*wide[0], 0.2, *wide[1])
+    out, lse = (
+        out.to(dtype),
+        lse.float(),
+    )  # as the kernel gets them: in float32 lse's own rounding moves row dots by 6e-6
     grad_out = sample(tuple(q.shape), "normal", dtype, generator)
     packed = torch.full((2, tokens, 3, heads, head_dim), float("nan"), dtype=dtype)
     truth = torch.empty(packed.shape, dtype=torch.float64)
-    results = cpu.attention_backward(grad_out, q, k, v, out.to(dtype), lse.float(), 0.2, *weights, *packed.unbind(2))
-    expected = attention_backward_reference(grad_out.double(), *wide[0], out, lse, 0.2, *wide[1], *truth.unbind(2))
+    results = cpu.attention_backward(grad_out, q, k, v, out, lse, 0.2, *weights, *packed.unbind(2))
+    expected = attention_backward_reference(
+        grad_out.double(), *wide[0], out.double(), lse.double(), 0.2, *wide[1], *truth.unbind(2)
+    )
     tolerance = 3e-6 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
     assert relative_error(packed, truth) < tolerance
     for a, t in zip(results, expected, strict=True):
-        # Over one token the softmax is flat: the gradients of QK-norm are 0 but for rounding. Row dots cancel: their
-        # terms are up to ten times their sum, and float32's lse alone moves them by 6e-6.
-        assert tokens == 1 or relative_error(a, t) < 4 * tolerance
+        # Over one token the softmax is flat: the gradients of QK-norm are 0 but for rounding.
+        assert tokens == 1 or relative_error(a, t) < 2 * tolerance
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 32, 32), (33, 40, 56), (70, 1056, 17), (545, 64, 96)])
