@@ -25,13 +25,15 @@ demo: setup ## a trained network on photographs, and the fused model beside the 
 	$(BIN)/python examples/demo.py demo
 
 # Triton reads TRITON_INTERPRET when kernels are imported: interpreted tests have a process of their own.
+# Random data are fresh unless SEED=N names a run's (pytest prints it).
+SEEDED := $(if $(SEED),--seed $(SEED) --hypothesis-seed $(SEED))
 test: setup ## everything that is not slow, in minutes
-	$(BIN)/python -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/triton/interpreted
+	$(BIN)/python -m pytest -m "not slow" $(SEEDED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" $(SEEDED) tests/triton/interpreted
 
 test-all: setup ## the rest as well
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/interpreted
+	$(BIN)/python -m pytest $(SEEDED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SEEDED) tests/triton/interpreted
 
 # Peers come from the extra `bench`; those that cannot be installed are named gaps in the table.
 $(VENV)/.peers: pyproject.toml $(VENV)/.ready

@@ -164,9 +164,15 @@ def _backends(op: str, device: str, dtype: torch.dtype) -> list[str]:
     return names
 
 
-def checks(quick: bool = False, device: str = "cpu") -> Iterator[tuple[str, str, str, str, Callable[[], Outcome]]]:
-    """What there is to check on this machine: (what, backend, dtype, shape, run)."""
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+def checks(
+    quick: bool = False, device: str = "cpu", seed: int | None = None
+) -> Iterator[tuple[str, str, str, str, Callable[[], Outcome]]]:
+    """What there is to check on this machine: (what, backend, dtype, shape, run); without `seed` on fresh data."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
     dtypes = (torch.float32, torch.bfloat16) if quick else (torch.float32, torch.bfloat16, torch.float16)
     distributions = (
         ("normal", "massive") if quick else ("normal", "massive", "near_zero", "large_mean", "near_overflow")
@@ -230,9 +236,9 @@ def checks(quick: bool = False, device: str = "cpu") -> Iterator[tuple[str, str,
             yield f"{variant}, 2 layers", "auto", name(dtype), "448x448", run_model
 
 
-def run(quick: bool = False, device: str = "cpu") -> Iterator[Result]:
+def run(quick: bool = False, device: str = "cpu", seed: int | None = None) -> Iterator[Result]:
     """Runs every check; an exception is a failure of that check alone."""
-    for what, backend, dtype, shape, call in checks(quick, device):
+    for what, backend, dtype, shape, call in checks(quick, device, seed):
         try:
             failures, error = call()
         except Exception as problem:

@@ -202,8 +202,9 @@ def info(as_json: bool) -> None:
 @cli.command()
 @click.option("--quick", is_flag=True, help="A minute's worth: fewer shapes and data.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--seed", type=int, help="Repeats a run's random data; fresh otherwise.")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
-def check(quick: bool, device: str, as_json: bool) -> None:
+def check(quick: bool, device: str, seed: int | None, as_json: bool) -> None:
     """Check every op and backend, and a whole model, against float64 on this machine; exit 1 if anything fails.
 
     \b
@@ -213,7 +214,7 @@ def check(quick: bool, device: str, as_json: bool) -> None:
     from internvit.check import checks, run
 
     total = sum(1 for _ in checks(quick, device))
-    results = list(tqdm(run(quick, device), total=total, unit="check", disable=None))
+    results = list(tqdm(run(quick, device, seed), total=total, unit="check", disable=None))
     failed = [r for r in results if not r.passed]
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(r) for r in results], indent=2))

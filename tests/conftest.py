@@ -1,9 +1,25 @@
 """Settings of every test: uninitialised memory holds NaN, so that an output nobody wrote is seen."""
 
+import zlib
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed", type=int, metavar="N", help="repeats a run's random data, which is fresh otherwise (see the header)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = torch.seed() % 2**31
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random data: --seed {config.option.seed}"
 
 
 @pytest.fixture(autouse=True)
@@ -15,10 +31,13 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
-    """Fresh random data each run; the seed is in the report of a failing test."""
-    seed = torch.seed() % 2**31
-    print(f"seed {seed}")
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of the test's own: the same in a run of it alone."""
+    return zlib.crc32(f"{request.config.option.seed} {request.node.nodeid}".encode())
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 

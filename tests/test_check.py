@@ -10,13 +10,13 @@ from internvit import check
 from internvit.ops import backends
 
 
-def test_a_sound_machine_passes_and_prints_a_table(capsys, monkeypatch) -> None:
-    every = list(check.checks(quick=True))
+def test_a_sound_machine_passes_and_prints_a_table(capsys, monkeypatch, seed: int) -> None:
+    every = list(check.checks(quick=True, seed=seed))
     assert {"rms_norm", "layer_norm", "attention", "qk_norm_attention", "linear_gelu", "linear_layer_scale"} <= {
         what.partition(",")[0] for what, *_ in every
     }
     some = [c for c in every if "6b" not in c[0]][::4]
-    monkeypatch.setattr(check, "checks", lambda quick, device: iter(some))
+    monkeypatch.setattr(check, "checks", lambda *_: iter(some))
     with pytest.raises(SystemExit) as exit_info:
         internvit.cli.run(["check", "--quick"])
     stdout = capsys.readouterr().out
@@ -32,7 +32,7 @@ def test_a_broken_kernel_is_found(capsys, monkeypatch) -> None:
     monkeypatch.setitem(backends.REFERENCE, "rms_norm", broken)
     backends.implementation.cache_clear()
     some = [c for c in check.checks(quick=True) if c[0].startswith("rms_norm") and c[1] == "reference"][:2]
-    monkeypatch.setattr(check, "checks", lambda quick, device: iter(some))
+    monkeypatch.setattr(check, "checks", lambda *_: iter(some))
     with pytest.raises(SystemExit) as exit_info:
         internvit.cli.run(["check", "--quick", "--json"])
     backends.implementation.cache_clear()
@@ -46,7 +46,7 @@ def test_an_exception_is_a_failure_of_that_check_alone(monkeypatch) -> None:
         raise RuntimeError("no kernel image")
 
     sound = next(iter(check.checks(quick=True)))
-    monkeypatch.setattr(check, "checks", lambda quick, device: iter([("op", "b", "float32", "1", explode), sound]))
+    monkeypatch.setattr(check, "checks", lambda *_: iter([("op", "b", "float32", "1", explode), sound]))
     results = list(check.run())
     assert [r.passed for r in results] == [False, True]
     assert results[0].failures == ("RuntimeError: no kernel image",)

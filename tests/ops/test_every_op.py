@@ -34,27 +34,32 @@ def test_gradcheck_of_the_reference(case: Case, generator: torch.Generator) -> N
     )
 
 
+def pooled_errors(case: Case, backend: str, dtype: torch.dtype, generator: torch.Generator) -> list[float]:
+    """One error an output and a gradient, over 8 draws. A draw alone has a long tail on the reference too: where a
+    softmax is one-hot the gradients of q and k all but cancel (one draw in 300 is past 2e-6 in float32)."""
+    draws = []
+    for _ in range(8):
+        made = {n: t.to(dtype).double() for n, t in case.make(generator).items()}
+        truth = gradients(case, leaves(made, torch.float64), "reference")
+        actual = gradients(case, leaves(made, dtype), backend)
+        draws.append((actual[0] + actual[1], truth[0] + truth[1]))
+    errors = []
+    for every in zip(*(zip(*draw, strict=True) for draw in draws), strict=True):
+        assert all(a.shape == t.shape for a, t in every)
+        errors.append(relative_error(*(torch.stack(tensors) for tensors in zip(*every, strict=True))))
+    return errors
+
+
 @each_backend
 def test_float32_forward_and_backward_follow_float64(case: Case, backend: str, generator: torch.Generator) -> None:
-    made = {n: t.float().double() for n, t in case.make(generator).items()}
-    truth = gradients(case, leaves(made, torch.float64), "reference")
-    actual = gradients(case, leaves(made, torch.float32), backend)
-    for kind, got, wanted in zip(("output", "gradient"), actual, truth, strict=True):
-        for a, b in zip(got, wanted, strict=True):
-            assert a.shape == b.shape
-            assert relative_error(a, b) < 2e-6, kind
+    assert max(pooled_errors(case, backend, torch.float32, generator)) < 2e-6
 
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_forward_and_backward(case: Case, backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    made = {n: t.to(dtype).double() for n, t in case.make(generator).items()}
-    truth = gradients(case, leaves(made, torch.float64), "reference")
-    actual = gradients(case, leaves(made, dtype), backend)
     # A few roundings of operands, each of half an ulp.
-    for got, wanted in zip(actual, truth, strict=True):
-        for a, b in zip(got, wanted, strict=True):
-            assert relative_error(a, b) < 6 * torch.finfo(dtype).eps
+    assert max(pooled_errors(case, backend, dtype, generator)) < 2 * torch.finfo(dtype).eps
 
 
 @each_backend
