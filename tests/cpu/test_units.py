@@ -17,11 +17,12 @@ from internvit.ops.attention import attention_backward_reference, attention_refe
 from internvit.ops.qk_norm_stats import qk_norm_stats_backward_reference, qk_norm_stats_reference
 from internvit.ops.rms_norm import rms_norm_backward_reference
 
-UNITS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 cpu = torch.ops.internvit_cpu
 
 MISSING = native.missing("internvit_cpu")
+EMULATED = () if MISSING else tuple(unit for unit in cpu.instruction_sets().split() if unit.endswith("emulated"))
+UNITS = ("generic", "avx2", "avx512", "avx512_bf16", "amx", *EMULATED)
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 

@@ -1,28 +1,22 @@
 """How setup.py decides about internvit_cuda: by nvcc and torch, never by a device; a failure is one line."""
 
 import shutil
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.building import setup_module
+
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
 @pytest.fixture
 def build(monkeypatch):
-    """setup.py as a module, without its call of setup()."""
+    """setup.py, with no variable set that changes what it does."""
     for name in ("INTERNVIT_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    text = (ROOT / "setup.py").read_text()
-    module = types.ModuleType("internvit_setup")
-    module.__file__ = str(ROOT / "setup.py")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(text[: text.index("\nsetup(\n")], "setup.py", "exec"), module.__dict__)
-    return module
+    return setup_module()
 
 
 def test_switched_off(build, monkeypatch) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.building import ROOT, setup_module
+
 SOURCES = ROOT / "csrc" / "cpu"
+EMULATED = ROOT / "tests" / "native" / "isa_amx_emulated.cpp"
 UNITS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 pytestmark = [
@@ -23,16 +25,9 @@ pytestmark = [
 ]
 
 
-def unit_flags() -> dict[str, list[str]]:
-    text = (ROOT / "setup.py").read_text()
-    start, end = text.index("AVX2_FLAGS ="), text.index('"""Each unit')
-    names: dict[str, object] = {}
-    exec(text[start:end], names)
-    return names["UNIT_FLAGS"]  # type: ignore[return-value]
-
-
 def compile_all(folder: Path, sources: list[Path], *extra: str) -> list[str]:
-    flags = unit_flags()
+    unit_flags = setup_module().UNIT_FLAGS
+    flags = {**unit_flags, EMULATED.name: unit_flags["isa_avx512_bf16.cpp"]}
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.stem}.o"
@@ -57,6 +52,14 @@ VECTOR_UNITS = [SOURCES / f"isa_{unit}.cpp" for unit in UNITS[1:]]
 def driver(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     return link(folder, compile_all(folder, [*INSTRUMENTED, *VECTOR_UNITS], "-O2"))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory, driver: Path) -> Path:
+    """The driver with the AMX unit on emulated tiles in place of the AVX512-BF16 unit."""
+    folder = tmp_path_factory.mktemp("emulated")
+    others = [str(path) for path in driver.parent.glob("*.o") if path.stem != "isa_avx512_bf16"]
+    return link(folder, [*compile_all(folder, [EMULATED], "-O2"), *others])
 
 
 def sanitized(folder: Path, driver: Path, *extra: str) -> Path:
@@ -92,6 +95,11 @@ def test_guard_pages_and_any_order_of_work(driver: Path, unit: str) -> None:
         other = run(driver, unit, mode)
         assert other.returncode == 0, other.stderr
         assert other.stdout == serial.stdout
+
+
+def test_the_amx_unit_on_emulated_tiles(emulated: Path) -> None:
+    """Tiles that no scope configured, or a scope left open, trap."""
+    test_guard_pages_and_any_order_of_work(emulated, "amx_emulated")
 
 
 @pytest.mark.parametrize("unit", UNITS)
