@@ -3,6 +3,8 @@
 // A task packs K and V of a head into tiles once; a unit is a strip of 32 queries. Scores go through blocks of 384 keys.
 // While the vector unit turns block b into probabilities, the tile unit computes the scores of block b + 1 and the
 // product of block b - 1 with V: one step of four tile products after every few rows of exp.
+//
+// As in attention_dot.h the output is divided by the sum of the probabilities as rounded, lse takes them as they were.
 namespace internvit::INTERNVIT_ISA {
 
 constexpr int64_t kGroups = 12;  // groups of a block
@@ -12,7 +14,7 @@ struct AttentionAmxScratch : PackedHead {
   float* scores[2];        // [group][32 rows][32 keys]
   bf16* probabilities[2];  // A tiles [group][2]
   float* out;              // accumulators [D / 32][2 columns][2 rows]
-  float* sums;             // [32 rows][16 lanes]
+  float *sums, *rounded_sums;  // [32 rows][16 lanes]
   float* shift;            // [32]
   int64_t bytes;
   AttentionAmxScratch(Carve carve, int64_t tokens, int64_t head_dim) : PackedHead(carve, tokens, head_dim) {
@@ -21,6 +23,7 @@ struct AttentionAmxScratch : PackedHead {
     for (int i = 0; i < 2; ++i) probabilities[i] = carve.take<bf16>(kGroups * 2 * kTile);
     out = carve.take<float>(depth * 4 * 256);
     sums = carve.take<float>(kStrip * kLanes);
+    rounded_sums = carve.take<float>(kStrip * kLanes);
     shift = carve.take<float>(kStrip);
     bytes = carve.used;
   }
@@ -129,7 +132,8 @@ INTERNVIT_INLINE void exp_row(const AttentionAmxScratch& s, int64_t block, int64
   const float* scale = s.key_scale + block * kGroups * kGroup;
   bf16* out = s.probabilities[block & 1] + i / 16 * kTile + i % 16 * 32;
   const Vec shift = broadcast(s.shift[i]);
-  Vec total = load(s.sums + i * kLanes), other = broadcast(0.0f);
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  Vec total = load(s.sums + i * kLanes), other = broadcast(0.0f), rounded = load(s.rounded_sums + i * kLanes);
   for (int64_t g = 0; g < groups; ++g) {
     Vec p[2];
     for (int u = 0; u < 2; ++u) {
@@ -142,9 +146,12 @@ INTERNVIT_INLINE void exp_row(const AttentionAmxScratch& s, int64_t block, int64
     }
     total = total + p[0];
     other = other + p[1];
-    _mm512_store_si512(out + g * 2 * kTile, narrow_pair(p[0], p[1]));
+    const __m512i pair = narrow_pair(p[0], p[1]);
+    rounded = {_mm512_dpbf16_ps(rounded.v, (__m512bh)pair, ones)};
+    _mm512_store_si512(out + g * 2 * kTile, pair);
   }
   store(s.sums + i * kLanes, total + other);
+  store(s.rounded_sums + i * kLanes, rounded);
 }
 
 // Each row's exact maximum of score * key_scale, into shift.
@@ -168,6 +175,7 @@ template <bool kExact>
 void attention_pass(const AttentionParams& p, const AttentionAmxScratch& s, const AttentionTiles& tiles, int64_t rows) {
   const int64_t blocks = (s.groups + kGroups - 1) / kGroups;
   __builtin_memset(s.sums, 0, sizeof(float) * kStrip * kLanes);
+  __builtin_memset(s.rounded_sums, 0, sizeof(float) * kStrip * kLanes);
   const int64_t reciprocal_rows = 65536 / rows;
   tiles.scores_of(0);
   for (int64_t block = 0; block <= blocks; ++block) {
@@ -217,7 +225,7 @@ inline void attention_strip_amx(const AttentionParams& p, const AttentionAmxScra
     const int64_t t = first + i;
     p.lse[(b * p.heads + h) * p.tokens + t] = float(double(s.shift[i]) * double(kLn2) + __builtin_log(double(total)));
     bf16* out = static_cast<bf16*>(p.out) + ((b * p.tokens + t) * p.heads + h) * p.head_dim;
-    const Vec inverse = broadcast(1.0f / total);
+    const Vec inverse = broadcast(1.0f / sum(load(s.rounded_sums + i * kLanes)));
     const float* accumulators = s.out + i / 16 * 256 + i % 16 * 16;
     for_lanes(p.head_dim, INTERNVIT_BODY(c, lanes, u) {
       store(out + c, load(accumulators + c / 16 * 512) * inverse, lanes);

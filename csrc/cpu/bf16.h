@@ -59,4 +59,13 @@ INTERNVIT_INLINE void pack_depth(const bf16* x, int64_t stride, int64_t rows, in
 
 INTERNVIT_INLINE __m512i narrow_pair(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v); }
 
+// Two rows of 32 as 32 pairs: low holds columns 0 to 15, high the rest.
+INTERNVIT_INLINE void interleave(__m512i even, __m512i odd, __m512i* low, __m512i* high) {
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i index = _mm512_load_si512(kLow);
+  *low = _mm512_permutex2var_epi16(even, index, odd);
+  *high = _mm512_permutex2var_epi16(even, _mm512_add_epi16(index, _mm512_set1_epi16(16)), odd);
+}
+
 }  // namespace internvit::INTERNVIT_ISA

@@ -157,6 +157,12 @@ def test_attention(unit: str, dtype, folded: bool, tokens: int, heads: int, head
     assert (lse - true_lse).abs().max() < (0.03 if folded and dtype == torch.bfloat16 else 2e-4)
 
 
+@each_dtype
+def test_a_lone_keys_value_comes_back_to_the_bit(unit: str, dtype: torch.dtype, generator) -> None:
+    q, k, v, _ = attention_case(1, 3, 64, False, dtype, generator)
+    assert torch.equal(cpu.attention(q, k, v, 0.125, *(None,) * 4)[0], v)
+
+
 @pytest.mark.parametrize("spread", [8.0, 40.0, 1e9, 1e17])
 def test_attention_with_scores_far_from_their_bound(unit: str, spread: float, generator) -> None:
     """Large logits, up to a softmax of one key: the bound on the scores is loose, and exact maxima take over."""
