@@ -110,10 +110,8 @@ def cpu_plan() -> Plan:
     units = {name: flags for name, flags in UNIT_FLAGS.items() if x86 or name == "isa_generic.cpp"}
     compiler = [cpp_extension.get_cxx_compiler(), *COMMON_FLAGS, "-fPIC"]
     torch_flags = [STABLE_ABI, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
-    compiles = {
-        CSRC / "cpu" / name: [*compiler, *units.get(name, []), *(torch_flags if name == "bindings.cpp" else [])]
-        for name in [*units, "dispatch.cpp", "bindings.cpp"]
-    }
+    extra = {**units, "dispatch.cpp": [], "bindings.cpp": torch_flags, "bindings_rows.cpp": torch_flags}
+    compiles = {CSRC / "cpu" / name: [*compiler, *flags] for name, flags in extra.items()}
     link = [*compiler, "-shared", *(f"-L{path}" for path in cpp_extension.library_paths())]
     link_end = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu", "-lc10"]
     return Plan("internvit_cpu", compiles, link, link_end)
