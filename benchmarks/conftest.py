@@ -3,13 +3,14 @@
 A way that breaks the numerics contract fails before it is timed; a missing peer is a skip that says so.
 """
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from internvit.benchmarks.run import callable_for, checked
-from internvit.benchmarks.timing import rotating
+from internvit.benchmarks.timing import freed_pages_kept, rotating
 from internvit.benchmarks.work import BOTH, MissingPeerError, Setting
 
 
@@ -38,6 +39,12 @@ def then_wait(call):
     """A GPU call until its result is there."""
     call()
     torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def freed_pages() -> Iterator[None]:
+    with freed_pages_kept():
+        yield
 
 
 @pytest.fixture

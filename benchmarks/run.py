@@ -15,6 +15,7 @@ from internvit.benchmarks.results import Results, Row, machine, with_speedups
 from internvit.benchmarks.timing import (
     Times,
     copies_past_cache,
+    freed_pages_kept,
     graphed,
     interleaved,
     peak_bytes,
@@ -204,10 +205,24 @@ def run(
         progress: called with the name of what is timed next.
         wrap: puts a progress bar around the list of steps.
     """
-    setting = setting or Setting()
+    with freed_pages_kept() as kept:
+        pages = "kept" if kept else "as the system has it"
+        return _run(benches, setting or Setting(), peers, rounds, folder, progress, wrap, pages)
+
+
+def _run(
+    benches: tuple[str, ...],
+    setting: Setting,
+    peers: tuple[str, ...] | None,
+    rounds: int | None,
+    folder: Path | None,
+    progress: Progress,
+    wrap: Callable[[list], Any],
+    pages: str,
+) -> Results:
     progress("measuring the machine's limits")
     limits = machine_limits.measure(setting.device, setting.dtypes, setting.quick)
-    facts = machine(setting.device)
+    facts = {**machine(setting.device), "freed pages": pages}
     rows: list[Row] = []
     costs: dict[str, float] = {}
 

@@ -5,6 +5,7 @@ takes the next of several sets of inputs, together larger than the last-level ca
 medians, with the spread.
 """
 
+import contextlib
 import ctypes
 import itertools
 import statistics
@@ -20,6 +21,29 @@ from torch import Tensor
 MOST_COPIES = 16
 LEAST_SAMPLE = 2e-3
 """Seconds a sample lasts at least: short calls are repeated, so that the clock's 0.1 us does not show."""
+
+
+@contextlib.contextmanager
+def freed_pages_kept() -> Iterator[bool]:
+    """Inside, glibc keeps what is freed, as the heap of a long-running process would; gives whether it could.
+
+    As it comes, it maps tensors over 32 MiB anew at every call and gives the end of the heap back: then the system's
+    zeroing of pages is timed, in every way alike. layer_scale_residual_norm, 8200x1024, float32, forward on two cores
+    of an EPYC (Zen 5): 19.8 ms as it comes and 3.3 so; torch.compile 20.7 and 3.6.
+    """
+    most_mapped, trim_threshold = -4, -1  # malloc.h
+    try:
+        library = ctypes.CDLL(None)
+        kept = bool(library.mallopt(most_mapped, 0) and library.mallopt(trim_threshold, 2**31 - 1))
+    except (AttributeError, OSError):
+        yield False
+        return
+    try:
+        yield kept
+    finally:
+        library.mallopt(most_mapped, 65536)  # as it comes
+        library.mallopt(trim_threshold, 2**26)  # as large as it grows by itself
+        library.malloc_trim(0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from internvit.config import InternViTConfig
 from internvit.ops import attention, layer_norm, linear_layer_scale, qk_norm_attention, recompute, rms_norm
@@ -141,7 +140,7 @@ def remember_norm(norm: RMSNorm | LayerNorm, x: Tensor, y: Tensor) -> Tensor:
 def fc1_gelu(fc1: nn.Module, x: Tensor) -> Tensor:
     """gelu(fc1(x)), in one op where fc1 is a plain Linear, remembered as a recipe for backward."""
     if not is_plain_linear(fc1):
-        return F.gelu(fc1(x))
+        return gelu(fc1(x))
     remembers = recompute.active()
     hidden, pre, backend = linear_gelu_with_pre_activation(x, fc1.weight, fc1.bias, remembers, None)
     return recompute.remember(hidden, lambda: gelu(pre, backend), pre) if remembers else hidden

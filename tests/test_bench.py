@@ -11,7 +11,7 @@ import torch
 
 from internvit import cli, ops
 from internvit.benchmarks import bench_training, gpu_report, report, results, run, table
-from internvit.benchmarks.timing import Times, copies_past_cache, last_level_cache
+from internvit.benchmarks.timing import Times, copies_past_cache, freed_pages_kept, last_level_cache
 from internvit.benchmarks.work import MissingPeerError, Setting, Variant
 from internvit.info import cpu_name
 
@@ -28,6 +28,23 @@ def bench(*arguments: str) -> int:
 @pytest.fixture(scope="module")
 def measured() -> results.Results:
     return run.run(("rms_norm", "attention"), QUICK, rounds=3)
+
+
+def test_freed_pages_are_kept_inside_and_given_back_after() -> None:
+    resource = pytest.importorskip("resource")
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(2**26, dtype=torch.uint8).fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with freed_pages_kept() as kept:
+        if not kept:
+            pytest.skip("the C library here is not glibc")
+        inside = [faults() for _ in range(4)]
+    faults()
+    assert inside[-1] < 1000
+    assert faults() > 10000  # 4 KiB each, 64 MiB
 
 
 def test_every_op_has_its_file() -> None:

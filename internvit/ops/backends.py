@@ -86,6 +86,19 @@ def _from_library(library: str) -> Callable[[str], Callable | None]:
     return find
 
 
+def with_linear_gelu(name: str, find: Callable[[str], Callable | None]) -> Callable[[str], Callable | None]:
+    """`find` of backend `name`, which has a GELU, and with it PyTorch's Linear before that."""
+
+    def found(op: str) -> Callable | None:
+        if op != "linear_gelu" or find("gelu") is None:
+            return find(op)
+        from internvit.ops.linear_gelu import linear_then_gelu
+
+        return functools.partial(linear_then_gelu, name)
+
+    return found
+
+
 def _cuda(op: str) -> Callable | None:
     """The library's op, or what it leaves to PyTorch and flash-attn."""
     from internvit.ops import cuda
@@ -152,10 +165,15 @@ BACKENDS: dict[str, Backend] = {
             _package_missing("triton", "pip install triton (Linux; torch's CUDA builds bring it)"),
             _triton_rejects,
         ),
-        Backend("cpu", _from_library("internvit_cpu"), _library_missing("internvit_cpu"), _only(("cpu",), _FLOATS)),
+        Backend(
+            "cpu",
+            with_linear_gelu("cpu", _from_library("internvit_cpu")),
+            _library_missing("internvit_cpu"),
+            _only(("cpu",), _FLOATS),
+        ),
         Backend(
             "cuda",
-            _cuda,
+            with_linear_gelu("cuda", _cuda),
             _library_missing("internvit_cuda"),
             _only(("cuda",), _FLOATS),
             folds_qk_norm=False,

@@ -10,12 +10,6 @@ import torch
 from torch import Tensor
 
 from internvit.ops.backends import BACKENDS, implementation
-from internvit.ops.linear import linear
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    pre_activation = linear(x, weight, bias)
-    return implementation("gelu", "cuda")(pre_activation), pre_activation
 
 
 def _attention_backend(q: Tensor) -> str:

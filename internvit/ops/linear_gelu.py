@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from internvit.ops import validation as check
 from internvit.ops.attention import autocast
-from internvit.ops.backends import implementation, implements, reference, resolve
+from internvit.ops.backends import implementation, reference, resolve
 from internvit.ops.linear import linear
 from internvit.ops.norm_math import sum_rows
 from internvit.ops.registration import Mask, below_autograd, define, empty_grad, wanted
@@ -25,18 +25,36 @@ OP = "linear_gelu"
 
 @reference("gelu")
 def gelu_reference(pre_activation: Tensor) -> Tensor:
-    return F.gelu(pre_activation)
+    return F.gelu(pre_activation.contiguous())
 
 
 @reference("gelu_backward")
 def gelu_backward_reference(grad_y: Tensor, pre_activation: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad_y, pre_activation)
+    return torch.ops.aten.gelu_backward(grad_y.contiguous(), pre_activation.contiguous())
 
 
 @reference(OP)
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     pre_activation = linear(x, weight, bias)
     return F.gelu(pre_activation), pre_activation
+
+
+def linear_then_gelu(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """PyTorch's Linear and a backend's own GELU: for the compiled libraries, which leave products to PyTorch."""
+    pre_activation = linear(x, weight, bias)
+    return implementation("gelu", backend)(pre_activation), pre_activation
+
+
+class GeluFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, pre_activation: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(pre_activation)
+        ctx.backend = backend
+        return below_autograd(GELU, pre_activation, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+        return GELU_BACKWARD(grad_y, *ctx.saved_tensors, ctx.backend), None
 
 
 class LinearGeluFunction(Function):
@@ -99,6 +117,15 @@ def _fake_backward(grad_y, x, weight, pre_activation, output_mask, backend):  # 
     )
 
 
+GELU = define(
+    "gelu(Tensor pre_activation, str backend) -> Tensor",
+    fake=lambda pre_activation, backend: pre_activation.new_empty(pre_activation.shape),
+    autograd=GeluFunction,
+)
+GELU_BACKWARD = define(
+    "gelu_backward(Tensor grad_y, Tensor pre_activation, str backend) -> Tensor",
+    fake=lambda grad_y, pre_activation, backend: pre_activation.new_empty(pre_activation.shape),
+)
 LINEAR_GELU = define(
     f"{OP}(Tensor x, Tensor weight, Tensor? bias, bool save_pre_activation, str backend)"
     " -> (Tensor y, Tensor pre_activation)",
@@ -155,6 +182,6 @@ def linear_gelu_with_pre_activation(
     return y, pre_activation, name
 
 
-def gelu(pre_activation: Tensor, backend: str) -> Tensor:
-    """GELU with the bits that `linear_gelu` on `backend` gave; not differentiable, for recomputing in backward."""
-    return implementation("gelu", backend if implements("gelu", backend) else "reference")(pre_activation)
+def gelu(pre_activation: Tensor, backend: str | None = None) -> Tensor:
+    """GELU with the bits that `linear_gelu` gives: for recomputing, and after a Linear that is not plain."""
+    return GELU(pre_activation, resolve("gelu", pre_activation, backend))

@@ -79,7 +79,7 @@ def as_backend(library: Path) -> backends.Backend:
     raw = torch.ops.internvit_cuda_host
     return dataclasses.replace(
         backends.BACKENDS["cuda"],
-        find=lambda op: getattr(raw, op, None) or getattr(cuda, op, None),
+        find=backends.with_linear_gelu("cuda", lambda op: getattr(raw, op, None) or getattr(cuda, op, None)),
         missing=lambda: None,
         rejects=backends._only(("cpu",), (torch.float32, torch.bfloat16, torch.float16)),
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from internvit import ops
 from internvit.ops.backends import BACKENDS, implements
+from internvit.ops.linear_gelu import gelu
 
 Arguments = dict[str, Tensor]
 
@@ -119,6 +120,7 @@ CASES = (
         ("qkv",),
     ),
     Case("linear_gelu", _linear_arguments, ops.linear_gelu, ("x",)),
+    Case("gelu", lambda g: {"pre_activation": _randn(g, 2, 5, 6)}, gelu, ("pre_activation",)),
     Case(
         "linear_layer_scale",
         lambda g: {**_linear_arguments(g), "gamma": 1 + _randn(g, 6).abs()},
