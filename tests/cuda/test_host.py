@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,30 +16,37 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def run_op_tests(library, *arguments: str) -> None:
-    command = [sys.executable, "-m", "tests.cuda.host", str(library), "-q", *arguments]
-    done = subprocess.run(command, cwd=host.ROOT, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+@pytest.fixture
+def run_op_tests(host_library, pytestconfig) -> Callable[..., None]:
+    """Runs op tests with the host's ops as backend `cuda`, on this run's random data."""
+
+    def run(*arguments: str) -> None:
+        command = [sys.executable, "-m", "tests.cuda.host", str(host_library), "-q", *arguments]
+        command += ["--seed", str(pytestconfig.option.seed)]
+        done = subprocess.run(command, cwd=host.ROOT, capture_output=True, text=True, timeout=1500)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert " passed" in done.stdout
+        assert "skipped" not in done.stdout
+
+    return run
 
 
-def test_what_every_op_owes(host_library) -> None:
-    run_op_tests(host_library, "tests/ops/test_every_op.py", "-k", "cuda and not attention")
+def test_what_every_op_owes(run_op_tests) -> None:
+    run_op_tests("tests/ops/test_every_op.py", "-k", "cuda and not attention")
 
 
 FEW_ROWS = "cuda and not 257x and not 1025x and not true_width"
 
 
-def test_the_contract_on_few_rows(host_library) -> None:
+def test_the_contract_on_few_rows(run_op_tests) -> None:
     files = ("rms_norm", "layer_norm", "layer_scale_residual", "qk_norm", "linear_gelu")
-    run_op_tests(host_library, *(f"tests/ops/test_{name}.py" for name in files), "-k", FEW_ROWS)
+    run_op_tests(*(f"tests/ops/test_{name}.py" for name in files), "-k", FEW_ROWS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_op_test(host_library) -> None:
-    run_op_tests(host_library, "tests/ops", "-k", "cuda")
+def test_every_op_test(run_op_tests) -> None:
+    run_op_tests("tests/ops", "-k", "cuda")
 
 
 def seam(kind: str, x: dict) -> tuple:
