@@ -16,6 +16,7 @@ from internvit.ops import native
 from internvit.ops.attention import attention_backward_reference, attention_reference
 from internvit.ops.qk_norm_stats import qk_norm_stats_backward_reference, qk_norm_stats_reference
 from internvit.ops.rms_norm import rms_norm_backward_reference
+from tests.ops.shapes import in_draws, pooled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 cpu = torch.ops.internvit_cpu
@@ -47,13 +48,15 @@ def test_an_unknown_unit_is_a_clear_error() -> None:
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (3, 40), (5, 3200)])
 @pytest.mark.parametrize("distribution", ["normal", "massive", "near_overflow"])
 def test_norms(unit: str, dtype: torch.dtype, rows: int, width: int, distribution: str, generator) -> None:
-    x = sample((rows, width), distribution, dtype, generator)
+    x = sample((pooled(rows), width), distribution, dtype, generator)
     weight, bias = (sample((width,), "normal", dtype, generator) for _ in range(2))
-    y, rstd = cpu.rms_norm(x, weight, 1e-6, "fused")
+    results = [cpu.rms_norm(part, weight, 1e-6, "fused") for part in in_draws(x, rows)]
+    y, rstd = (torch.cat(tensors) for tensors in zip(*results, strict=True))
     truth = F.rms_norm(x.double(), (width,), weight.double(), 1e-6)
     assert norm_failures(y, truth, F.rms_norm(x, (width,), weight, 1e-6)) == []
     assert relative_error(rstd, torch.rsqrt(x.double().square().mean(-1) + 1e-6)) < 1e-6
-    y, mean, _ = cpu.layer_norm(x, weight, bias, 1e-6)
+    results = [cpu.layer_norm(part, weight, bias, 1e-6) for part in in_draws(x, rows)]
+    y, mean, _ = (torch.cat(tensors) for tensors in zip(*results, strict=True))
     truth = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-6)
     assert relative_error(y, truth) < (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
     assert relative_error(mean, x.double().mean(-1)) < 1e-4
