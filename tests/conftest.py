@@ -1,5 +1,6 @@
 """Settings of every test: uninitialised memory holds NaN, so that an output nobody wrote is seen."""
 
+import contextlib
 import zlib
 from collections.abc import Iterator
 
@@ -16,6 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = torch.seed() % 2**31
+    with contextlib.suppress(ImportError):  # a GPU machine has its own packages, and may lack this one
+        import hypothesis
+
+        # An example that imports, or meets a loaded machine, is slow and not wrong.
+        hypothesis.settings.register_profile("internvit", deadline=None)
+        hypothesis.settings.load_profile("internvit")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

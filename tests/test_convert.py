@@ -34,7 +34,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(*bits), key
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     configs().filter(lambda config: config.num_hidden_layers > 0),
     st.data(),

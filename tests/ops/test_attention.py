@@ -38,7 +38,8 @@ def emulate(q, k, v, scale: float, dtype: torch.dtype) -> torch.Tensor:
 @shapes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_contract_on_packed_views(backend, tokens, heads, head_dim, dtype, generator) -> None:
-    q, k, v = qkv(tokens, heads, head_dim, dtype, generator).unbind(2)
+    # Few elements scatter: of three tokens one draw in 500 comes to 0.9 of the bound.
+    q, k, v = qkv(tokens, heads, head_dim, dtype, generator, batch=max(2, 64 // tokens)).unbind(2)
     out = ops.attention(q, k, v, backend=backend)
     assert out.is_contiguous()
     scale = head_dim**-0.5

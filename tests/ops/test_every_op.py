@@ -1,5 +1,7 @@
 """What every op owes on every backend here, whatever it computes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +17,18 @@ each_backend = pytest.mark.parametrize(
 )
 
 
-def leaves(arguments: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {n: t.to(dtype, copy=True).requires_grad_() for n, t in arguments.items()}
+def plain(t: Tensor) -> Tensor:
+    return t
+
+
+def strided(t: Tensor) -> Tensor:
+    return t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t.repeat_interleave(2)[::2]
+
+
+def leaves(
+    arguments: dict[str, Tensor], dtype: torch.dtype, lay: Callable[[Tensor], Tensor] = plain
+) -> dict[str, Tensor]:
+    return {n: lay(t.to(dtype, copy=True)).requires_grad_() for n, t in arguments.items()}
 
 
 def gradients(case: Case, arguments: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -34,14 +46,20 @@ def test_gradcheck_of_the_reference(case: Case, generator: torch.Generator) -> N
     )
 
 
-def pooled_errors(case: Case, backend: str, dtype: torch.dtype, generator: torch.Generator) -> list[float]:
+def pooled_errors(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    lay: Callable[[Tensor], Tensor] = plain,
+) -> list[float]:
     """One error an output and a gradient, over 8 draws. A draw alone has a long tail on the reference too: where a
     softmax is one-hot the gradients of q and k all but cancel (one draw in 300 is past 2e-6 in float32)."""
     draws = []
     for _ in range(8):
         made = {n: t.to(dtype).double() for n, t in case.make(generator).items()}
         truth = gradients(case, leaves(made, torch.float64), "reference")
-        actual = gradients(case, leaves(made, dtype), backend)
+        actual = gradients(case, leaves(made, dtype, lay), backend)
         draws.append((actual[0] + actual[1], truth[0] + truth[1]))
     errors = []
     for every in zip(*(zip(*draw, strict=True) for draw in draws), strict=True):
@@ -64,17 +82,7 @@ def test_16_bit_forward_and_backward(case: Case, backend: str, dtype: torch.dtyp
 
 @each_backend
 def test_non_contiguous_input(case: Case, backend: str, generator: torch.Generator) -> None:
-    arguments = leaves(case.make(generator), torch.float32)
-    strided = {
-        n: t.detach().transpose(0, 1).contiguous().transpose(0, 1)
-        if t.dim() > 1
-        else t.detach().repeat_interleave(2)[::2]
-        for n, t in arguments.items()
-    }
-    strided = {n: t.requires_grad_() for n, t in strided.items()}
-    plain, odd = gradients(case, arguments, backend), gradients(case, strided, backend)
-    for a, b in zip(plain[0] + plain[1], odd[0] + odd[1], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert max(pooled_errors(case, backend, torch.float32, generator, strided)) < 2e-6
 
 
 @each_backend

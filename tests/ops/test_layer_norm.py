@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from internvit import ops
 from internvit.contract import norm_failures, relative_error, sample
 from tests.ops.cases import backends_here
-from tests.ops.shapes import layer_norm_magnitude, mean_over_std, norm_shapes
+from tests.ops.shapes import in_draws, layer_norm_magnitude, mean_over_std, norm_shapes, pooled
 
 backends = pytest.mark.parametrize("backend", backends_here("layer_norm"))
 
@@ -13,10 +13,10 @@ backends = pytest.mark.parametrize("backend", backends_here("layer_norm"))
 @backends
 @norm_shapes
 def test_contract(backend, rows, width, distribution, dtype, generator) -> None:
-    x = sample((rows, width), distribution, dtype, generator)
+    x = sample((pooled(rows), width), distribution, dtype, generator)
     weight, bias = (sample((width,), "normal", dtype, generator) for _ in range(2))
     truth = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-6)
-    y = ops.layer_norm(x, weight, bias, 1e-6, backend)
+    y = torch.cat([ops.layer_norm(part, weight, bias, 1e-6, backend) for part in in_draws(x, rows)])
     assert y.dtype == dtype
     eager = F.layer_norm(x, (width,), weight, bias, 1e-6)
     assert norm_failures(y, truth, eager, layer_norm_magnitude(x, weight, bias), mean_over_std(x)) == []

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from internvit import ops
 from internvit.contract import norm_failures, relative_error, sample
 from tests.ops.cases import backends_here
-from tests.ops.shapes import layer_norm_magnitude, mean_over_std, norm_shapes
+from tests.ops.shapes import in_draws, layer_norm_magnitude, mean_over_std, norm_shapes, pooled
 
 backends = pytest.mark.parametrize("backend", backends_here("layer_scale_residual_norm"))
 kinds = pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
@@ -32,8 +32,11 @@ def norm_of(x, weight, bias, kind: str):
 @kinds
 @norm_shapes
 def test_contract_and_same_bits_as_two_ops(backend, kind, rows, width, distribution, dtype, generator) -> None:
-    a = arguments(rows, width, kind, dtype, generator, distribution)
-    out, normed = ops.layer_scale_residual_norm(**a, kind=kind, backend=backend)
+    a = arguments(pooled(rows), width, kind, dtype, generator, distribution)
+    parts = zip(in_draws(a["residual"], rows, 1), in_draws(a["branch"], rows, 1), strict=True)
+    draws = [{**a, "residual": residual, "branch": branch} for residual, branch in parts]
+    results = [ops.layer_scale_residual_norm(**draw, kind=kind, backend=backend) for draw in draws]
+    out, normed = (torch.cat(tensors, 1) for tensors in zip(*results, strict=True))
     alone = ops.layer_scale_residual(a["residual"], a["branch"], a["gamma"], a["row_scale"], backend)
     assert torch.equal(out, alone)
     # The norm's truth is taken of the rounded residual, as its statistics are.

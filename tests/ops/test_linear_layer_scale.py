@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from internvit import ops
 from internvit.contract import product_failures, relative_error, sample
 from tests.ops.cases import backends_here
+from tests.ops.shapes import in_draws, pooled
 
 backends = pytest.mark.parametrize("backend", backends_here("linear_layer_scale"))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -24,15 +25,16 @@ def parameters(out: int, width: int, dtype: torch.dtype, generator: torch.Genera
 @dtypes
 @pytest.mark.parametrize(("rows", "width", "out"), [(1, 40, 24), (257, 384, 96), (65, 4096, 1024)])
 def test_contract(backend, dtype, rows, width, out, generator) -> None:
-    x = sample((2, rows, width), "normal", dtype, generator)
+    x = sample((2, pooled(rows), width), "normal", dtype, generator)
     weight, bias, gamma = parameters(out, width, dtype, generator)
+    y = torch.cat([ops.linear_layer_scale(part, weight, bias, gamma, backend) for part in in_draws(x, rows, 1)], 1)
     truth = F.linear(x.double(), weight.double(), bias.double()) * gamma.double()
     # The operands that are rounded are the folded ones.
     folded, folded_bias = (weight * gamma[:, None]).double(), (bias * gamma).double()
     emulation = F.linear(x, weight, bias) * gamma
     if dtype != torch.float32:
         emulation = F.linear(x.double(), folded, folded_bias).to(dtype)
-    assert product_failures(ops.linear_layer_scale(x, weight, bias, gamma, backend), truth, emulation) == []
+    assert product_failures(y, truth, emulation) == []
 
 
 @backends

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from internvit import ops
 from internvit.contract import norm_failures, relative_error, sample
 from tests.ops.cases import backends_here
-from tests.ops.shapes import norm_shapes
+from tests.ops.shapes import in_draws, norm_shapes, pooled
 
 backends = pytest.mark.parametrize("backend", backends_here("qk_norm"))
 
@@ -13,11 +13,14 @@ backends = pytest.mark.parametrize("backend", backends_here("qk_norm"))
 @backends
 @norm_shapes
 def test_contract_on_packed_views(backend, rows, width, distribution, dtype, generator) -> None:
-    qkv = sample((1, rows, 3, width // 8, 8), distribution, dtype, generator)
+    qkv = sample((1, pooled(rows), 3, width // 8, 8), distribution, dtype, generator)
     q, k, _ = qkv.unbind(2)
     q_weight, k_weight = (sample((width,), "normal", dtype, generator) for _ in range(2))
-    outputs = ops.qk_norm(q, k, q_weight, k_weight, backend=backend)
-    statistics = ops.qk_norm_stats(q, k, backend=backend)
+    draws = [part.unbind(2)[:2] for part in in_draws(qkv, rows, 1)]
+    results = [ops.qk_norm(*draw, q_weight, k_weight, backend=backend) for draw in draws]
+    outputs = [torch.cat(tensors, 1) for tensors in zip(*results, strict=True)]
+    results = [ops.qk_norm_stats(*draw, backend=backend) for draw in draws]
+    statistics = [torch.cat(tensors, 1) for tensors in zip(*results, strict=True)]
     for x, weight, y, rstd in zip((q, k), (q_weight, k_weight), outputs, statistics, strict=True):
         truth = F.rms_norm(x.flatten(2).double(), (width,), weight.double(), 1e-6)
         eager = F.rms_norm(x.flatten(2), (width,), weight, 1e-6)
