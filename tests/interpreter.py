@@ -3,9 +3,12 @@
 * float32 -> bfloat16 truncates (half of all values come out one ulp off); a GPU rounds to nearest even.
 * `tl.dot` multiplies the raw 16-bit patterns of bfloat16 operands as integers.
 * After each launch every storage is copied onto itself, for tensors on the CPU too: gigabytes where a stride is large.
+* Each call of a device function replaces `triton.language` anew, as its launch did before: half of all time.
 
 `test_interpreter.py` fails on the day Triton mends either, and then this file goes.
 """
+
+import functools
 
 import numpy as np
 import triton.language as tl
@@ -13,6 +16,10 @@ from triton.runtime import interpreter
 
 triton_convert_float = interpreter._convert_float
 triton_create_dot = interpreter.InterpreterBuilder.create_dot
+triton_patch_lang = interpreter._patch_lang
+triton_get_np_dtype = interpreter._get_np_dtype
+_scalar_np_dtype = functools.cache(triton_get_np_dtype)  # Triton builds a table of all dtypes at each call
+_patched: set[int] = set()  # of the launch that runs: the globals of modules whose functions were called
 
 
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -44,8 +51,26 @@ def _restore_args_dev(self, args_dev, args_hst, kwargs, kwargs_hst):
     """Nothing: tests/ has tensors on the CPU alone, which the interpreter works on in place."""
 
 
+def _patch_lang(fn):
+    """Once a launch for the functions of one module, until the launch's scope is restored."""
+    if id(fn.__globals__) in _patched:
+        return interpreter._LangPatchScope()
+    first, scope = not _patched, triton_patch_lang(fn)
+    _patched.add(id(fn.__globals__))
+    if first:  # the launch's own; those of device functions are never restored, and need not be
+        restore = scope.restore
+        scope.restore = lambda: (_patched.clear(), restore())
+    return scope
+
+
+def _get_np_dtype(dtype):
+    return _scalar_np_dtype(dtype) if type(dtype) is tl.dtype else triton_get_np_dtype(dtype)
+
+
 def mend() -> None:
     """Replaces the functions for this process."""
+    interpreter._get_np_dtype = _get_np_dtype
+    interpreter._patch_lang = _patch_lang
     interpreter.GridExecutor._restore_args_dev = _restore_args_dev
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = _create_dot

@@ -21,6 +21,25 @@ def dot_kernel(p_a, p_b, p_y):
     tl.store(p_y + o, tl.dot(tl.load(p_a + o), tl.load(p_b + o)))
 
 
+@triton.jit
+def twice(x):
+    return x + x
+
+
+@triton.jit
+def calling_kernel(p_y, n):
+    for i in range(n):
+        tl.store(p_y + i, twice(i))
+
+
+@pytest.fixture
+def replacements(monkeypatch):
+    """The functions for which `triton.language` was replaced."""
+    seen, patch = [], interpreter.triton_patch_lang
+    monkeypatch.setattr(interpreter, "triton_patch_lang", lambda fn: seen.append(fn) or patch(fn))
+    return seen
+
+
 @pytest.fixture
 def as_shipped(monkeypatch):
     monkeypatch.setattr(triton_interpreter, "_convert_float", interpreter.triton_convert_float)
@@ -49,6 +68,21 @@ def test_mended_dot_equals_torch():
     y = torch.full((16, 16), float("nan"))
     dot_kernel[(1,)](a, b, y)
     torch.testing.assert_close(y, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_language_is_replaced_once_a_launch(replacements):
+    for launches in (1, 2):
+        y = torch.full((4,), -1, dtype=torch.int32)
+        calling_kernel[(1,)](y, 4)
+        assert y.tolist() == [0, 2, 4, 6]
+        assert len(replacements) == launches
+        assert tl.core.is_builtin(tl.load), "the launch did not restore triton.language"
+
+
+def test_triton_still_replaces_its_language_at_each_call(replacements, monkeypatch):
+    monkeypatch.setattr(triton_interpreter, "_patch_lang", lambda fn: interpreter.triton_patch_lang(fn))
+    calling_kernel[(1,)](torch.zeros(4, dtype=torch.int32), 4)
+    assert len(replacements) > 1, "Triton replaces it once now: drop _patch_lang from tests/interpreter.py"
 
 
 @pytest.mark.usefixtures("as_shipped")

@@ -61,9 +61,10 @@ def test_qk_norm(case):
 
     grads = heads(memory, case, batch, "normal", g)[:2]
     mask = (True,) * 4
+    rstds = truth[2:]
     actual = run(memory, "qk_norm_backward", *grads, q, k, *weights, *statistics, mask)  # its own statistics
     truth, eager = (
-        reference("qk_norm_backward", d, *grads, q, k, *weights, *(s.to(d) for s in truth[2:]), mask)
+        reference("qk_norm_backward", d, *grads, q, k, *weights, *(s.to(d) for s in rstds), mask)
         for d in (torch.float64, torch.float32)
     )
     agree(
@@ -73,6 +74,10 @@ def test_qk_norm(case):
         truth,
         eager,
         addends=addends(batch * case["tokens"], H * D),
+        summed={
+            f"grad_{name}_weight": grad.double() * x.double() * rstd[:, :, None, None]
+            for name, grad, x, rstd in zip("qk", grads, (q, k), rstds, strict=True)
+        },
     )
 
 
