@@ -20,7 +20,7 @@ from torch import Tensor
 from internvit.kernels import launch
 from internvit.kernels.attention_backward import attention_backward
 from internvit.kernels.attention_launch import attention_launch
-from internvit.kernels.attention_tiles import LN2, LOG2E, fold, load_rows, scaled_scores, store_rows
+from internvit.kernels.attention_tiles import LN2, LOG2E, fold, key_scores, load_rows, store_rows
 from internvit.kernels.layer_scale_residual import contiguous
 from internvit.kernels.qk_norm_stats import dense_heads, token_strides
 from internvit.kernels.rows import load_vector
@@ -48,10 +48,7 @@ def softmax_step(
     MASKED: tl.constexpr,
 ):
     """One tile of keys and values into the running softmax."""
-    o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    b_k = load_rows(p_k, i_n, N, stride_kn, o_d, D, BLOCK_N, MASKED)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    b_s = scaled_scores(b_s, p_rstd_k, o_n, N, scale_log2, MASKED)
+    _, b_s = key_scores(b_q, p_k, p_rstd_k, i_n, N, stride_kn, o_d, scale_log2, D, BLOCK_N, MASKED)
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
     b_p = tl.exp2(b_s - b_new_max[:, None])
     b_correction = tl.exp2(b_max - b_new_max)
@@ -142,10 +139,7 @@ def attend_first(
     b_sum = tl.zeros([1], tl.float32)
     b_acc = tl.zeros([BLOCK_D], tl.float32)
     for i_n in range(0, N, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        b_k = load_rows(p_k, i_n, N, stride_kn, o_d, D, BLOCK_N, True)
-        b_s = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)[None, :]
-        b_s = scaled_scores(b_s, p_rstd_k, o_n, N, scale_log2, True)  # [1, BLOCK_N]
+        _, b_s = key_scores(b_q, p_k, p_rstd_k, i_n, N, stride_kn, o_d, scale_log2, D, BLOCK_N, True)
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new_max[:, None])
         b_correction = tl.exp2(b_max - b_new_max)
@@ -232,7 +226,7 @@ def attention(
     choice = attention_launch("forward", D, q.dtype, launch.target_of(q))
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, H, N), dtype=torch.float32)
-    peel_query, peel_key = (N > 1 and N % tile == 1 for tile in (choice.rows, choice.columns))
+    peel_query, peel_key, tail = choice.peeling(N)
     programs = triton.cdiv(N, choice.rows)
     launch.run(
         attention_kernel,
@@ -245,7 +239,7 @@ def attention(
         BLOCK_N=choice.columns,
         PEEL_QUERY=peel_query,
         PEEL_KEY=peel_key,
-        TAIL=N % choice.columns != 0 and not peel_key,
+        TAIL=tail,
         num_warps=choice.warps,
         num_stages=choice.stages,
     )

@@ -24,6 +24,12 @@ class AttentionLaunch:
     warps: int
     stages: int
 
+    def peeling(self, tokens: int) -> tuple[bool, bool, bool]:
+        """Whether the first token alone is left over by whole tiles of `rows`, and of `columns`, as the class token is
+        at 1025; and whether the walk over tiles of `columns` has to mask its last one."""
+        rows, columns = (tokens > 1 and tokens % tile == 1 for tile in (self.rows, self.columns))
+        return rows, columns, tokens % self.columns != 0 and not columns
+
     @classmethod
     def rule(cls, kernel: str, head_dim: int, itemsize: int, target: Target) -> "AttentionLaunch":
         """Picked from what the compilers make of them (`static_profile`): the largest tiles that spill with none of

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from internvit.kernels import ceilings, launch, tune
@@ -119,6 +120,27 @@ def test_attention_rule_is_made_for_each_target(arch):
                 choice = AttentionLaunch.rule(kernel, block_d, itemsize, TARGETS[arch])
                 assert choice.rows % 16 == 0
                 assert choice.columns % 16 == 0
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize(
+    ("tokens", "peeled", "tail"), [(257, True, False), (1025, True, False), (1024, False, False), (1290, False, True)]
+)
+def test_the_class_token_takes_no_tile(arch, tokens, peeled, tail):
+    """At 1 + whole tiles every attention kernel takes the first query and key apart, and masks no tile of its walk."""
+    for heads, head_dim in ((25, 128), (16, 64)):
+        q, k, v = torch.empty(1, tokens, 3, heads, head_dim, device="meta", dtype=torch.bfloat16).unbind(2)
+        with launch.record(TARGETS[arch]) as launches:
+            out, lse = implementation("attention", "triton")(q, k, v, 0.125, *[None] * 4)
+            backward = implementation("attention_backward", "triton")
+            backward(out, q, k, v, out, lse, 0.125, *[None] * 4, q, k, v)
+        walks = [one for one in launches if "TAIL" in one.constants]
+        assert len(walks) == 3
+        for one in walks:
+            flags = {name: one.constants[name] for name in ("PEEL_QUERY", "PEEL_KEY", "TAIL")}
+            assert flags == {"PEEL_QUERY": peeled, "PEEL_KEY": peeled, "TAIL": tail}, one.kernel.fn.__name__
+            kept = one.constants["BLOCK_N" if "grad_kv" in one.kernel.fn.__name__ else "BLOCK_M"]
+            assert one.grid == (triton.cdiv(tokens, kept) * heads,)
 
 
 def test_recorded_launches_run_nothing():
