@@ -181,7 +181,14 @@ def test_attention_with_scores_far_from_their_bound(unit: str, spread: float, ge
     assert out.isfinite().all()
     assert lse.isfinite().all()
     assert relative_error(lse, true_lse) < 1e-6
-    assert relative_error(out, truth) < 0.01
+    # Which of two keys takes all is float32's choice where their scores are as close as the rounding of their sums: one
+    # draw in 1500 has such a query.
+    wide_q, wide_k = q.double(), k.double()
+    first, second = torch.einsum("bihd,bjhd->bihj", wide_q, wide_k).topk(2).values.unbind(-1)
+    terms = torch.einsum("bihd,bjhd->bihj", wide_q.abs(), wide_k.abs()).amax(-1)
+    decided = (first - second > torch.finfo(torch.float32).eps * terms) | (wide_q == 0).all(-1)
+    assert decided.double().mean() > 0.99
+    assert relative_error(out[decided], truth[decided]) < 0.01
 
 
 @each_dtype
