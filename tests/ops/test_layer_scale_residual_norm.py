@@ -5,7 +5,14 @@ from torch.nn import functional as F
 from internvit import ops
 from internvit.contract import norm_failures, relative_error, sample
 from tests.ops.cases import backends_here
-from tests.ops.shapes import in_draws, layer_norm_magnitude, mean_over_std, norm_shapes, pooled
+from tests.ops.shapes import (
+    in_draws,
+    layer_norm_magnitude,
+    mean_over_std,
+    norm_shapes,
+    pooled,
+    pooled_gradients,
+)
 
 backends = pytest.mark.parametrize("backend", backends_here("layer_scale_residual_norm"))
 kinds = pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
@@ -70,22 +77,25 @@ def test_float32_residual_stream(backend, kind, rounding, generator) -> None:
 @backends
 @kinds
 def test_gradients_at_true_width_through_both_outputs(backend, kind, generator) -> None:
-    a = arguments(129, 1024, kind, torch.float32, generator, "massive")
-    names = [n for n, t in a.items() if t is not None and n != "row_scale"]
-    grads = [sample((2, 129, 1024), "normal", torch.float32, generator) for _ in range(2)]
-
     def chain(x: dict) -> tuple:
         out = x["residual"] + x["row_scale"].to(x["branch"].dtype).view(-1, 1, 1) * x["gamma"] * x["branch"]
         return out, norm_of(out, x["weight"], x["bias"], kind)
 
-    def run(function, dtype) -> tuple:
-        x = {n: t.to(dtype).requires_grad_(n in names) if t is not None else None for n, t in a.items()}
-        return torch.autograd.grad(function(x), [x[n] for n in names], [g.to(dtype) for g in grads])
+    def fused(x: dict) -> tuple:
+        return ops.layer_scale_residual_norm(**x, kind=kind, backend=backend)
 
-    actual = run(lambda x: ops.layer_scale_residual_norm(**x, kind=kind, backend=backend), torch.float32)
-    truth, eager = run(chain, torch.float64), run(chain, torch.float32)
-    for name, x, t, e in zip(names, actual, truth, eager, strict=True):
-        assert relative_error(x, t) <= max(2 * relative_error(e, t), 2.4e-7), name
+    def draw() -> list:
+        a = arguments(33, 1024, kind, torch.float32, generator, "massive")
+        names = [n for n, t in a.items() if t is not None and n != "row_scale"]
+        grads = [sample((2, 33, 1024), "normal", torch.float32, generator) for _ in range(2)]
+        ways = []
+        for function, dtype in ((fused, torch.float32), (chain, torch.float64), (chain, torch.float32)):
+            x = {n: t.to(dtype).requires_grad_(n in names) if t is not None else None for n, t in a.items()}
+            ways.append(torch.autograd.grad(function(x), [x[n] for n in names], [g.to(dtype) for g in grads]))
+        return ways
+
+    for number, (x, t, e) in enumerate(pooled_gradients(draw)):
+        assert relative_error(x, t) <= max(2 * relative_error(e, t), 2.4e-7), f"gradient {number}"
 
 
 @backends
