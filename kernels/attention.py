@@ -20,7 +20,7 @@ from torch import Tensor
 from internvit.kernels import launch
 from internvit.kernels.attention_backward import attention_backward
 from internvit.kernels.attention_launch import attention_launch
-from internvit.kernels.attention_tiles import LN2, LOG2E, fold, key_scores, load_rows, store_rows
+from internvit.kernels.attention_tiles import LN2, LOG2E, add_product, fold, key_scores, load_rows, store_rows
 from internvit.kernels.layer_scale_residual import contiguous
 from internvit.kernels.qk_norm_stats import dense_heads, token_strides
 from internvit.kernels.rows import load_vector
@@ -54,7 +54,8 @@ def softmax_step(
     b_correction = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_correction + tl.sum(b_p, 1)
     b_v = load_rows(p_v, i_n, N, stride_vn, o_d, D, BLOCK_N, MASKED)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_correction[:, None], input_precision="ieee")
+    b_p = b_p.to(b_v.dtype)
+    b_acc = add_product(b_acc * b_correction[:, None], b_p, b_v)
     return b_acc, b_sum, b_new_max
 
 
@@ -99,57 +100,16 @@ def attend_tile(
     else:
         b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         b_sum = tl.zeros([BLOCK_M], tl.float32)
-        b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        b_acc = tl.zeros([BLOCK_N if BLOCK_M == 1 else BLOCK_M, BLOCK_D], tl.float32)
     for i_n in range(1 if PEEL_KEY else 0, N, BLOCK_N):
         b_acc, b_sum, b_max = softmax_step(
             b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, i_n, N, stride_kn, stride_vn, o_d, scale_log2,
             D, BLOCK_N, TAIL,
         )  # fmt: skip
+    if BLOCK_M == 1:
+        b_acc = tl.sum(b_acc, 0)[None, :]
     store_rows(p_out, i_m, N, H * D, o_d, D, BLOCK_M, b_acc / b_sum[:, None])
     tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < N)
-
-
-@triton.jit
-def attend_first(
-    p_q,
-    p_k,
-    p_v,
-    p_q_weight,
-    p_k_weight,
-    p_rstd_q,
-    p_rstd_k,
-    p_out,
-    p_lse,
-    i_h,
-    N,
-    stride_kn,
-    stride_vn,
-    scale_log2,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The first query of one head, without matrix products."""
-    o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0)[None, :]
-    if p_rstd_k is not None:
-        b_rstd = tl.load(p_rstd_q + tl.arange(0, 1))
-        b_q = fold(b_q, p_q_weight, p_k_weight, b_rstd, i_h, o_d, scale_log2, D)
-    b_max = tl.full([1], float("-inf"), tl.float32)
-    b_sum = tl.zeros([1], tl.float32)
-    b_acc = tl.zeros([BLOCK_D], tl.float32)
-    for i_n in range(0, N, BLOCK_N):
-        _, b_s = key_scores(b_q, p_k, p_rstd_k, i_n, N, stride_kn, o_d, scale_log2, D, BLOCK_N, True)
-        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new_max[:, None])
-        b_correction = tl.exp2(b_max - b_new_max)
-        b_sum = b_sum * b_correction + tl.sum(b_p, 1)
-        b_v = load_rows(p_v, i_n, N, stride_vn, o_d, D, BLOCK_N, True)
-        b_rounded = tl.reshape(b_p, [BLOCK_N]).to(b_v.dtype).to(tl.float32)
-        b_acc = b_acc * b_correction + tl.sum(b_rounded[:, None] * b_v.to(tl.float32), 0)
-        b_max = b_new_max
-    tl.store(p_out + o_d, (b_acc / b_sum).to(p_out.dtype.element_ty), mask=o_d < D)
-    tl.store(p_lse + tl.arange(0, 1), (b_max + tl.log2(b_sum)) * LN2)
 
 
 @triton.jit
@@ -198,8 +158,9 @@ def attention_kernel(
     # fmt: off
     if PEEL_QUERY:
         if i_tile == programs - 1:
-            attend_first(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse, i_h, N,
-                         stride_kn, stride_vn, scale_log2, D, BLOCK_D, BLOCK_N)
+            attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
+                        0, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
+                        D, BLOCK_D, 1, BLOCK_N, False, True)
         else:
             attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
                         1 + i_tile * BLOCK_M, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,

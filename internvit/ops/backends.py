@@ -259,12 +259,20 @@ def _usable(name: str) -> Backend:
     return found
 
 
-def resolve(op: str, x: torch.Tensor, asked: str | None = None, head_dim: int = 0, folded: bool = False) -> str:
+def resolve(
+    op: str,
+    x: torch.Tensor,
+    asked: str | None = None,
+    head_dim: int = 0,
+    folded: bool = False,
+    caller: str | None = None,
+) -> str:
     """The name of the backend that `op` takes for tensors like `x`, by the argument, the context, or `auto`.
 
-    `folded` asks for an attention that takes QK-norm's weights and statistics.
+    `folded` asks for an attention that takes QK-norm's weights and statistics; `caller` is the op that errors name
+    where it is another one that the user called.
     """
-    return _resolve(op, x.device.type, x.dtype, head_dim, folded, asked or "", requested())
+    return _resolve(op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested())
 
 
 def _resolve(*key: Any) -> str:
@@ -277,23 +285,23 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _resolve_once(
-    op: str, device: str, dtype: torch.dtype, head_dim: int, folded: bool, asked: str, context: str
+    op: str, device: str, dtype: torch.dtype, head_dim: int, folded: bool, caller: str, asked: str, context: str
 ) -> str:
     if asked and asked != "auto":
         chosen = _usable(asked)
         if chosen.find(op) is None:
-            raise ValueError(f"{op}: backend {asked!r} does not implement this op")
+            raise ValueError(f"{caller}: backend {asked!r} does not implement this op")
         why = chosen.rejects(device, dtype, head_dim)
         if why is None and folded and not chosen.folds_qk_norm:
             why = "its attention has no QK-norm inside; normalise with qk_norm, or call qk_norm_attention"
         if why is not None:
             raise ValueError(
-                f"{op}: backend {asked!r} cannot take this input: {why}; use backend='reference', or 'auto' to have "
-                "one chosen"
+                f"{caller}: backend {asked!r} cannot take this input: {why}; use backend='reference', or 'auto' to "
+                "have one chosen"
             )
         return asked
     if context != "auto" and not asked and _usable(context).find(op) is not None:
-        return _resolve_once(op, device, dtype, head_dim, folded, context, "auto")
+        return _resolve_once(op, device, dtype, head_dim, folded, caller, context, "auto")
     passed_over: list[str] = []
     for name in AUTO_ORDER.get(device, _AUTO_ORDER_ELSEWHERE):
         candidate = BACKENDS[name]

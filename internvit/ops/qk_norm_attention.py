@@ -241,7 +241,7 @@ def qk_norm_attention(
     if (q_weight is None) != (k_weight is None):
         raise ValueError(f"{OP}: q_weight and k_weight go together, got None for one of them")
     check.qk_weights(OP, heads[0], q_weight=q_weight, k_weight=k_weight)
-    name = resolve("attention", q, backend, q.shape[-1])
+    name = resolve("attention", q, backend, q.shape[-1], caller=OP)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = autocast(q) if packed else autocast(q, k, v)
     op = QK_NORM_ATTENTION_PACKED if packed else QK_NORM_ATTENTION

@@ -38,11 +38,13 @@ def fake():
         yield
 
 
+@pytest.mark.parametrize("op", [attention, qk_norm_attention], ids=lambda op: op.__name__)
 @pytest.mark.parametrize(("head_dim", "got"), [(12, "got 12"), (136, "got 136")])
-def test_head_dimensions(head_dim, got):
+def test_head_dimensions(op, head_dim, got):
     q = on_cuda(1, 5, 2, head_dim)
-    with pytest.raises(ValueError, match=r"attention: .* head dimension that is a multiple of 8 up to 128, " + got):
-        attention(q, q, q, backend="triton")
+    message = rf"^{op.__name__}: .* head dimension that is a multiple of 8 up to 128, {got}"
+    with pytest.raises(ValueError, match=message):
+        op(q, q, q, backend="triton")
 
 
 def calls(make):
@@ -76,8 +78,7 @@ def test_every_op_refuses_cpu_tensors_and_float64(op):
         (torch.empty, "it runs on GPU tensors .* got cpu"),
         (lambda *shape: on_cuda(*shape, dtype=torch.float64), "it takes float32, bfloat16, float16, got torch.float64"),
     ):
-        name = "attention" if op is qk_norm_attention else op.__name__
-        message = rf"{name}: backend 'triton' cannot take this input: {got}; use backend='reference', or 'auto'"
+        message = rf"^{op.__name__}: backend 'triton' cannot take this input: {got}; use backend='reference', or 'auto'"
         with pytest.raises(ValueError, match=message):
             call(op, calls(make)[op])
 
