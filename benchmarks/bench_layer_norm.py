@@ -9,18 +9,13 @@ from torch.nn import functional as F
 from internvit import ops
 from internvit.benchmarks.peers import liger
 from internvit.benchmarks.work import Setting, Work, op_work, tokens_of, vector
+from internvit.contract import layer_norm_terms
 
 EPS = 1e-6
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, EPS)
-
-
-def magnitude(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The sum of the absolute terms of y."""
-    mean, rstd = x.mean(-1, keepdim=True), torch.rsqrt(x.var(-1, correction=0, keepdim=True) + EPS)
-    return (x.abs() + mean.abs()) * rstd * weight.abs() + bias.abs()
 
 
 def tiny(setting: Setting) -> Callable[[], object]:
@@ -50,7 +45,7 @@ def works(setting: Setting) -> list[Work]:
                     lambda x, weight, bias, backend: ops.layer_norm(x, weight, bias, EPS, backend),
                     plain,
                     liger(setting, "LigerLayerNorm", width, EPS),
-                    magnitude=magnitude,
+                    magnitude=layer_norm_terms,
                     bytes=(2 * activation, 5 * activation),
                 )
             )

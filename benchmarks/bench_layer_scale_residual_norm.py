@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from internvit import ops
 from internvit.benchmarks import bench_layer_norm, bench_rms_norm
 from internvit.benchmarks.work import Setting, Work, double, op_work, tokens_of, vector
-from internvit.contract import norm_failures
+from internvit.contract import layer_norm_terms, norm_failures
 
 EPS = 1e-6
 
@@ -45,7 +45,7 @@ def failures_of(result: tuple[Tensor, ...], inputs: tuple) -> list[str]:
         return failures + norm_failures(normed, truth, eager)
     wide = double((out, weight, bias))
     truth, eager = bench_layer_norm.plain(*wide), bench_layer_norm.plain(out, weight, bias)
-    return failures + norm_failures(normed, truth, eager, bench_layer_norm.magnitude(*wide))
+    return failures + norm_failures(normed, truth, eager, layer_norm_terms(*wide))
 
 
 def works(setting: Setting) -> list[Work]:

@@ -60,6 +60,20 @@ def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
     return (ordered[0] - ordered[1]).abs()
 
 
+def layer_norm_terms(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """What float32 rounds on the way to a LayerNorm's output, per element in float64: `magnitude` of `norm_failures`.
+
+    (|x| + |mean| + mean|x - mean|) * rstd * |weight| + |bias|: the mean's error is one of the whole row's values, which
+    an element next to the mean has none of.
+    """
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    spread = centred.abs().mean(-1, keepdim=True)
+    return (x.abs() + mean.abs() + spread) * rstd * weight.abs() + bias.abs()
+
+
 def _failures(actual: Tensor, truth: Tensor) -> Iterator[str]:
     if actual.shape != truth.shape:
         yield f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
@@ -81,13 +95,13 @@ def norm_failures(
         actual: the result, in its storage dtype.
         truth: the float64 truth, computed from the same rounded inputs.
         eager: eager PyTorch's float32 result, the measure for float32.
-        magnitude: per element the sum of the absolute terms, for LayerNorm (|x| + |mean|) * rstd * |weight| + |bias|:
-            where they cancel, float32 arithmetic errs by a few of its own roundings of them, however small the sum.
-            0.5 each for the mean, the difference, three products and the sum, 2 for rstd, and in rows with massive
-            channels 3 more for the mean, whose error is that of its largest terms: 8; measured: up to 5.2.
+        magnitude: per element the sum of the absolute terms (`layer_norm_terms`): where they cancel, float32 arithmetic
+            errs by a few of its own roundings of them, however small the sum. For LayerNorm half a rounding each for
+            two differences, two products, the sum and the mean, 1 for rstd: 4 where sums are trees, as Triton's
+            (measured: 2.5); a chain of additions, as a CPU's lanes, errs by more of massive channels (measured: 6.9).
         condition: |mean| / standard deviation of a LayerNorm's input where it is large: a mean rounded to float32
             costs that many roundings, and on few rows eager's own may be lucky.
-        roundings: how many roundings of `magnitude` float32 arithmetic may be off; 8 is a LayerNorm's.
+        roundings: how many roundings of `magnitude` float32 arithmetic may be off; 8 is a LayerNorm's on any backend.
     """
     failures = list(_failures(actual, truth))
     if failures or actual.numel() == 0:

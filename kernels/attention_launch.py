@@ -41,6 +41,7 @@ class AttentionLaunch:
         cores: at D = 128 backward spills 400 bytes with 32 x 16 tiles, none with 16 x 16 and eight warps, 404 again
         with four. gfx942 has float32 matrix instructions and 512 registers a lane: 64 x 32 tiles spill none at D = 128
         and take 6 to 8 times fewer instructions a score than 16 x 16; where D is no power of two they do spill.
+        D = 128 on sm_100: 3.6 alone spills 24 bytes of grad_q's with QK-norm in float16, none in bfloat16.
         D = 64 on sm_100: where tiles leave tokens over, as at 1297, forward spills 8 bytes at 128 registers; with none
         it has 131 and half the programs a multiprocessor, or tiles of 32 keys and 38 % more instructions.
         """

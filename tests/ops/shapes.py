@@ -43,13 +43,6 @@ def mean_over_std(x: Tensor) -> float:
     return (x.mean(-1).abs() / x.std(-1)).max().item()
 
 
-def layer_norm_magnitude(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The absolute terms of each element of LayerNorm; see `norm_failures`."""
-    x = x.double()
-    rstd = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + 1e-6)
-    return (x.abs() + x.mean(-1, keepdim=True).abs()) * rstd * weight.double().abs() + bias.double().abs()
-
-
 def norm_table() -> list[tuple[int, int, str, torch.dtype]]:
     """(rows, width, distribution, dtype): every distribution with every dtype and width, rows in turn."""
     table = []

@@ -3,16 +3,9 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.contract import norm_failures, relative_error, sample
+from internvit.contract import layer_norm_terms, norm_failures, relative_error, sample
 from tests.ops.cases import backends_here
-from tests.ops.shapes import (
-    in_draws,
-    layer_norm_magnitude,
-    mean_over_std,
-    norm_shapes,
-    pooled,
-    pooled_gradients,
-)
+from tests.ops.shapes import in_draws, mean_over_std, norm_shapes, pooled, pooled_gradients
 
 backends = pytest.mark.parametrize("backend", backends_here("layer_norm"))
 
@@ -26,7 +19,19 @@ def test_contract(backend, rows, width, distribution, dtype, generator) -> None:
     y = torch.cat([ops.layer_norm(part, weight, bias, 1e-6, backend) for part in in_draws(x, rows)])
     assert y.dtype == dtype
     eager = F.layer_norm(x, (width,), weight, bias, 1e-6)
-    assert norm_failures(y, truth, eager, layer_norm_magnitude(x, weight, bias), mean_over_std(x)) == []
+    assert norm_failures(y, truth, eager, layer_norm_terms(x, weight, bias), mean_over_std(x)) == []
+
+
+@backends
+@pytest.mark.parametrize("distribution", ["normal", "massive"])
+def test_errors_are_roundings_of_the_terms(backend, distribution, generator) -> None:
+    """Without a bias elements next to the mean have only the mean's error, which is one of the whole row: up to 3000
+    roundings of (|x| + |mean|) * rstd * |weight|, up to 7 of `layer_norm_terms`."""
+    x = sample((256, 1024), distribution, torch.bfloat16, generator).float()
+    weight, bias = sample((1024,), "normal", torch.float32, generator), torch.zeros(1024)
+    truth = F.layer_norm(x.double(), (1024,), weight.double(), None, 1e-6)
+    error = (ops.layer_norm(x, weight, backend=backend).double() - truth).abs()
+    assert (error <= 12 * torch.finfo(torch.float32).eps * layer_norm_terms(x, weight, bias)).all()
 
 
 @backends

@@ -3,16 +3,9 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.contract import norm_failures, relative_error, sample
+from internvit.contract import layer_norm_terms, norm_failures, relative_error, sample
 from tests.ops.cases import backends_here
-from tests.ops.shapes import (
-    in_draws,
-    layer_norm_magnitude,
-    mean_over_std,
-    norm_shapes,
-    pooled,
-    pooled_gradients,
-)
+from tests.ops.shapes import in_draws, mean_over_std, norm_shapes, pooled, pooled_gradients
 
 backends = pytest.mark.parametrize("backend", backends_here("layer_scale_residual_norm"))
 kinds = pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
@@ -53,7 +46,7 @@ def test_contract_and_same_bits_as_two_ops(backend, kind, rows, width, distribut
         assert norm_failures(normed, truth, eager) == []
         assert torch.equal(normed, ops.rms_norm(out, a["weight"], backend=backend))
     else:
-        magnitude = layer_norm_magnitude(out, a["weight"], a["bias"])
+        magnitude = layer_norm_terms(out, a["weight"], a["bias"])
         assert norm_failures(normed, truth, eager, magnitude, mean_over_std(out)) == []
         assert torch.equal(normed, ops.layer_norm(out, a["weight"], a["bias"], backend=backend))
 
