@@ -1,6 +1,9 @@
 """Everything in this folder runs kernels in Triton's interpreter.
 
 TRITON_INTERPRET=1 pytest tests/triton/interpreted
+
+The whole product takes an hour of one core (AVX-512 server CPU, measured), two fifths of it float32 attention over 1025
+tokens; without slow tests a minute and a half.
 """
 
 import os

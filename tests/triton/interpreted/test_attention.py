@@ -21,7 +21,7 @@ FACTORS = {
 
 
 def allowed(case):
-    if case.get("dtype") == "float32" and case.get("tokens") == 1025:  # float32 tiles are small: a minute each
+    if case.get("dtype") == "float32" and case.get("tokens") == 1025:  # float32 tiles are small: up to 50 s
         return False
     return not (case.get("tokens") == 1025 and case.get("heads", (1, 1))[0] == 2 and case.get("norm") == "float32")
 
