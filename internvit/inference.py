@@ -40,7 +40,7 @@ class _PlainLinear:
 
 
 class _PackedLinear:
-    """A Linear on AMX tiles with a packed copy of its weight; GELU or the residual ride in the epilogue."""
+    """A Linear of the CPU library with a packed copy of its weight; GELU or the residual ride in the epilogue."""
 
     adds_residual = True
 

@@ -10,12 +10,12 @@ namespace internvit::INTERNVIT_ISA {
 constexpr int64_t kGroups = 12;  // groups of a block
 
 struct AttentionAmxScratch : PackedHead {
-  bf16* queries;           // A tiles [D / 32][2]
-  float* scores[2];        // [group][32 rows][32 keys]
-  bf16* probabilities[2];  // A tiles [group][2]
-  float* out;              // accumulators [D / 32][2 columns][2 rows]
+  bf16* queries;               // A tiles [D / 32][2]
+  float* scores[2];            // [group][32 rows][32 keys]
+  bf16* probabilities[2];      // A tiles [group][2]
+  float* out;                  // accumulators [D / 32][2 columns][2 rows]
   float *sums, *rounded_sums;  // [32 rows][16 lanes]
-  float* shift;            // [32]
+  float* shift;                // [32]
   int64_t bytes;
   AttentionAmxScratch(Carve carve, int64_t tokens, int64_t head_dim) : PackedHead(carve, tokens, head_dim) {
     queries = carve.take<bf16>(depth * 2 * kTile);

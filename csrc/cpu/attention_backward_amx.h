@@ -12,18 +12,18 @@ constexpr int64_t kBlockGroups = 4, kStripGroups = 8;  // 32 keys and 32 queries
 constexpr int64_t kSums = 256;                         // floats of an accumulator
 
 struct AttentionBackwardAmxScratch {
-  bf16 *queries, *grads;                // q' and dO: A tiles [N / 32][D / 32][2]
-  bf16 *query_columns, *grad_columns;   // q^T and dO^T: A tiles [D / 16][N / 32]
-  float* grad_queries;                  // accumulators [N / 32][D / 16][2 rows]
+  bf16 *queries, *grads;               // q' and dO: A tiles [N / 32][D / 32][2]
+  bf16 *query_columns, *grad_columns;  // q^T and dO^T: A tiles [D / 16][N / 32]
+  float* grad_queries;                 // accumulators [N / 32][D / 16][2 rows]
   QueryTerms terms;
-  bf16 *keys, *values;                  // of a block, as PackedHead's keys
-  bf16* key_rows;                       // k with keys as its depth: B tiles [D / 16][4]
+  bf16 *keys, *values;                 // of a block, as PackedHead's keys
+  bf16* key_rows;                      // k with keys as its depth: B tiles [D / 16][4]
   KeyTerms key_terms;
-  float *grad_keys, *grad_values;       // transposed: accumulators [D / 16][8]
-  float *scores[2], *grad_scores[2];    // S and dP, [32 queries][32 keys]
-  bf16 *p_pairs, *t_pairs;              // P and dT: B tiles [8 of 16 keys][8]
-  bf16* t_rows;                         // dT: A tiles [8][4][2]
-  float* rows;                          // [16][D]
+  float *grad_keys, *grad_values;      // transposed: accumulators [D / 16][8]
+  float *scores[2], *grad_scores[2];   // S and dP, [32 queries][32 keys]
+  bf16 *p_pairs, *t_pairs;             // P and dT: B tiles [8 of 16 keys][8]
+  bf16* t_rows;                        // dT: A tiles [8][4][2]
+  float* rows;                         // [16][D]
   int64_t groups, depth, dims, bytes;
   AttentionBackwardAmxScratch(Carve carve, int64_t tokens, int64_t head_dim) {
     groups = (tokens + kGroup - 1) / kGroup;

@@ -176,7 +176,7 @@ bool packs_linear(ScalarType dtype) { return kernels().linear && dtype == Scalar
 
 Tensor pack_weight(const Tensor& weight) {
   STD_TORCH_CHECK(packs_linear(weight.scalar_type()) && weight.dim() == 2,
-                  "pack_weight: expected a bfloat16 matrix on a machine with AMX");
+                  "pack_weight: expected a bfloat16 matrix on a machine with AVX-512 BF16 or AMX");
   const Tensor w = torch::stable::contiguous(weight);
   const int64_t rows = w.size(0), columns = w.size(1);
   Tensor packed = torch::stable::new_empty(w, {packed_weight_size(rows, columns)});
