@@ -213,16 +213,6 @@ class MLP(nn.Module):
         return fc1_gelu(self.fc1, x)
 
 
-class _GridCache(dict[tuple, Tensor]):
-    """The position embedding per grid: never copied or pickled with the model."""
-
-    def __deepcopy__(self, memo: dict) -> "_GridCache":
-        return _GridCache()
-
-    def __reduce__(self) -> tuple:
-        return (_GridCache, ())
-
-
 class Embeddings(nn.Module):
     """The class token and one token per patch, plus the position embedding of the pixels' grid."""
 
@@ -233,7 +223,6 @@ class Embeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(1, 1, width, **factory))
         self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=size, stride=size, **factory)
         self.position_embedding = nn.Parameter(torch.randn(1, config.num_tokens, width, **factory))
-        self._resized = _GridCache()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Tokens [B, 1 + patches, C] of pixels [B, channels, height, width], cast to the weights' dtype."""
@@ -243,16 +232,11 @@ class Embeddings(nn.Module):
         return torch.cat([class_token, patches], dim=1) + self.position_embedding_for(grid)
 
     def position_embedding_for(self, grid: tuple[int, int]) -> Tensor:
-        """The position embedding [1, 1 + rows * columns, C]; resized once per grid while nobody trains it."""
-        position, native, mode = self.position_embedding, self.config.grid_size, self.config.pos_embed_mode
-        trains = position.requires_grad and torch.is_grad_enabled()
-        if grid == native or trains or torch.compiler.is_compiling() or position.is_inference():
-            return resize_position_embedding(position, native, grid, mode)
-        # An inference tensor may not enter autograd later: the two modes have entries of their own.
-        inference = torch.is_inference_mode_enabled()
-        key = (grid, mode, position.device, position.dtype, position.data_ptr(), position._version, inference)
-        if key not in self._resized:
-            if len(self._resized) >= 8:
-                self._resized.clear()
-            self._resized[key] = resize_position_embedding(position.detach(), native, grid, mode)
-        return self._resized[key]
+        """The position embedding [1, 1 + rows * columns, C] of this grid.
+
+        It is resized at each call: no cache can notice a write through `.data`, which EMA and weight synchronisation
+        use. The 300M at 336 x 504, bfloat16, two Zen 4 cores: 11 ms of a forward's 2 s.
+        """
+        return resize_position_embedding(
+            self.position_embedding, self.config.grid_size, grid, self.config.pos_embed_mode
+        )
