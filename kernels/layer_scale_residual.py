@@ -28,30 +28,39 @@ from internvit.ops.registration import Mask, empty_grad
 OP = "layer_scale_residual"
 
 
+# A `return` inside an `if` on a constant does not end a Triton function: what follows it is compiled too, with the
+# pointer that is None. Optional pointers take both arms of one `if` and a single exit.
 @triton.jit
 def load_gamma(p_gamma, o_cols, C: tl.constexpr):
     """gamma [BLOCK_C], 1 where it is folded away."""
     if p_gamma is None:
-        return tl.full([o_cols.shape[0]], 1.0, tl.float32)
-    return load_vector(p_gamma, o_cols, C)
+        b_gamma = tl.full([o_cols.shape[0]], 1.0, tl.float32)
+    else:
+        b_gamma = load_vector(p_gamma, o_cols, C)
+    return b_gamma
 
 
 @triton.jit
 def load_row_scale(p_row_scale, o_rows, m_rows, rows_per_image):
     """The factor of each row's image [ROWS], 1 without DropPath."""
     if p_row_scale is None:
-        return tl.full([o_rows.shape[0]], 1.0, tl.float32)
-    return tl.load(p_row_scale + o_rows // rows_per_image, mask=m_rows, other=0.0).to(tl.float32)
+        b_scale = tl.full([o_rows.shape[0]], 1.0, tl.float32)
+    else:
+        b_scale = tl.load(p_row_scale + o_rows // rows_per_image, mask=m_rows, other=0.0).to(tl.float32)
+    return b_scale
 
 
 @triton.jit
 def add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C: tl.constexpr):
     """residual + row_scale[b] * gamma * branch. The fused multiply-add is spelt out: left to the compiler, two kernels
     may contract the same formula differently, and this op and `layer_scale_residual_norm` would differ in bits."""
-    if p_row_scale is not None:
+    b_gamma = load_gamma(p_gamma, o_cols, C)[None, :]
+    if p_row_scale is None:
+        b_out = tl.fma(b_branch, b_gamma + tl.zeros_like(b_branch), b_residual)
+    else:
         b_scale = load_row_scale(p_row_scale, o_rows, m_rows, rows_per_image)[:, None]
-        return tl.fma(b_branch * load_gamma(p_gamma, o_cols, C)[None, :], b_scale + tl.zeros_like(b_branch), b_residual)
-    return tl.fma(b_branch, load_gamma(p_gamma, o_cols, C)[None, :] + tl.zeros_like(b_branch), b_residual)
+        b_out = tl.fma(b_branch * b_gamma, b_scale + tl.zeros_like(b_branch), b_residual)
+    return b_out
 
 
 @triton.jit
