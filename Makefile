@@ -29,11 +29,11 @@ demo: setup ## a trained network on photographs, and the fused model beside the 
 SEEDED := $(if $(SEED),--seed $(SEED) --hypothesis-seed $(SEED))
 test: setup ## everything that is not slow, in minutes
 	$(BIN)/python -m pytest -m "not slow" $(SEEDED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" $(SEEDED) tests/triton/interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" $(SEEDED) tests/proofs/triton/interpreted
 
 test-all: setup ## the rest as well
 	$(BIN)/python -m pytest $(SEEDED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SEEDED) tests/triton/interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SEEDED) tests/proofs/triton/interpreted
 
 # Peers come from the extra `bench`; those that cannot be installed are named gaps in the table.
 $(VENV)/.peers: pyproject.toml $(VENV)/.ready
@@ -41,18 +41,18 @@ $(VENV)/.peers: pyproject.toml $(VENV)/.ready
 	$(PIP) -r $@.txt && mv $@.txt $@
 
 bench: setup $(VENV)/.peers ## time every op, block and model next to peers; results into benchmarks/results/DEVICE
-	$(BIN)/python -m internvit bench --out "benchmarks/results/$$($(BIN)/python -m internvit.benchmarks.results)"
+	$(BIN)/python -m internvit bench --out "benchmarks/results/$$($(BIN)/python -m internvit.benchmarks.harness.results)"
 
 docs: setup ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 report: setup ## README's and docs' tables and pictures from the committed results
-	$(BIN)/python -m internvit.benchmarks.report
-	$(BIN)/python -m internvit.benchmarks.bench_training --report
+	$(BIN)/python -m internvit.benchmarks.reports.report
+	$(BIN)/python -m internvit.benchmarks.model.bench_training --report
 
 # No setup: a GPU machine has its own torch and Triton, and perhaps no network and no compiler.
 gpu-report: ## tests, tuning and times on this machine's GPU, within ten minutes
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m internvit.benchmarks.gpu_report
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m internvit.benchmarks.reports.gpu_report
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

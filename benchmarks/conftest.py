@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from internvit.benchmarks.run import callable_for, checked
-from internvit.benchmarks.timing import freed_pages_kept, rotating
-from internvit.benchmarks.work import BOTH, MissingPeerError, Setting
+from internvit.benchmarks.harness.cases import BOTH, MissingPeerError, Setting
+from internvit.benchmarks.harness.run import callable_for, checked
+from internvit.benchmarks.harness.timing import freed_pages_kept, rotating
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,9 +12,9 @@ import torch
 import trained_vit_s
 
 import internvit
-from internvit.contract import relative_error
-from internvit.info import cpu_flags, cpu_name
-from internvit.ops.backends import resolve
+from internvit.cli.environment import cpu_flags, cpu_name
+from internvit.numerics import relative_error
+from internvit.ops.core.select import resolve
 
 
 def fused_beside_reference(rounds: int = 5) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internvit import InternViT, InternViTConfig
-from internvit.visualize import pca_map
+from internvit.data.pca import pca_map
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

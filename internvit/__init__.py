@@ -6,16 +6,16 @@
 """
 
 from internvit import ops, optim, reference
-from internvit.backbone import InternViTBackbone
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
-from internvit.connector import InternVLConnector
-from internvit.convert import convert_state_dict
-from internvit.inference import optimize_for_inference
-from internvit.modeling import InternViT
+from internvit.dense.backbone import InternViTBackbone
+from internvit.inference.optimize import optimize_for_inference
+from internvit.model.vit import InternViT
+from internvit.multimodal.connector import InternVLConnector
+from internvit.multimodal.tiling import best_grid, tile_image
 from internvit.ops import backend
 from internvit.output import InternViTOutput
-from internvit.patching import PatchHandle, patch
-from internvit.tiling import best_grid, tile_image
+from internvit.upstream.patch import PatchHandle, patch
+from internvit.upstream.state_dict import convert_state_dict
 
 __version__ = "0.1.0"
 __all__ = [

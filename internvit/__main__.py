@@ -5,7 +5,7 @@ import sys
 
 def main() -> None:
     try:
-        from internvit.cli import run
+        from internvit.cli.app import run
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("internvit"):
             raise

@@ -6,7 +6,7 @@ y = (x - mean) * rstd * weight + bias; reads x once, writes y and two float32 a 
 from torch import Tensor
 
 from internvit.kernels.norm import norm, norm_gradients
-from internvit.ops.registration import Mask
+from internvit.ops.core.registration import Mask
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

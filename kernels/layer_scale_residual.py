@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels import launch
-from internvit.kernels.rows import (
+from internvit.kernels.common import launch
+from internvit.kernels.common.rows import (
     as_rows,
     load_tile,
     load_vector,
@@ -23,7 +23,7 @@ from internvit.kernels.rows import (
     store_tile,
     sum_partials,
 )
-from internvit.ops.registration import Mask, empty_grad
+from internvit.ops.core.registration import Mask, empty_grad
 
 OP = "layer_scale_residual"
 

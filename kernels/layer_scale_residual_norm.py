@@ -14,10 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels import launch
-from internvit.kernels.layer_scale_residual import add_branch, contiguous, load_gamma, load_row_scale, rows_per_image
-from internvit.kernels.norm import load_x_hat, norm_backward, scale_and_shift, standardize
-from internvit.kernels.rows import (
+from internvit.kernels.common import launch
+from internvit.kernels.common.rows import (
     as_rows,
     load_tile,
     load_vector,
@@ -28,7 +26,9 @@ from internvit.kernels.rows import (
     store_tile,
     sum_partials,
 )
-from internvit.ops.registration import Mask, empty_grad
+from internvit.kernels.layer_scale_residual import add_branch, contiguous, load_gamma, load_row_scale, rows_per_image
+from internvit.kernels.norm import load_x_hat, norm_backward, scale_and_shift, standardize
+from internvit.ops.core.registration import Mask, empty_grad
 
 OP = "layer_scale_residual_norm"
 

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels import launch
+from internvit.kernels.common import launch
+from internvit.kernels.common.rows import load_vector, row_launch, row_tile, store_tile
 from internvit.kernels.norm import norm_gradients, scale_and_shift, standardize
 from internvit.kernels.qk_norm_stats import dense_heads, heads_adjacent, load_heads, token_strides
-from internvit.kernels.rows import load_vector, row_launch, row_tile, store_tile
-from internvit.ops.registration import Mask
+from internvit.ops.core.registration import Mask
 
 OP = "qk_norm"
 

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels import launch
+from internvit.kernels.common import launch
+from internvit.kernels.common.rows import row_launch, row_tile
 from internvit.kernels.norm import standardize
-from internvit.kernels.rows import row_launch, row_tile
 
 OP = "qk_norm_stats"
 

@@ -6,7 +6,7 @@ y = x * rstd * weight,  rstd = 1 / sqrt(mean(x^2) + eps); reads x once, writes y
 from torch import Tensor
 
 from internvit.kernels.norm import norm, norm_gradients
-from internvit.ops.registration import Mask
+from internvit.ops.core.registration import Mask
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, rounding: str) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
-from tests.strategies import configs
+from tests.support.strategies import configs
 
 SIX_BILLION = {
     "num_channels": 3,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from internvit import contract
+from internvit import numerics
 from internvit.ops import (
     attention,
     backend,
@@ -16,7 +16,7 @@ from internvit.ops import (
     qk_norm_stats,
     rms_norm,
 )
-from internvit.ops.backends import BACKENDS
+from internvit.ops.core.select import BACKENDS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,7 +89,7 @@ def test_contract_and_determinism(name, model, dtype):
             truth = gradients(function, [t.double() for t in inputs])
             eager = gradients(function, inputs)
         for i, (a, t, e) in enumerate(zip(actual, truth, eager, strict=True)):
-            error, allowed = contract.relative_error(a, t), 2 * contract.relative_error(e, t)
+            error, allowed = numerics.relative_error(a, t), 2 * numerics.relative_error(e, t)
             assert error <= max(allowed, 2 * torch.finfo(dtype).eps), f"{op}, result {i}: {error:.2e} > {allowed:.2e}"
 
 

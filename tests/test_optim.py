@@ -7,7 +7,7 @@ from torch import nn
 import internvit
 from internvit import InternViT, InternViTConfig
 from internvit.optim import param_groups_layer_decay
-from tests.judges import CONFIGS, mmseg_judge, timm_judge, transformers_judge
+from tests.support.models import CONFIGS, mmseg_judge, timm_judge, transformers_judge
 
 CONFIG = InternViTConfig(
     image_size=56, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT
 
 
 def python(code: str, cwd: Path | None = None, interpreter: str = sys.executable) -> str:

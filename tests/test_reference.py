@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import internvit
-from internvit.contract import relative_error
+from internvit.numerics import relative_error
 from internvit.reference import Numerics
-from tests.judges import CONFIGS, images, random_weights, timm_judge, transformers_judge
+from tests.support.models import CONFIGS, images, random_weights, timm_judge, transformers_judge
 
 
 @pytest.mark.parametrize("name", ["tiny-layer_norm", "tiny-rms_norm", "300m-2-layers"])

@@ -12,7 +12,7 @@
 #include "backward.h"
 #include "stream.h"
 
-#ifndef INTERNVIT_LIBRARY  // the host harness (tests/native) builds these ops for CPU tensors, under a name of its own
+#ifndef INTERNVIT_LIBRARY  // the host harness (tests/proofs/native) builds these ops for CPU tensors, under a name of its own
 #define INTERNVIT_LIBRARY internvit_cuda
 #define INTERNVIT_DEVICE_KEY CUDA
 #endif

@@ -1,5 +1,5 @@
 // The few things a body needs that the host has otherwise: conversions in one instruction, launches, and the types whose
-// accesses the host harness watches (tests/native/cuda_host.h, which also gives g++ the names that nvcc knows).
+// accesses the host harness watches (tests/proofs/native/cuda_host.h, which also gives g++ the names that nvcc knows).
 #pragma once
 
 #include <cstdint>

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import trained_vit_s
 
 import internvit
-from internvit.fpn import FeaturePyramid
-from internvit.images import load_pixels
-from internvit.segmentation import (
+from internvit.data.images import load_pixels
+from internvit.dense.pyramid import FeaturePyramid
+from internvit.dense.segmentation import (
     LinearHead,
     Pair,
     Scores,
@@ -40,8 +40,8 @@ from internvit.segmentation import (
     score,
     segmentation_loss,
 )
-from internvit.segmentation.evaluation import Testing, classes_of, draw_predictions
-from internvit.segmentation.folder import batches, read_pair
+from internvit.dense.segmentation.evaluation import Testing, classes_of, draw_predictions
+from internvit.dense.segmentation.folder import batches, read_pair
 
 OUT_INDICES = (2, 5, 8, 11)
 BATCH = {"linear": 8, "upernet": 4}

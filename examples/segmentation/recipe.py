@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from internvit import InternViTBackbone, optim
-from internvit.segmentation import LinearHead, Segmenter, UPerNetHead
-from internvit.segmentation.augment import Augmentation
-from internvit.segmentation.evaluation import Testing
+from internvit.dense.segmentation import LinearHead, Segmenter, UPerNetHead
+from internvit.dense.segmentation.augment import Augmentation
+from internvit.dense.segmentation.evaluation import Testing
 
 try:
     import tomllib

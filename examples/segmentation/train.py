@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from internvit.segmentation import Pair, Scores, Segmenter, find_pairs
-from internvit.segmentation.evaluation import classes_of, draw_predictions, evaluate
-from internvit.segmentation.folder import batches, read_pair
+from internvit.dense.segmentation import Pair, Scores, Segmenter, find_pairs
+from internvit.dense.segmentation.evaluation import classes_of, draw_predictions, evaluate
+from internvit.dense.segmentation.folder import batches, read_pair
 
 logger = logging.getLogger("train")
 

@@ -1,7 +1,7 @@
 """The fused ops, as functions of tensors. Each file holds one op: formula, reference, schema, autograd, validation."""
 
 from internvit.ops.attention import attention
-from internvit.ops.backends import backend
+from internvit.ops.core.select import backend
 from internvit.ops.layer_norm import layer_norm
 from internvit.ops.layer_scale_residual import layer_scale_residual
 from internvit.ops.layer_scale_residual_norm import layer_scale_residual_norm

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from internvit.ops import validation as check
-from internvit.ops.backends import BACKENDS, implementation, reference, resolve
-from internvit.ops.norm_math import accumulate_dtype
-from internvit.ops.registration import below_autograd, define, empty_grad, wanted
+from internvit.ops.core import validation as check
+from internvit.ops.core.norm_math import accumulate_dtype
+from internvit.ops.core.registration import below_autograd, define, empty_grad, wanted
+from internvit.ops.core.select import BACKENDS, implementation, reference, resolve
 
 OP = "attention"
 

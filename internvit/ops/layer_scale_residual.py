@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from internvit.ops import validation as check
-from internvit.ops.backends import reference, resolve
-from internvit.ops.norm_math import accumulate_dtype, sum_rows
-from internvit.ops.registration import Mask, below_autograd, define, empty_grad, wanted
+from internvit.ops.core import validation as check
+from internvit.ops.core.norm_math import accumulate_dtype, sum_rows
+from internvit.ops.core.registration import Mask, below_autograd, define, empty_grad, wanted
+from internvit.ops.core.select import reference, resolve
 
 OP = "layer_scale_residual"
 

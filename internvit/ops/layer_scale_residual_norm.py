@@ -12,15 +12,15 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from internvit.ops import validation as check
-from internvit.ops.backends import reference, resolve
+from internvit.ops.core import validation as check
+from internvit.ops.core.norm_math import accumulate_dtype, norm_backward, scale_and_shift, standardize, statistics
+from internvit.ops.core.registration import Mask, below_autograd, define, empty_grad, wanted
+from internvit.ops.core.select import reference, resolve
 from internvit.ops.layer_scale_residual import (
     check_arguments,
     layer_scale_residual_backward_reference,
     layer_scale_residual_reference,
 )
-from internvit.ops.norm_math import accumulate_dtype, norm_backward, scale_and_shift, standardize, statistics
-from internvit.ops.registration import Mask, below_autograd, define, empty_grad, wanted
 
 OP = "layer_scale_residual_norm"
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from internvit.ops import validation as check
 from internvit.ops.attention import autocast
-from internvit.ops.backends import implementation, reference, resolve
+from internvit.ops.core import validation as check
+from internvit.ops.core.norm_math import sum_rows
+from internvit.ops.core.registration import Mask, below_autograd, define, empty_grad, wanted
+from internvit.ops.core.select import implementation, reference, resolve
 from internvit.ops.linear import linear
-from internvit.ops.norm_math import sum_rows
-from internvit.ops.registration import Mask, below_autograd, define, empty_grad, wanted
 
 OP = "linear_gelu"
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from internvit.ops import validation as check
-from internvit.ops.backends import reference, resolve
-from internvit.ops.norm_math import accumulate_dtype
-from internvit.ops.registration import Mask, below_autograd, define, empty_grad, wanted
+from internvit.ops.core import validation as check
+from internvit.ops.core.norm_math import accumulate_dtype
+from internvit.ops.core.registration import Mask, below_autograd, define, empty_grad, wanted
+from internvit.ops.core.select import reference, resolve
 from internvit.ops.rms_norm import rms_norm_backward_reference, rms_norm_reference
 
 OP = "qk_norm"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from internvit.ops import validation as check
 from internvit.ops.attention import autocast, fake_out_and_lse
-from internvit.ops.backends import BACKENDS, implementation, implements, resolve
-from internvit.ops.norm_math import accumulate_dtype
-from internvit.ops.registration import below_autograd, define, empty_grad, wanted
+from internvit.ops.core import validation as check
+from internvit.ops.core.norm_math import accumulate_dtype
+from internvit.ops.core.registration import below_autograd, define, empty_grad, wanted
+from internvit.ops.core.select import BACKENDS, implementation, implements, resolve
 
 OP = "qk_norm_attention"
 Heads = tuple[Tensor, Tensor, Tensor]

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from internvit.ops import validation as check
-from internvit.ops.backends import implementation, reference, resolve
-from internvit.ops.norm_math import accumulate_dtype, statistics
-from internvit.ops.registration import below_autograd, define
+from internvit.ops.core import validation as check
+from internvit.ops.core.norm_math import accumulate_dtype, statistics
+from internvit.ops.core.registration import below_autograd, define
+from internvit.ops.core.select import implementation, reference, resolve
 
 OP = "qk_norm_stats"
 

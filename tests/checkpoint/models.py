@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from internvit.config import InternViTConfig
-from internvit.modeling import InternViT
-from tests.strategies import random_weights
+from internvit.model.vit import InternViT
+from tests.support.strategies import random_weights
 
 QK_NORM = InternViTConfig(
     image_size=28, hidden_size=256, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48

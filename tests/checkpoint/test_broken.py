@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from internvit.checkpoint import load_pretrained
-from internvit.modeling import InternViT
+from internvit.checkpoint.load import load_pretrained
+from internvit.model.vit import InternViT
 from tests.checkpoint.models import PLAIN, assert_loaded
-from tests.strategies import random_weights
+from tests.support.strategies import random_weights
 
 
 def edit(folder: Path, **changes: Tensor | None) -> Path:

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from internvit.checkpoint import load_pretrained, save_pretrained
+from internvit.checkpoint.load import load_pretrained, save_pretrained
 from internvit.config import InternViTConfig
-from internvit.convert import convert_state_dict
-from internvit.modeling import InternViT
+from internvit.model.vit import InternViT
+from internvit.upstream.state_dict import convert_state_dict
 from tests.checkpoint.models import CONFIGS, PLAIN, QK_NORM, assert_loaded, make_model, names
-from tests.strategies import random_weights
+from tests.support.strategies import random_weights
 
 
 @pytest.mark.parametrize("layout", ["opengvlab", "transformers", "timm", "mmseg"])

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from internvit.checkpoint import load_pretrained
-from internvit.modeling import InternViT
+from internvit.checkpoint.load import load_pretrained
+from internvit.model.vit import InternViT
 from tests.checkpoint.models import PLAIN, assert_loaded, names
-from tests.strategies import random_weights
+from tests.support.strategies import random_weights
 
 
 @pytest.fixture

@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from internvit.checkpoint import load_pretrained, save_pretrained
+from internvit.checkpoint.load import load_pretrained, save_pretrained
 from internvit.config import VARIANTS, InternViTConfig
-from internvit.convert import convert_state_dict
-from internvit.modeling import InternViT
+from internvit.model.vit import InternViT
+from internvit.upstream.state_dict import convert_state_dict
 from tests.checkpoint.models import QK_NORM, make_model
 
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from internvit.checkpoint import load_pretrained
-from internvit.modeling import InternViT
+from internvit.checkpoint.load import load_pretrained
+from internvit.model.vit import InternViT
 
 def memory(field):
     status = Path("/proc/self/status").read_text()

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from internvit import checkpoint
-from internvit.checkpoint import load_pretrained, save_pretrained
-from internvit.modeling import InternViT
+from internvit.checkpoint import load as checkpoint
+from internvit.checkpoint.load import load_pretrained, save_pretrained
+from internvit.model.vit import InternViT
 from tests.checkpoint.models import PLAIN, assert_loaded, make_model, names
-from tests.strategies import random_weights
+from tests.support.strategies import random_weights
 
 
 def test_weights_are_not_overwritten_unasked(tmp_path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from internvit import ops
-from internvit.ops.backends import BACKENDS, implements
+from internvit.ops.core.select import BACKENDS, implements
 from internvit.ops.linear_gelu import gelu
 
 Arguments = dict[str, Tensor]

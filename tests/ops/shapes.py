@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from internvit.contract import DISTRIBUTIONS
+from internvit.numerics import DISTRIBUTIONS
 
 WIDTHS = (40, 384, 1024, 3200)
 ROWS = (1, 3, 257, 1025)

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.contract import product_failures, relative_error, sample
-from internvit.ops.backends import BACKENDS
+from internvit.numerics import product_failures, relative_error, sample
+from internvit.ops.core.select import BACKENDS
 from tests.ops.cases import backends_here
 
 backends = pytest.mark.parametrize("backend", backends_here("attention"))
@@ -83,7 +83,7 @@ def test_large_scores_stay_finite(backend, generator) -> None:
 def test_sdpa_backward_where_no_log_sum_exp_is_exposed(monkeypatch, generator) -> None:
     tensors = [t.contiguous().requires_grad_() for t in qkv(9, 2, 8, torch.float64, generator).unbind(2)]
     expected = torch.autograd.grad(ops.attention(*tensors, backend="reference").square().sum(), tensors)
-    monkeypatch.setattr("internvit.ops.attention_sdpa._flash_on", lambda x: False)
+    monkeypatch.setattr("internvit.ops.backends.sdpa._flash_on", lambda x: False)
     actual = torch.autograd.grad(ops.attention(*tensors, backend="sdpa").square().sum(), tensors)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
@@ -137,7 +137,7 @@ def test_flash_calls_the_package_by_its_recorded_signature_without_copies(monkey
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    from internvit.ops import attention_flash
+    from internvit.ops.backends import flash as attention_flash
 
     packed = qkv(9, 2, 8, torch.bfloat16, generator)
     q, k, v = packed.unbind(2)

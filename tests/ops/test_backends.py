@@ -6,7 +6,7 @@ import torch
 
 import internvit
 from internvit import ops
-from internvit.ops import backends
+from internvit.ops.core import select as backends
 
 
 def test_context_function_and_argument() -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import internvit
-from internvit.contract import relative_error
-from internvit.ops.registration import LIBRARY
+from internvit.numerics import relative_error
+from internvit.ops.core.registration import LIBRARY
 from tests.ops.cases import CASES, CASES_AND_BACKENDS, Case
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.contract import layer_norm_terms, norm_failures, relative_error, sample
+from internvit.numerics import layer_norm_terms, norm_failures, relative_error, sample
 from tests.ops.cases import backends_here
 from tests.ops.shapes import in_draws, mean_over_std, norm_shapes, pooled, pooled_gradients
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from internvit import ops
-from internvit.contract import norm_failures, relative_error, sample
+from internvit.numerics import norm_failures, relative_error, sample
 from tests.ops.cases import backends_here
 from tests.ops.shapes import norm_shapes
 

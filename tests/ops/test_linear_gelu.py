@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.contract import product_failures, relative_error, sample
+from internvit.numerics import product_failures, relative_error, sample
 from internvit.ops.linear_gelu import gelu, linear_gelu_with_pre_activation
 from tests.ops.cases import backends_here
 from tests.ops.shapes import in_draws, pooled

@@ -6,7 +6,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.contract import product_failures, relative_error, sample
+from internvit.numerics import product_failures, relative_error, sample
 from tests.ops.cases import backends_here
 from tests.ops.shapes import in_draws, pooled
 

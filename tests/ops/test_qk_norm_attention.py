@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.contract import relative_error, sample
+from internvit.numerics import relative_error, sample
 from tests.ops.cases import backends_here
 
 backends = pytest.mark.parametrize("backend", backends_here("attention"))

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.contract import norm_failures, relative_error, sample
+from internvit.numerics import norm_failures, relative_error, sample
 from tests.ops.cases import backends_here
 from tests.ops.shapes import in_draws, norm_shapes, pooled, pooled_gradients
 

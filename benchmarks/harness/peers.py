@@ -1,0 +1,164 @@
+"""Other people's code for the same work, imported where it is installed."""
+
+import functools
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internvit.benchmarks.harness.cases import MissingPeerError, Setting, needs
+from internvit.config import InternViTConfig
+from internvit.upstream.state_dict import convert_state_dict
+
+PIP = "pip install 'internvit[bench]'"
+
+
+def liger(setting: Setting, name: str, width: int, eps: float) -> dict[str, Callable[[], Callable]]:
+    """Liger's Triton norm as a peer; `name` is LigerRMSNorm or LigerLayerNorm."""
+
+    def build() -> Callable:
+        if not setting.device.startswith("cuda"):
+            raise MissingPeerError("Liger's kernels need a GPU")
+        needs("liger_kernel", PIP)
+        from liger_kernel.ops import layer_norm, rms_norm
+
+        if name == "LigerRMSNorm":
+            return lambda x, weight: rms_norm.LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+        return lambda x, weight, bias: layer_norm.LigerLayerNormFunction.apply(x, weight, bias, eps)
+
+    return {name: build}
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's attention on [B, N, H, D]."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def flash_attn(setting: Setting) -> Mapping[str, Callable[[], Callable]]:
+    """The flash-attn package on a packed [B, N, 3, H, D]."""
+
+    def build() -> Callable:
+        if not setting.device.startswith("cuda"):
+            raise MissingPeerError("flash-attn needs a GPU")
+        needs("flash_attn", "pip install 'internvit[flash]'")
+        from flash_attn import flash_attn_qkvpacked_func
+
+        return lambda qkv: flash_attn_qkvpacked_func(qkv)
+
+    return {"flash-attn": build}
+
+
+def transformers_model(config: InternViTConfig, weights: dict[str, Tensor]) -> Any:
+    """transformers' InternVLVisionModel with SDPA and the weights of ours."""
+    needs("transformers", PIP)
+    from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+    from transformers.models.internvl.modeling_internvl import InternVLVisionModel
+
+    settings: dict[str, Any] = dict(
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        image_size=list(config.image_hw),
+        patch_size=[config.patch_size] * 2,
+        attention_bias=config.qkv_bias,
+        use_qk_norm=config.qk_normalization,
+        norm_type=config.norm_type,
+        layer_norm_eps=config.layer_norm_eps,
+        attn_implementation="sdpa",
+    )
+    theirs = InternVLVisionConfig(**settings)
+    with torch.device("meta"):
+        model = InternVLVisionModel(theirs)
+    model.load_state_dict(convert_state_dict(weights, to="transformers"), strict=True, assign=True)
+    return model.eval()
+
+
+def timm_model(config: InternViTConfig, weights: dict[str, Tensor]) -> Any:
+    """timm's VisionTransformer made as its vit_intern300m_patch14_448, with the weights of ours."""
+    if config.qk_normalization:
+        raise MissingPeerError("timm's QK-norm is per head, the 6B's over all heads")
+    needs("timm", PIP)
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.device("meta"):
+        model = VisionTransformer(
+            img_size=config.image_hw,
+            patch_size=config.patch_size,
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_ratio=config.intermediate_size / config.hidden_size,
+            qkv_bias=config.qkv_bias,
+            init_values=0.1,
+            num_classes=0,
+            final_norm=False,
+            norm_layer=functools.partial(nn.LayerNorm, eps=config.layer_norm_eps),
+        )
+    model.load_state_dict(convert_state_dict(weights, to="timm"), strict=True, assign=True)
+    return model.eval()
+
+
+def freezing(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """torch.compile with weights as constants."""
+    from torch._inductor import config as inductor
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, dynamic=False)
+
+    def run(*inputs: Tensor) -> Tensor:
+        with inductor.patch(freezing=True), torch.no_grad():
+            return compiled(*inputs)
+
+    return run
+
+
+class _Features(nn.Module):
+    """A transformers model in float32 whose only output is a tensor, for exporters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.float()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels).last_hidden_state
+
+
+def openvino(model: nn.Module, pixels: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """OpenVINO for latency on as many threads as torch has, computing in `dtype`."""
+    needs("openvino", PIP)
+    import openvino
+
+    converted = openvino.convert_model(_Features(model).eval(), example_input=pixels.float())
+    converted.reshape(list(pixels.shape))
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.compile_model(converted, "CPU", settings)
+    return lambda x: torch.from_numpy(compiled(x.float().numpy())[0])
+
+
+def onnxruntime(model: nn.Module, pixels: Tensor) -> Callable[[Tensor], Tensor]:
+    """onnxruntime's CPU provider, which computes in float32, on as many threads as torch has."""
+    for package in ("onnxruntime", "onnxscript"):
+        needs(package, PIP)
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(_Features(model).eval(), (pixels.float(),), path, dynamo=True, verbose=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.float().numpy()})[0])

@@ -1,0 +1,206 @@
+"""Rows of results, the files they are kept in, and what got slower between two of them."""
+
+import csv
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvit.cli.environment import cpu_name, info
+
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of doing one piece of work.
+
+    Attributes:
+        launch: "eager" or "CUDA graph".
+        p20_ms, p50_ms, p80_ms: quantiles over the rounds; None where nothing was timed.
+        speedup: this way's median over that of the fastest of ours: how many times ours is faster.
+        peak_mib: memory held at the peak of a call over what was held before.
+        share: of the machine's measured limit that the median reaches, 1 the limit itself.
+        limit: which limit, "copy" or "gemm".
+        note: why nothing was timed: a missing peer, or what a result breaks of the numerics contract.
+    """
+
+    bench: str
+    shape: str
+    dtype: str
+    mode: str
+    launch: str
+    variant: str
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    rounds: int = 0
+    speedup: float | None = None
+    peak_mib: float | None = None
+    share: float | None = None
+    limit: str = ""
+    note: str = ""
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def work(self) -> tuple[str, ...]:
+        return (self.bench, self.shape, self.dtype, self.mode, self.launch)
+
+    @property
+    def times(self) -> tuple[float, float, float] | None:
+        """p20, p50 and p80 in milliseconds."""
+        if self.p20_ms is None or self.p50_ms is None or self.p80_ms is None:
+            return None
+        return self.p20_ms, self.p50_ms, self.p80_ms
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (*self.work, self.variant)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything one run measured, and on what."""
+
+    machine: dict[str, Any]
+    rows: tuple[Row, ...]
+    limits: dict[str, Any]
+    call_us: dict[str, float]
+    complete: bool = True
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """bench.json and bench.csv in `folder`, each replaced in one step."""
+        folder.mkdir(parents=True, exist_ok=True)
+        found = dataclasses.asdict(self)
+        _replace(folder / "bench.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
+        fields = [f.name for f in dataclasses.fields(Row) if f.name != "sizes"]
+        facts = {k: self.machine[k] for k in ("device", "threads", "torch", "git")}
+        with tempfile.TemporaryFile("w+", newline="") as file:
+            writer = csv.DictWriter(file, [*fields, *facts], extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**dataclasses.asdict(row), **facts} for row in self.rows)
+            file.seek(0)
+            _replace(folder / "bench.csv", file.read())
+        return folder / "bench.json", folder / "bench.csv"
+
+
+def read(path: str | Path) -> Results:
+    """Results of a bench.json, or of the folder that holds it.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = Path(path)
+    path = path / "bench.json" if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text())
+        return Results(**{**found, "rows": tuple(Row(**row) for row in found["rows"])})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected the JSON that `internvit bench --out` writes, got {error!r}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _git_hash() -> str:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        call = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+def device_name(device: str) -> str:
+    """The device as people name it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    sets = [s for s in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if s in info()["cpu"]["instruction sets"]]
+    return f"{cpu_name()}, {os.cpu_count()} cores{', ' + sets[0].replace('_', ' ').upper() if sets else ''}"
+
+
+def folder_name(device: str) -> str:
+    """The same as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Which machine, versions, commit and command."""
+    program = Path(sys.argv[0])
+    command = [program.parent.name if program.stem == "__main__" else program.stem, *sys.argv[1:]]
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+        "torch": torch.__version__,
+        "versions": info()["versions"],
+        "instruction sets": info()["cpu"]["instruction sets"],
+        "git": _git_hash(),
+        "command": " ".join(command),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one row differs between two runs."""
+
+    key: tuple[str, ...]
+    old_ms: float
+    new_ms: float
+    verdict: str
+
+    @property
+    def ratio(self) -> float:
+        return self.new_ms / self.old_ms
+
+
+def compare(old: Results, new: Results) -> list[Change]:
+    """Rows that both have; "slower" where the new p20 lies above the old p80, "faster" the other way round."""
+    before = {row.key: row for row in old.rows}
+    changes = []
+    for row in new.rows:
+        was = before.get(row.key)
+        old_times, new_times = (None if r is None else r.times for r in (was, row))
+        if old_times is None or new_times is None:
+            continue
+        verdict = "within the spread"
+        if new_times[0] > old_times[2]:
+            verdict = "slower"
+        elif new_times[2] < old_times[0]:
+            verdict = "faster"
+        changes.append(Change(row.key, old_times[1], new_times[1], verdict))
+    return sorted(changes, key=lambda c: -c.ratio)
+
+
+def with_speedups(rows: Iterable[Row]) -> list[Row]:
+    """The same rows, each with its median over that of the fastest of ours for the same work."""
+    rows = list(rows)
+    best: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        if row.variant.startswith("internvit") and row.p50_ms is not None:
+            best[row.work] = min(row.p50_ms, best.get(row.work, row.p50_ms))
+    return [
+        dataclasses.replace(row, speedup=round(row.p50_ms / best[row.work], 3))
+        if row.p50_ms is not None and row.work in best
+        else row
+        for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    print(folder_name("cuda" if torch.cuda.is_available() else "cpu"))

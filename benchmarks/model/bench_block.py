@@ -1,0 +1,103 @@
+"""One block of the 300M and of the 6B, forward and backward, next to transformers' and timm's with SDPA."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from internvit import InternViT, InternViTConfig, reference
+from internvit.benchmarks.harness import peers
+from internvit.benchmarks.harness.cases import BOTH, FORWARD, OURS, Setting, Variant, Work
+from internvit.benchmarks.model.bench_model import trained_like
+from internvit.numerics import product_failures, relative_error
+
+
+class _Plain(nn.Module):
+    """The reference's block without its attention map."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)[0]
+
+
+VARIANTS = ("internvit-300m-448px", "internvit-6b-448px-v2.5")
+
+
+def flops_of(config: InternViTConfig, images: int, tokens: int) -> float:
+    """Of one block's forward: four Linears and two products of attention."""
+    linears = 2.0 * tokens * config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
+    return images * (linears + 4.0 * tokens**2 * config.hidden_size)
+
+
+def block_work(setting: Setting, name: str, images: int, tokens: int, dtype: torch.dtype) -> Work:
+    config = InternViTConfig.from_name(name, num_hidden_layers=1, drop_path_rate=0.0)
+    generator = setting.generator()
+
+    def weights() -> dict[str, Tensor]:
+        return {k: v.to(setting.device, dtype) for k, v in trained_like(config).items()}
+
+    def ours() -> nn.Module:
+        model = InternViT(config, device="meta")
+        model.load_state_dict(weights(), assign=True)
+        return model.eval().encoder.layers[0]
+
+    def eager() -> nn.Module:
+        model = reference.InternViT(config).to(setting.device, dtype)
+        model.load_state_dict(weights())
+        return _Plain(model.eval().encoder.layers[0])
+
+    def transformers() -> nn.Module:
+        return peers.transformers_model(config, weights()).encoder.layer[0]
+
+    def timm() -> nn.Module:
+        return peers.timm_model(config, weights()).blocks[0]
+
+    def judge(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
+        block = eager()
+        with torch.no_grad():
+            emulation, truth = block(inputs[0]), block.double()(inputs[0].double())
+        return product_failures(result, truth, emulation, 1.1)
+
+    def judge_gradients(grads: tuple[Tensor, ...], inputs: tuple[Tensor], incoming: tuple[Tensor]) -> list[str]:
+        block = eager()
+        (emulation,) = torch.autograd.grad(block(inputs[0]), inputs[0], incoming)
+        wide = inputs[0].detach().double().requires_grad_()
+        (truth,) = torch.autograd.grad(block.double()(wide), wide, incoming[0].double())
+        error, allowed = relative_error(grads[0], truth), 1.1 * relative_error(emulation, truth)
+        return [] if error <= allowed else [f"gradient: relative error {error:.2e}, allowed {allowed:.2e}"]
+
+    def inputs() -> tuple[Tensor]:
+        return (torch.randn(images, tokens, config.hidden_size, generator=generator).to(setting.device, dtype),)
+
+    builds: dict[str, Callable[[], nn.Module]] = {
+        f"{OURS} block": ours,
+        "transformers SDPA": transformers,
+        "timm": timm,
+        "eager": eager,
+    }
+    flops = flops_of(config, images, tokens)
+    return Work(
+        "block",
+        f"{name.split('-')[1].upper()} {images}x{tokens}x{config.hidden_size}",
+        dtype,
+        inputs,
+        tuple(Variant(name, build) for name, build in builds.items()),
+        judge,
+        judge_gradients,
+        flops={FORWARD: flops, BOTH: 3 * flops},
+        sizes={"batch": images, "tokens": tokens},
+    )
+
+
+def works(setting: Setting) -> list[Work]:
+    tokens = 257 if setting.quick else 1025
+    batches = (1, 8) if setting.device.startswith("cuda") else (1,)
+    names = VARIANTS[:1] if setting.quick else VARIANTS
+    return [block_work(setting, name, images, tokens, torch.bfloat16) for name in names for images in batches]
+
+
+def test_block(timed) -> None:
+    timed()

@@ -1,0 +1,141 @@
+"""InternViT end to end in bfloat16, next to transformers, torch.compile, timm, OpenVINO and onnxruntime.
+
+Random weights, the same in every model; the result of ours is judged against the reference in float32.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvit import InternViT, InternViTConfig, optimize_for_inference, reference
+from internvit.benchmarks.harness import peers
+from internvit.benchmarks.harness.cases import FORWARD, OURS, Setting, Variant, Work
+from internvit.numerics import product_failures
+
+
+@functools.lru_cache(maxsize=1)
+def trained_like(config: InternViTConfig) -> dict[str, Tensor]:
+    """Weights under which no activation dies or explodes: unit-variance Linears, norms near 1, LayerScale near 0.1."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, p in InternViT(config, device="meta").state_dict().items():
+        noise = torch.randn(p.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            found[name] = 1 + 0.1 * noise
+        elif name.endswith(("ls1", "ls2")):
+            found[name] = 0.1 + 0.02 * noise
+        elif p.dim() > 1 and "embedding" not in name:
+            found[name] = noise * p.shape[1] ** -0.5
+        else:
+            found[name] = 0.02 * noise
+    return found
+
+
+def model_work(setting: Setting, name: str, images: int, size: int, layers: int, every_peer: bool) -> Work:
+    dtype = torch.bfloat16
+    config = InternViTConfig.from_name(name).replace(
+        num_hidden_layers=layers, image_size=size, drop_path_rate=0.0, name=None
+    )
+    published = InternViTConfig.from_name(name).num_hidden_layers
+    generator = setting.generator()
+
+    def weights() -> dict[str, Tensor]:
+        return {k: v.to(setting.device, dtype) for k, v in trained_like(config).items()}
+
+    def ours() -> InternViT:
+        model = InternViT(config, device="meta")
+        model.load_state_dict(weights(), assign=True)
+        return model.eval()
+
+    def module() -> Callable[[Tensor], Tensor]:
+        model = ours()
+        return lambda x: model(x).last_hidden_state
+
+    def optimized() -> Callable[[Tensor], Tensor]:
+        model = optimize_for_inference(ours())
+        return lambda x: model(x).last_hidden_state
+
+    def transformers() -> Callable[[Tensor], Tensor]:
+        model = peers.transformers_model(config, weights())
+        return lambda x: model(x).last_hidden_state
+
+    def compiled() -> Callable[[Tensor], Any]:
+        return peers.freezing(peers.transformers_model(config, weights()))
+
+    def timm() -> Callable[[Tensor], Tensor]:
+        return peers.timm_model(config, weights()).forward_features
+
+    def openvino() -> Callable[[Tensor], Tensor]:
+        return peers.openvino(peers.transformers_model(config, weights()), inputs()[0], dtype)
+
+    def onnxruntime() -> Callable[[Tensor], Tensor]:
+        return peers.onnxruntime(peers.transformers_model(config, weights()), inputs()[0])
+
+    @functools.lru_cache(maxsize=1)
+    def truth_and_emulation(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        plain = reference.InternViT(config).to(setting.device, dtype).eval()
+        plain.load_state_dict(weights())
+        with torch.no_grad():
+            emulation = plain(pixels).last_hidden_state
+            return plain.float()(pixels.float()).last_hidden_state, emulation
+
+    def judge(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
+        return product_failures(result, *truth_and_emulation(inputs[0]), 1.1)
+
+    def inputs() -> tuple[Tensor]:
+        return (torch.randn(images, 3, size, size, generator=generator).to(setting.device, dtype),)
+
+    variants = [
+        Variant(f"{OURS} optimize_for_inference", optimized, trains=False),
+        Variant(f"{OURS} InternViT", module),
+        Variant("transformers SDPA", transformers),
+        Variant("timm", timm),
+    ]
+    if every_peer:
+        variants.append(Variant("transformers, torch.compile freezing", compiled, trains=False))
+        if setting.device == "cpu":
+            variants.append(Variant("OpenVINO bf16", openvino, trains=False))
+            variants.append(Variant("onnxruntime float32", onnxruntime, trains=False))
+    tokens = 1 + (size // config.patch_size) ** 2
+    from internvit.benchmarks.model.bench_block import flops_of
+
+    depth = "" if layers == published else f", {layers} of {published} layers"
+    return Work(
+        "model",
+        f"{name.split('-')[1].upper()} batch {images}, {size} px{depth}",
+        dtype,
+        inputs,
+        tuple(variants),
+        judge,
+        flops={FORWARD: layers * flops_of(config, images, tokens)},
+        sizes={"batch": images, "tokens": tokens, "size": size, "layers": layers},
+    )
+
+
+def works(setting: Setting) -> list[Work]:
+    """Every peer at 448 px; depth is cut where images are many or large, since time is linear in it."""
+    small, large = "internvit-300m-448px", "internvit-6b-448px-v2.5"
+    if setting.quick:
+        return [model_work(setting, small, 1, 224, 2, False)]
+    if setting.device.startswith("cuda"):
+        cases = [
+            (small, b, s, 24, s == 448)
+            for s, batches in ((448, (1, 8, 32)), (224, (1, 32)), (896, (1,)))
+            for b in batches
+        ]
+        cases += [(large, 1, 448, 45, False), (large, 8, 448, 45, False)]
+    else:
+        cases = [
+            (small, 1, 448, 24, True),
+            (small, 4, 448, 6, True),
+            (small, 1, 224, 24, False),
+            (small, 1, 896, 2, False),
+        ]
+    return [model_work(setting, *case) for case in cases]
+
+
+def test_model(timed) -> None:
+    timed()

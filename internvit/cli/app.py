@@ -1,0 +1,320 @@
+"""The command line: features, info, check, plan, convert; bench is in cli_bench.py. Each is one function and its
+printing.
+
+Errors of the user's are one clear line and exit code 2; a check that fails exits with 1, Ctrl-C with 130.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich import box
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+from tqdm import tqdm
+
+from internvit.cli.bench import bench
+from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
+from internvit.cost import TASKS
+from internvit.upstream.state_dict import LAYOUTS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+
+out, err = Console(soft_wrap=False), Console(stderr=True)
+
+
+class Size(click.ParamType):
+    """N or HxW, in pixels."""
+
+    name = "N|HxW"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+        if match is None:
+            self.fail(f"expected N or HxW in pixels, got {value!r}", param, ctx)
+        height = int(match[1])
+        return height, int(match[2] or height)
+
+
+class Layers(click.ParamType):
+    """Comma-separated numbers of blocks."""
+
+    name = "I,J,…"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        try:
+            return tuple(int(x) for x in str(value).split(","))
+        except ValueError:
+            self.fail(f"expected numbers of blocks such as 7,11,15,23, got {value!r}", param, ctx)
+
+
+class Bytes(click.ParamType):
+    """A size in memory such as 24GB or 80GiB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(value), re.IGNORECASE)
+        if match is None:
+            self.fail(f"expected a size such as 24GB or 80GiB, got {value!r}", param, ctx)
+        power = " KMGT".index(match[2].upper() or " ")
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+_FITS = {"yes": "yes", "no": "no", "with selective checkpointing": "selec-\ntive", "with checkpointing": "block"}
+
+
+def gib(n: float) -> str:
+    return f"{n / 2**30:.1f}G" if n >= 10 * 2**30 else f"{n / 2**30:.2f}G" if n >= 2**30 else f"{n / 2**20:.0f}M"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="internvit")
+def cli() -> None:
+    """InternViT: features of images, what this machine can run, what each variant costs.
+
+    \b
+    Examples:
+      internvit features photos/ --model internvit-300m-448px-v2.5 --out features.safetensors --pca pca.png
+      internvit check --quick
+      internvit plan --task segmentation --memory 24GB --train
+    """
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True)
+@click.option("--model", type=click.Choice(list(VARIANTS)), help="A published variant; its weights come from the hub.")
+@click.option("--weights", help="A checkpoint folder, a .safetensors or .pth file, or a hub id.")
+@click.option("--size", type=Size(), help="Height and width in pixels, multiples of the patch size; native by default.")
+@click.option(
+    "--layers", type=Layers(), help="Blocks whose output to keep, 0 the first; the last hidden state if none."
+)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at once.")
+@click.option("--out", "target", type=click.Path(dir_okay=False, path_type=Path), required=True, help=".safetensors")
+@click.option("--pca", type=click.Path(dir_okay=False, path_type=Path), help="Draw the principal components here.")
+@click.option("--strict", is_flag=True, help="A broken image is an error, not skipped.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
+def features(
+    images: tuple[str, ...],
+    model: str | None,
+    weights: str | None,
+    size: tuple[int, int] | None,
+    layers: tuple[int, ...] | None,
+    dtype: str,
+    device: str,
+    batch: int,
+    target: Path,
+    pca: Path | None,
+    strict: bool,
+    overwrite: bool,
+) -> None:
+    """Write the patch features of IMAGES (files, folders, globs) to one safetensors file.
+
+    Tensors are named "PATH:last", or "PATH:7" for block 7, and have the shape [1 + patches, width]. Interrupted, the
+    same command goes on where it stopped.
+
+    \b
+    Examples:
+      internvit features cat.jpg --model internvit-300m-448px-v2.5 --out cat.safetensors --pca cat.png
+      internvit features 'photos/**/*.jpg' --weights ./checkpoint --size 448x896 --layers 7,23 --out maps.safetensors
+    """
+    from internvit.data.extract import draw_pca, extract
+    from internvit.data.images import find_images
+    from internvit.model.vit import InternViT
+
+    if not (model or weights):
+        raise click.UsageError("name the network: --model NAME, --weights PATH, or both")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; give another --out, or --overwrite")
+    if pca and pca.exists() and not overwrite:
+        raise FileExistsError(f"{pca} exists; give another --pca, or --overwrite")
+    paths = find_images(images)
+    config = None
+    if weights and model and not (Path(weights) / "config.json").exists():
+        config = InternViTConfig.from_name(model)
+    source = weights or HUB_IDS[model or ""]
+    network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device).eval()
+    size = size or network.config.image_hw
+
+    def progress(waiting: Iterable[Path], total: int) -> Iterable[Path]:
+        return tqdm(waiting, total=total, unit="image", disable=None)
+
+    result = extract(
+        network,
+        paths,
+        target,
+        size,
+        layers=layers,
+        batch=batch,
+        strict=strict,
+        overwrite=overwrite,
+        settings={"weights": str(source)},
+        progress=progress,
+    )
+    resumed = f", {result.resumed} of them taken up from an interrupted run" if result.resumed else ""
+    click.echo(f"{len(result.images)} images at {size[0]}x{size[1]}{resumed}: {target}")
+    if result.skipped:
+        click.echo(f"{len(result.skipped)} skipped: {', '.join(map(str, result.skipped))}", err=True)
+    if pca:
+        drawn = draw_pca(pca, target, result.images, size, network.config.patch_size)
+        click.echo(f"principal components of {drawn} of {len(result.images)} images: {pca}")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def info(as_json: bool) -> None:
+    """Versions, devices, instruction sets, and which backends run here and why not."""
+    from internvit.cli.environment import info as collect
+
+    found = collect()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    table = Table("what", "value", title="this machine", title_justify="left")
+    for name, version in found["versions"].items():
+        table.add_row(name, version)
+    table.add_row("devices", "\n".join(found["devices"]))
+    table.add_row("CPU", f"{found['cpu']['name']}, {found['cpu']['threads']} threads")
+    table.add_row("instruction sets", " ".join(found["cpu"]["instruction sets"]))
+    out.print(table)
+    table = Table("backend", "runs", "otherwise why not, and how to get it", title="backends", title_justify="left")
+    for row in found["backends"]:
+        table.add_row(row["backend"], row["available"], escape(row["reason"]))
+    out.print(table)
+    table = Table("op", "backend chosen", title="auto, bfloat16", title_justify="left")
+    for op, name in found["chosen"].items():
+        table.add_row(op, name)
+    out.print(table)
+
+
+@cli.command()
+@click.option("--quick", is_flag=True, help="A minute's worth: fewer shapes and data.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--seed", type=int, help="Repeats a run's random data; fresh otherwise.")
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def check(quick: bool, device: str, seed: int | None, as_json: bool) -> None:
+    """Check every op and backend, and a whole model, against float64 on this machine; exit 1 if anything fails.
+
+    \b
+    Example:
+      internvit check --quick
+    """
+    from internvit.cli.selfcheck import checks, run
+
+    total = sum(1 for _ in checks(quick, device))
+    results = list(tqdm(run(quick, device, seed), total=total, unit="check", disable=None))
+    failed = [r for r in results if not r.passed]
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
+    else:
+        table = Table("what", "backend", "dtype", "checks", "worst error", "result", title="numerics contract")
+        groups: dict[tuple[str, str, str], list] = {}
+        for r in results:
+            groups.setdefault((r.what.partition(",")[0], r.backend, r.dtype), []).append(r)
+        for (what, backend, dtype), rows in groups.items():
+            bad = [r for r in rows if not r.passed]
+            verdict = "[green]passed" if not bad else f"[red]{len(bad)} failed"
+            table.add_row(what, backend, dtype, str(len(rows)), f"{max(r.error for r in rows):.1e}", verdict)
+        out.print(table)
+        for r in failed:
+            out.print(f"[red]{r.what} on {r.backend}, {r.dtype}, {r.shape}[/]: {escape('; '.join(r.failures))}")
+        click.echo(f"{len(results) - len(failed)} passed, {len(failed)} failed")
+    if failed:
+        raise SystemExit(1)
+
+
+@cli.command()
+@click.option("--task", type=click.Choice(list(TASKS)), default="simple", show_default=True)
+@click.option("--size", type=Size(), help="Height and width in pixels; the task's usual size by default.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
+@click.option("--train", is_flag=True, help="Fine-tune all weights with AdamW.")
+@click.option("--memory", type=Bytes(), help="What there is, such as 24GB.")
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def plan(
+    task: str, size: tuple[int, int] | None, batch: int, dtype: str, train: bool, memory: int | None, as_json: bool
+) -> None:
+    """Parameters, FLOPs and memory of every variant; what fits, and which to take.
+
+    \b
+    Example:
+      internvit plan --task segmentation --batch 2 --train --memory 80GB
+    """
+    from internvit.cost import plan as make
+
+    found = make(task, size, batch, DTYPES[dtype], train, memory)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    use = "training" if train else "inference"
+    title = f"{TASKS[task]}\n{use}, {found.costs[0].tokens} tokens, batch {batch}, {dtype}"
+    headings = (
+        ["weights", "optim-\nizer", "activ-\nations", "selec-\ntive", "block", "total"]
+        if train
+        else ["weights", "activ-\nations", "total"]
+    )
+    table = Table("internvit-", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[0].min_width = 15
+    for heading in ["para-\nmeters", "TFLOP/\nimage", *headings, *(["fits"] if found.fits else [])]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for c in found.costs:
+        activations = [c.training, c.selective, c.checkpointing] if train else [c.inference]
+        sizes = [c.weights, *([c.optimizer] if train else []), *activations]
+        row = [c.variant.removeprefix("internvit-"), f"{c.parameters / 1e9:.2f}B", f"{c.flops / 1e12:.2f}"]
+        row += [gib(n) for n in (*sizes, c.total(train))]
+        table.add_row(*row, *([_FITS[found.fits[c.variant]]] if found.fits else []))
+    out.print(table)
+    out.print(f"take {found.choice}: {found.why}" if found.choice else found.why, highlight=False)
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("target", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--to", "layout", type=click.Choice(LAYOUTS), required=True, help="Whose names to write.")
+@click.option("--overwrite", is_flag=True, help="Replace weights in TARGET.")
+def convert(source: str, target: Path, layout: str, overwrite: bool) -> None:
+    """Read the checkpoint SOURCE in any layout and write it to the folder TARGET in another.
+
+    \b
+    Example:
+      internvit convert OpenGVLab/InternViT-300M-448px-V2_5 ./for-transformers --to transformers
+    """
+    from internvit.model.vit import InternViT
+
+    model = InternViT.from_pretrained(source)
+    model.save_pretrained(target, layout=layout, overwrite=overwrite)
+    click.echo(f"{model.config.num_parameters():,} parameters in {layout}'s layout: {target}")
+
+
+cli.add_command(bench)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)]
+    )
+    try:
+        code = cli.main(args=arguments, prog_name="internvit", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except USER_ERRORS as error:
+        click.echo(f"internvit: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,63 @@
+"""What this machine has: versions, devices, instruction sets, and which backends run."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvit.ops.core import select as backends
+
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "timm", "flash-attn", "huggingface-hub")
+
+
+def cpu_flags() -> list[str]:
+    """The instruction sets that the kernels care about, as the operating system reports them."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return [torch.backends.cpu.get_cpu_capability()]
+    line = next((x for x in path.read_text().splitlines() if x.startswith(("flags", "Features"))), "")
+    return [flag for flag in _FLAGS if flag in line.split()]
+
+
+def cpu_name(cpuinfo: str | None = None) -> str:
+    """The processor's name, and its generation where virtual machines leave that out of the name ("AMD EPYC").
+
+    Args:
+        cpuinfo: what /proc/cpuinfo says; read here by default.
+    """
+    path = Path("/proc/cpuinfo")
+    if cpuinfo is None:
+        cpuinfo = path.read_text() if path.exists() else ""
+    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in cpuinfo.splitlines())}
+    name = fields.get("model name") or platform.processor()
+    zen = {"23": "Zen 2", "25": "Zen 4" if "avx512f" in fields.get("flags", "").split() else "Zen 3", "26": "Zen 5"}
+    generation = zen.get(fields.get("cpu family", "")) if fields.get("vendor_id") == "AuthenticAMD" else None
+    return f"{name} ({generation})" if generation and "Zen" not in name else name
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, CPU, and the backends with the reason where one does not run."""
+    from internvit import __version__
+
+    versions = {"internvit": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    device = "cuda" if devices else "cpu"
+    chosen = {
+        op: backends.resolve(op, torch.empty(1, dtype=torch.bfloat16, device=device), head_dim=64)
+        for op in ("rms_norm", "layer_norm", "layer_scale_residual_norm", "attention", "linear_gelu")
+    }
+    return {
+        "versions": versions,
+        "cpu": {"name": cpu_name(), "threads": torch.get_num_threads(), "instruction sets": cpu_flags()},
+        "devices": devices or ["cpu"],
+        "backends": backends.table(),
+        "chosen": chosen,
+    }

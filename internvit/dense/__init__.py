@@ -1,0 +1,1 @@
+"""Dense prediction: backbones, feature pyramids, segmentation."""

@@ -1,0 +1,205 @@
+"""InternViT as a backbone for dense prediction: maps [B, C, h, w] after chosen blocks, and the feature pyramid."""
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from internvit.config import InternViTConfig
+from internvit.dense.pyramid import FeaturePyramid
+from internvit.model.vit import InternViT
+
+logger = logging.getLogger("internvit")
+
+_PYRAMID = re.compile(r"(?:.*\.)?(up[1-4]\..*)")
+
+
+def _block_indices(out_indices: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Numbers of blocks from 0, negative ones counted from the end, as timm does."""
+    found = tuple(i + layers if i < 0 else i for i in out_indices)
+    bad = [given for given, i in zip(out_indices, found, strict=True) if not 0 <= i < layers]
+    if bad or not found or list(found) != sorted(set(found)):
+        raise ValueError(
+            f"out_indices: expected ascending numbers of blocks between 0 and {layers - 1} (or negative, from the "
+            f"end), got {tuple(out_indices)}"
+        )
+    return found
+
+
+class InternViTBackbone(nn.Module):
+    """Maps of an InternViT after chosen blocks, class token dropped: the form that segmentation and detection take.
+
+    maps[i] = block out_indices[i]'s tokens 1…N as [B, C, H / patch, W / patch]
+
+    Blocks past the last index are not built. Parameters have the names of `InternViT`'s, the pyramid's upstream's
+    (`up1.0.weight`, …). Source: OpenGVLab/InternVL, segmentation/mmseg_custom/models/backbones/intern_vit_6b.py.
+
+    Args:
+        config: the architecture.
+        out_indices: after which blocks, 0 the first, -1 the last; (7, 11, 15, 23) are the 300M's.
+        fpn: end in `FeaturePyramid`: four levels of 4, 2, 1 and 1/2 times the map; needs four indices.
+        final_norm: a LayerNorm at the end of each level of the pyramid.
+        freeze: the tower's parameters take no gradient and its forward keeps no graph; it stays in eval mode.
+        with_cp: each block is computed again in backward; off in eval mode.
+        out_dtype: of the maps; by default the tower's. Upstream returns float32.
+        rounding, device, dtype: as in `InternViT`. The pyramid has the same dtype.
+
+    Raises:
+        ValueError: indices that are no blocks, not ascending, or not four with `fpn`; `final_norm` without `fpn`.
+
+    Example:
+        >>> backbone = internvit.InternViTBackbone.from_pretrained(path, out_indices=(7, 11, 15, 23), fpn=True)
+        >>> quarter, eighth, sixteenth, thirtysecond = backbone(pixels)
+    """
+
+    def __init__(
+        self,
+        config: InternViTConfig,
+        out_indices: Sequence[int] = (7, 11, 15, 23),
+        fpn: bool = False,
+        final_norm: bool = False,
+        freeze: bool = False,
+        with_cp: bool = False,
+        out_dtype: torch.dtype | None = None,
+        rounding: str = "fused",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_indices = _block_indices(out_indices, config.num_hidden_layers)
+        if fpn and len(self.out_indices) != 4:
+            raise ValueError(f"fpn: the pyramid takes four maps, out_indices has {len(self.out_indices)}")
+        if final_norm and not fpn:
+            raise ValueError("final_norm: it is the end of the pyramid's levels, and fpn is False")
+        # The drop-path rates are those of the whole depth, as the blocks were trained with.
+        tower = InternViT(config, rounding, device="meta")
+        del tower.encoder.layers[self.out_indices[-1] + 1 :]
+        self.config = config
+        self.embeddings, self.encoder = tower.embeddings, tower.encoder
+        self.to_empty(device=device or torch.get_default_device())
+        if torch.device(device or torch.get_default_device()).type != "meta":
+            initial = InternViT(config.replace(num_hidden_layers=len(self.encoder.layers), name=None), device=device)
+            self.load_state_dict(initial.state_dict())
+        self.fpn = fpn
+        if fpn:  # upstream's names stand beside the tower's: up1.0.weight, …
+            for name, level in FeaturePyramid(config.hidden_size, final_norm).to(device=device).named_children():
+                self.add_module(name, level)
+        if dtype is not None:
+            self.to(dtype)
+        self.out_dtype, self.freeze = out_dtype, freeze
+        self.encoder.gradient_checkpointing = with_cp
+        if freeze:
+            self.embeddings.requires_grad_(False)
+            self.encoder.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of each map."""
+        return (self.config.hidden_size,) * len(self.out_indices)
+
+    @property
+    def strides(self) -> tuple[float, ...]:
+        """Pixels a cell of each map stands for, in each direction."""
+        patch = float(self.config.patch_size)
+        return (patch / 4, patch / 2, patch, patch * 2) if self.fpn else (patch,) * len(self.out_indices)
+
+    def train(self, mode: bool = True) -> "InternViTBackbone":
+        """Training mode, in which a frozen tower stays in eval mode."""
+        super().train(mode)
+        if self.freeze:
+            self.embeddings.eval()
+            self.encoder.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Maps of a batch of images.
+
+        Args:
+            pixel_values: [B, channels, height, width], multiples of the patch size; cast to the weights' dtype.
+
+        Raises:
+            ValueError: a wrong shape, number of channels, or a size off the patch grid.
+        """
+        size = self.config.patch_size
+        with torch.no_grad() if self.freeze else contextlib.nullcontext():
+            hidden_states = self.encoder(self.embeddings(pixel_values), indices=self.out_indices)[1]
+        grid = (pixel_values.shape[2] // size, pixel_values.shape[3] // size)
+        maps = tuple(x[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous() for x in hidden_states)
+        if self.fpn:
+            dtype = self.get_parameter("up1.0.weight").dtype  # maps of a float32 residual stream are float32
+            maps = tuple(self.get_submodule(f"up{i}")(x.to(dtype)) for i, x in enumerate(maps, 1))
+        return maps if self.out_dtype is None else tuple(x.to(self.out_dtype) for x in maps)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        out_indices: Sequence[int] = (7, 11, 15, 23),
+        fpn: bool = False,
+        final_norm: bool = False,
+        freeze: bool = False,
+        with_cp: bool = False,
+        out_dtype: torch.dtype | None = None,
+        rounding: str = "fused",
+        **kwargs: Any,
+    ) -> "InternViTBackbone":
+        """A backbone with a checkpoint's weights, in eval mode; any layout that `InternViT.from_pretrained` reads.
+
+        A pyramid in the checkpoint (`up1…up4` of mmseg's backbones) is loaded strictly with `fpn`; without one there
+        it keeps its initial values, and that is logged.
+
+        Args:
+            name_or_path, **kwargs: see `internvit.checkpoint.load.load_pretrained`.
+        """
+        model = InternViT.from_pretrained(name_or_path, **kwargs)
+        return cls.from_model(model, name_or_path, out_indices, fpn, final_norm, freeze, with_cp, out_dtype, rounding)
+
+    @classmethod
+    def from_model(
+        cls, model: InternViT, pyramid: str | os.PathLike[str] | None = None, *settings: Any, **named: Any
+    ) -> "InternViTBackbone":
+        """A backbone of the parameters of `model`, shared; `pyramid` is a checkpoint that may hold one.
+
+        Its residual_dtype and folding of LayerScale are taken over; the pyramid of a float32 stream is float32.
+
+        Args:
+            model: kept as it is.
+            settings, named: as in the constructor, from `out_indices` on.
+        """
+        backbone = cls(model.config, *settings, **{**named, "device": "meta"})
+        expected = backbone.state_dict()
+        weights = {k: v for k, v in model.state_dict(keep_vars=True).items() if k in expected}
+        if backbone.fpn:
+            levels = FeaturePyramid(model.config.hidden_size, "up3.1.weight" in expected)
+            found = {} if pyramid is None else _pyramid_of(pyramid)
+            if found:
+                try:
+                    levels.load_state_dict(found)
+                except RuntimeError as error:
+                    raise ValueError(f"{pyramid}: its feature pyramid does not fit: {error}") from error
+            else:
+                logger.warning("%s: no feature pyramid there; it keeps its initial values", pyramid or "model")
+            weights |= levels.to(model.device, model.residual_dtype or model.dtype).state_dict(keep_vars=True)
+        backbone.load_state_dict(weights, assign=True)
+        backbone.encoder.residual_dtype = model.residual_dtype
+        backbone.encoder.set_layer_scale_folding(model.encoder.fold_layer_scale)
+        if backbone.freeze:
+            backbone.embeddings.requires_grad_(False)
+            backbone.encoder.requires_grad_(False)
+        return backbone.train(model.training)
+
+
+def _pyramid_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The parameters `up1…up4` of a checkpoint's files; empty if there are none."""
+    from internvit.checkpoint.files import Checkpoint
+    from internvit.checkpoint.load import locate
+
+    checkpoint = Checkpoint(locate(path, None, None, None, False))
+    names = {match[1]: key for key in checkpoint.keys if (match := _PYRAMID.fullmatch(key))}
+    return {name: checkpoint.file(checkpoint.keys[key]).read(key).clone() for name, key in names.items()}

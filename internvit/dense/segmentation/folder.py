@@ -1,0 +1,179 @@
+"""A folder of images and one of masks as a data set: what does not fit is named and counted, never passed over.
+
+    images/a.jpg, images/sub/b.png  beside  masks/a.png, masks/sub/b.png
+
+A mask is an 8-bit PNG, grey or with a palette, that holds each pixel's class; 255 is no class. `find_pairs` opens every
+file once: a broken image, a mask of another size or with classes that do not exist, and a file without its partner are
+errors, or are left out and reported. After that the list is fixed, so the order of the data is known from a seed.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from internvit.data.images import SUFFIXES, find_images, open_photo
+from internvit.dense.segmentation.heads import IGNORE
+
+logger = logging.getLogger(__name__)
+
+ON_BROKEN = ("raise", "skip")
+
+
+class Pair(NamedTuple):
+    """An image file and its mask."""
+
+    image: Path
+    mask: Path
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_pairs` found.
+
+    Attributes:
+        pairs: in the order of their names.
+        left_out: the files that do not fit, and why.
+    """
+
+    pairs: tuple[Pair, ...]
+    left_out: dict[Path, str]
+
+
+def read_mask(path: Path, num_classes: int, reduce_zero_label: bool = False) -> np.ndarray:
+    """The classes [H, W] uint8 of a mask file.
+
+    Args:
+        path: an 8-bit image with one channel.
+        num_classes: classes from it on are an error, except `IGNORE`.
+        reduce_zero_label: 0 is no class and the others count from 1, as in ADE20K.
+
+    Raises:
+        ValueError: no such image, or a class that does not exist; the message names the file.
+        FileNotFoundError: no such file.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            file.load()
+            mode, classes = file.mode, np.asarray(file)
+    except FileNotFoundError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: broken mask: {error}") from error
+    if mode not in ("L", "P"):
+        raise ValueError(f"{path}: expected a mask of one 8-bit channel (mode L or P), got mode {mode}")
+    if reduce_zero_label:
+        classes = np.where(classes == 0, IGNORE, np.where(classes == IGNORE, IGNORE, classes - 1)).astype(np.uint8)
+    unknown = np.setdiff1d(np.unique(classes), [*range(num_classes), IGNORE])
+    if unknown.size:
+        listed = ", ".join(map(str, unknown[:5]))
+        raise ValueError(f"{path}: expected classes from 0 to {num_classes - 1} or {IGNORE}, got {listed}")
+    return classes
+
+
+def read_pair(pair: Pair, num_classes: int, reduce_zero_label: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """An image [H, W, 3] and its mask [H, W], uint8.
+
+    Raises:
+        ValueError: one of them is broken, or their sizes differ; the message names the file.
+    """
+    image = np.asarray(open_photo(pair.image))
+    classes = read_mask(pair.mask, num_classes, reduce_zero_label)
+    if image.shape[:2] != classes.shape:
+        (h, w), (mask_h, mask_w) = image.shape[:2], classes.shape
+        raise ValueError(f"{pair.mask}: expected its image's size {h}x{w} (height x width), got {mask_h}x{mask_w}")
+    return image, classes
+
+
+def _same(pairs: Sequence[Pair]) -> Iterable[Pair]:
+    return pairs
+
+
+def find_pairs(
+    images: Path,
+    masks: Path,
+    num_classes: int,
+    on_broken: str = "raise",
+    reduce_zero_label: bool = False,
+    progress: Callable[[Sequence[Pair]], Iterable[Pair]] = _same,
+) -> Found:
+    """The images of a folder with their masks, every file read once.
+
+    Args:
+        images, masks: folders; a mask has its image's name with ".png", in the same subfolder.
+        num_classes, reduce_zero_label: see `read_mask`.
+        on_broken: "raise" stops at the first file that does not fit; "skip" leaves out, logs each by name and reason,
+            and in the end how many.
+        progress: wraps the reading, as tqdm does.
+
+    Raises:
+        ValueError: a file that does not fit, with "raise"; no pair at all; two images for one mask.
+        FileNotFoundError: no such folder, or no image in it.
+    """
+    if on_broken not in ON_BROKEN:
+        raise ValueError(f"on_broken: expected one of {', '.join(ON_BROKEN)}, got {on_broken!r}")
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+    left_out: dict[Path, str] = {}
+
+    def complain(path: Path, why: str) -> None:
+        if on_broken == "raise":
+            raise ValueError(why)
+        left_out[path] = why
+        logger.warning("left out: %s", why)
+
+    pairs = [Pair(path, masks / path.relative_to(images).with_suffix(".png")) for path in find_images([images])]
+    owners: dict[Path, Path] = {}
+    for image, mask in pairs:
+        if mask in owners:
+            raise ValueError(f"{mask}: expected one image for it, got {owners[mask]} and {image}")
+        owners[mask] = image
+    for path in sorted(p for p in masks.rglob("*") if p.suffix.lower() in SUFFIXES and p not in owners):
+        complain(path, f"{path}: a mask without its image in {images}")
+    kept = []
+    for pair in progress(pairs):
+        if not pair.mask.is_file():
+            complain(pair.image, f"{pair.image}: no mask {pair.mask}")
+            continue
+        try:
+            read_pair(pair, num_classes, reduce_zero_label)
+        except (ValueError, OSError) as error:
+            broken = pair.mask if str(pair.mask) in str(error) else pair.image
+            complain(broken, str(error) if str(broken) in str(error) else f"{broken}: {error}")
+            continue
+        kept.append(pair)
+    if left_out:
+        logger.warning("%d files do not fit; %d of %d images are used", len(left_out), len(kept), len(pairs))
+    if not kept:
+        raise ValueError(f"{images}: none of {len(pairs)} images has a mask that fits")
+    return Found(tuple(kept), left_out)
+
+
+def batches(count: int, batch: int, seed: int, start: int = 0) -> Iterator[list[int]]:
+    """Indices of endless batches: each epoch another shuffle of them all; batch n is known from (seed, n) alone.
+
+    Args:
+        count: of pairs.
+        batch: indices in each; an epoch's last ones go into one batch with the next epoch's first.
+        seed: of the shuffles.
+        start: the batch to begin with, where an interrupted run left off.
+    """
+    position = start * batch
+    epoch, order = -1, np.empty(0, dtype=np.int64)
+    while True:
+        chosen = []
+        for _ in range(batch):
+            if position // count != epoch:
+                epoch = position // count
+                order = np.random.default_rng([seed, epoch]).permutation(count)
+            chosen.append(int(order[position % count]))
+            position += 1
+        yield chosen

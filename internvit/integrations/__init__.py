@@ -1,0 +1,1 @@
+"""InternViT inside other frameworks."""

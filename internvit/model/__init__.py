@@ -1,0 +1,1 @@
+"""The InternViT module and its parts."""

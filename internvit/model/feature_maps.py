@@ -1,0 +1,83 @@
+"""Outputs of chosen blocks as timm's models give them: `forward_intermediates` with its arguments and results.
+
+Source: timm 1.0, VisionTransformer.forward_intermediates and feature_take_indices.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from internvit.model.vit import InternViT
+
+OUTPUT_FORMATS = ("NCHW", "NLC")
+
+
+def take_indices(layers: int, indices: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Numbers of blocks from 0: all for None, the last n for an int, negative ones counted from the end.
+
+    Raises:
+        ValueError: no block, or one that is not there.
+    """
+    if indices is None:
+        return tuple(range(layers))
+    if isinstance(indices, int):
+        if not 0 < indices <= layers:
+            raise ValueError(f"indices: expected the last 1 to {layers} blocks, got {indices}")
+        return tuple(range(layers - indices, layers))
+    found = tuple(i + layers if i < 0 else i for i in indices)
+    if not found or any(not 0 <= i < layers for i in found):
+        raise ValueError(f"indices: expected numbers of blocks from {-layers} to {layers - 1}, got {tuple(indices)}")
+    return found
+
+
+def forward_intermediates(
+    model: "InternViT",
+    x: Tensor,
+    indices: int | Sequence[int] | None = None,
+    return_prefix_tokens: bool = False,
+    norm: bool = False,
+    stop_early: bool = False,
+    output_fmt: str = "NCHW",
+    intermediates_only: bool = False,
+    output_dict: bool = False,
+) -> Any:
+    """The last hidden state and the outputs of chosen blocks, in the order of the blocks, as timm returns them.
+
+    Args:
+        model: an `InternViT`.
+        x: pixels [B, channels, height, width].
+        indices: numbers of blocks, 0 the first; the last n for an int, all for None.
+        return_prefix_tokens: also the class token of each, [B, 1, C].
+        norm: timm applies its final norm to each; InternViT has none, so both are the same.
+        stop_early: run no block past the last one asked for; the last hidden state is then that block's.
+        output_fmt: "NCHW" for maps [B, C, rows, columns], "NLC" for tokens [B, rows * columns, C].
+        intermediates_only: without the last hidden state.
+        output_dict: under the names "image_features", "image_intermediates" and "image_intermediates_prefix".
+
+    Returns:
+        (last hidden state [B, N, C], list); the list alone; or a dict. The list holds (map, class token) pairs with
+        `return_prefix_tokens`, except in a dict.
+
+    Raises:
+        ValueError: another output_fmt, or no such block.
+    """
+    if output_fmt not in OUTPUT_FORMATS:
+        raise ValueError(f"output_fmt: expected one of {', '.join(OUTPUT_FORMATS)}, got {output_fmt!r}")
+    taken = take_indices(len(model.encoder.layers), indices)
+    depth = max(taken) + 1 if stop_early else None
+    last, hidden_states, _ = model.encoder(model.embeddings(x), indices=taken, depth=depth)
+    prefix = [state[:, :1] for state in hidden_states]
+    maps = [state[:, 1:] for state in hidden_states]
+    if output_fmt == "NCHW":
+        patch = model.config.patch_size
+        grid = (x.shape[2] // patch, x.shape[3] // patch)
+        maps = [state.transpose(1, 2).unflatten(2, grid).contiguous() for state in maps]
+    if output_dict:
+        found: dict[str, Any] = {"image_intermediates": maps}
+        if return_prefix_tokens:
+            found["image_intermediates_prefix"] = prefix
+        return found if intermediates_only else {**found, "image_features": last}
+    listed: list[Any] = list(zip(maps, prefix, strict=True)) if return_prefix_tokens else maps
+    return listed if intermediates_only else (last, listed)

@@ -1,0 +1,1 @@
+"""What joins the tower to a language model."""

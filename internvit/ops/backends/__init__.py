@@ -1,0 +1,1 @@
+"""The backends that ops run on."""

@@ -1,0 +1,86 @@
+"""Backend `flash`: attention by the flash-attn package (2.x), dense, on strided views of a packed qkv buffer.
+
+Upstream unbinds, normalises, stacks qkv again and calls the variable-length kernel even for a dense batch; the dense
+kernel takes q, k and v by strides, so none of these copies is made. Written against flash-attn 2.8's recorded
+signatures and never run on a GPU: unmeasured.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from internvit.ops.core.registration import empty_grad
+
+_NO_WINDOW = -1
+_NO_SOFTCAP = 0.0
+
+
+def _interface() -> Any:
+    from flash_attn import flash_attn_interface
+
+    return flash_attn_interface
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rstd_q: Tensor | None,
+    rstd_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    out, lse, _, _ = _interface()._flash_attn_forward(
+        q,
+        k,
+        v,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=False,
+        window_size_left=_NO_WINDOW,
+        window_size_right=_NO_WINDOW,
+        softcap=_NO_SOFTCAP,
+        alibi_slopes=None,
+        return_softmax=False,
+    )
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rstd_q: Tensor | None,
+    rstd_k: Tensor | None,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _interface()._flash_attn_backward(
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        grad_q,
+        grad_k,
+        grad_v,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=False,
+        window_size_left=_NO_WINDOW,
+        window_size_right=_NO_WINDOW,
+        softcap=_NO_SOFTCAP,
+        alibi_slopes=None,
+        deterministic=True,
+    )
+    nothing = empty_grad(q)
+    return nothing, nothing, nothing, nothing

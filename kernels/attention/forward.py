@@ -1,0 +1,207 @@
+"""Flash attention on a GPU, with QK-norm inside.
+
+    s_ij = q_hat_i k_hat_j * scale,  out_i = sum_j softmax_j(s_ij) v_j,  lse_i = log sum_j exp(s_ij)
+    q_hat = q * rstd_q * q_weight,  k_hat = k * rstd_k * k_weight,  or q and k themselves
+
+q, k, v [B, N, H, D] by strides. The norm never touches K in memory: the query tile is taken times
+rstd_q * q_weight * k_weight * scale * log2(e) once, rounded to its dtype, and column j of the scores times rstd_k[j].
+One program keeps a tile of one head's queries and walks over its keys; softmax runs in base 2 and float32.
+
+The class token makes 1025 = 8 * 128 + 1 of 1024 patches: a ninth tile of queries and a 17th of keys with one row each.
+Where N is one more than whole tiles the first key starts the softmax instead, and the first query gets a small program:
+128 tile products a head instead of 153, and none of them masked.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from internvit.kernels.attention.backward import attention_backward
+from internvit.kernels.attention.config import attention_launch
+from internvit.kernels.attention.tiles import LN2, LOG2E, add_product, fold, key_scores, load_rows, store_rows
+from internvit.kernels.common import launch
+from internvit.kernels.common.rows import load_vector
+from internvit.kernels.layer_scale_residual import contiguous
+from internvit.kernels.qk_norm_stats import dense_heads, token_strides
+
+__all__ = ["attention", "attention_backward"]
+
+
+@triton.jit
+def softmax_step(
+    b_acc,  # [BLOCK_M, BLOCK_D]
+    b_sum,  # [BLOCK_M]
+    b_max,  # [BLOCK_M]
+    b_q,  # [BLOCK_M, BLOCK_D]
+    p_k,
+    p_v,
+    p_rstd_k,
+    i_n,
+    N,
+    stride_kn,
+    stride_vn,
+    o_d,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile of keys and values into the running softmax."""
+    _, b_s = key_scores(b_q, p_k, p_rstd_k, i_n, N, stride_kn, o_d, scale_log2, D, BLOCK_N, MASKED)
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - b_new_max[:, None])
+    b_correction = tl.exp2(b_max - b_new_max)
+    b_sum = b_sum * b_correction + tl.sum(b_p, 1)
+    b_v = load_rows(p_v, i_n, N, stride_vn, o_d, D, BLOCK_N, MASKED)
+    b_p = b_p.to(b_v.dtype)
+    b_acc = add_product(b_acc * b_correction[:, None], b_p, b_v)
+    return b_acc, b_sum, b_new_max
+
+
+@triton.jit
+def attend_tile(
+    p_q,
+    p_k,
+    p_v,
+    p_q_weight,
+    p_k_weight,
+    p_rstd_q,
+    p_rstd_k,
+    p_out,
+    p_lse,
+    i_m,
+    i_h,
+    N,
+    H,
+    stride_qn,
+    stride_kn,
+    stride_vn,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PEEL_KEY: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Queries i_m.. of one head; all pointers are that head's."""
+    o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    b_q = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, True)
+    if p_rstd_k is not None:
+        b_rstd = tl.load(p_rstd_q + o_m, mask=o_m < N, other=0.0)
+        b_q = fold(b_q, p_q_weight, p_k_weight, b_rstd, i_h, o_d, scale_log2, D)
+    if PEEL_KEY:
+        b_first = tl.sum(b_q.to(tl.float32) * load_vector(p_k, o_d, D)[None, :], 1)  # [BLOCK_M]
+        b_max = b_first * (scale_log2 if p_rstd_k is None else tl.load(p_rstd_k))
+        b_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+        b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + load_vector(p_v, o_d, D)[None, :]
+    else:
+        b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        b_sum = tl.zeros([BLOCK_M], tl.float32)
+        b_acc = tl.zeros([BLOCK_N if BLOCK_M == 1 else BLOCK_M, BLOCK_D], tl.float32)
+    for i_n in range(1 if PEEL_KEY else 0, N, BLOCK_N):
+        b_acc, b_sum, b_max = softmax_step(
+            b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, i_n, N, stride_kn, stride_vn, o_d, scale_log2,
+            D, BLOCK_N, TAIL,
+        )  # fmt: skip
+    if BLOCK_M == 1:
+        b_acc = tl.sum(b_acc, 0)[None, :]
+    store_rows(p_out, i_m, N, H * D, o_d, D, BLOCK_M, b_acc / b_sum[:, None])
+    tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < N)
+
+
+@triton.jit
+def attention_kernel(
+    p_q,  # [B, N, H, D]
+    p_k,  # [B, N, H, D]
+    p_v,  # [B, N, H, D]
+    p_q_weight,  # [H * D] or None
+    p_k_weight,  # [H * D] or None
+    p_rstd_q,  # [B, N] or None
+    p_rstd_k,  # [B, N] or None
+    p_out,  # [B, N, H, D] contiguous
+    p_lse,  # [B, H, N]
+    N,
+    H,
+    programs,  # of one head
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own
+    PEEL_KEY: tl.constexpr,  # key 0 starts the softmax
+    TAIL: tl.constexpr,  # the last tile of keys is not whole
+):
+    i_tile = tl.program_id(0) % programs
+    i_bh = (tl.program_id(0) // programs).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_out += (i_b * N * H + i_h) * D
+    p_lse += i_bh * N
+    if p_rstd_k is not None:
+        p_rstd_q += i_b * N
+        p_rstd_k += i_b * N
+    # fmt: off
+    if PEEL_QUERY:
+        if i_tile == programs - 1:
+            attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
+                        0, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
+                        D, BLOCK_D, 1, BLOCK_N, False, True)
+        else:
+            attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
+                        1 + i_tile * BLOCK_M, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
+                        D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
+    else:
+        attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
+                    i_tile * BLOCK_M, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
+                    D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
+    # fmt: on
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rstd_q: Tensor | None,
+    rstd_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
+    B, N, H, D = q.shape
+    choice = attention_launch("forward", D, q.dtype, launch.target_of(q))
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((B, H, N), dtype=torch.float32)
+    peel_query, peel_key, tail = choice.peeling(N)
+    programs = triton.cdiv(N, choice.rows)
+    launch.run(
+        attention_kernel,
+        (programs * B * H,),
+        *(q, k, v, contiguous(q_weight), contiguous(k_weight), contiguous(rstd_q), contiguous(rstd_k), out, lse),
+        *(N, H, programs, *token_strides(q), *token_strides(k), *token_strides(v), scale * LOG2E.value),
+        D=D,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_M=choice.rows,
+        BLOCK_N=choice.columns,
+        PEEL_QUERY=peel_query,
+        PEEL_KEY=peel_key,
+        TAIL=tail,
+        num_warps=choice.warps,
+        num_stages=choice.stages,
+    )
+    return out, lse

@@ -1,0 +1,181 @@
+"""Attention's gradients of keys and values; a program keeps a tile of one head's keys and walks over its queries.
+
+Formulas and the class token are explained in `attention_backward.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from internvit.kernels.attention.tiles import LN2, LOG2E, add_product, load_rows, probabilities, scores, store_rows
+
+
+@triton.jit
+def grad_kv_step(
+    b_grad_k,  # [BLOCK_N, BLOCK_D]
+    b_grad_v,  # [BLOCK_N, BLOCK_D]
+    b_k,  # [BLOCK_N, BLOCK_D]
+    b_v,  # [BLOCK_N, BLOCK_D]
+    b_column_scale,  # [BLOCK_N]: rstd_k, or scale
+    p_q,
+    p_grad_out,
+    p_lse,
+    p_delta,
+    i_m,
+    N,
+    stride_qn,
+    stride_gn,
+    o_d,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,  # scores are those of QK-norm
+):
+    """One tile of queries into the gradients of a tile of keys and values; everything is transposed."""
+    o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    b_q = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, MASKED)
+    b_s = scores(b_k, b_q)  # [BLOCK_N, BLOCK_M]
+    b_lse = tl.load(p_lse + o_m, mask=o_m < N, other=float("inf"))  # exp2(-inf) drops queries beyond N
+    b_p = probabilities(b_s * b_column_scale[:, None] - (b_lse * LOG2E)[None, :], BOUNDED)
+    b_grad = load_rows(p_grad_out, i_m, N, stride_gn, o_d, D, BLOCK_M, MASKED)
+    b_grad_v = add_product(b_grad_v, b_p, b_grad)
+    b_grad_p = scores(b_v, b_grad)
+    b_delta = tl.load(p_delta + o_m, mask=o_m < N, other=0.0)
+    b_grad_s = b_p * (b_grad_p - b_delta[None, :])
+    b_grad_k = add_product(b_grad_k, b_grad_s, b_q)
+    return b_grad_k, b_grad_v
+
+
+@triton.jit
+def grad_kv_tile(
+    p_q,
+    p_k,
+    p_v,
+    p_grad_out,
+    p_lse,
+    p_delta,
+    p_rstd_k,
+    p_grad_k,
+    p_grad_v,
+    p_row_dot_k,
+    i_n,
+    N,
+    stride_qn,
+    stride_kn,
+    stride_vn,
+    stride_gn,
+    stride_dkn,
+    stride_dvn,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PEEL_QUERY: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Keys and values i_n.. of one head; all pointers are that head's. BLOCK_N = 1: no matrix products."""
+    o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    b_k = load_rows(p_k, i_n, N, stride_kn, o_d, D, BLOCK_N, True)
+    b_v = load_rows(p_v, i_n, N, stride_vn, o_d, D, BLOCK_N, True)
+    if p_rstd_k is not None:
+        b_column_scale = tl.load(p_rstd_k + o_n, mask=o_n < N, other=0.0)
+    else:
+        b_column_scale = tl.full([BLOCK_N], LOG2E, tl.float32) * scale
+
+    b_grad_k = tl.zeros([BLOCK_M if BLOCK_N == 1 else BLOCK_N, BLOCK_D], tl.float32)
+    b_grad_v = tl.zeros([BLOCK_M if BLOCK_N == 1 else BLOCK_N, BLOCK_D], tl.float32)
+    if PEEL_QUERY:
+        b_grad_k, b_grad_v = grad_kv_step(
+            b_grad_k, b_grad_v, b_k, b_v, b_column_scale, p_q, p_grad_out, p_lse, p_delta, 0, N,
+            stride_qn, stride_gn, o_d, D, 1, False, p_rstd_k is not None,
+        )  # fmt: skip
+    for i_m in range(1 if PEEL_QUERY else 0, N, BLOCK_M):
+        b_grad_k, b_grad_v = grad_kv_step(
+            b_grad_k, b_grad_v, b_k, b_v, b_column_scale, p_q, p_grad_out, p_lse, p_delta, i_m, N,
+            stride_qn, stride_gn, o_d, D, BLOCK_M, TAIL, p_rstd_k is not None,
+        )  # fmt: skip
+    if BLOCK_N == 1:
+        b_grad_k = tl.sum(b_grad_k, 0)[None, :]
+        b_grad_v = tl.sum(b_grad_v, 0)[None, :]
+    # without QK-norm b_column_scale is scale * log2(e): times ln 2 it is the scale
+    b_grad_k *= (b_column_scale * LN2)[:, None]
+    store_rows(p_grad_k, i_n, N, stride_dkn, o_d, D, BLOCK_N, b_grad_k)
+    store_rows(p_grad_v, i_n, N, stride_dvn, o_d, D, BLOCK_N, b_grad_v)
+    if p_row_dot_k is not None:
+        # read again: keys kept in registers over the loop spill 112 bytes at D = 128 on sm_100, and take 11 to 27 more
+        b_k = load_rows(p_k, i_n, N, stride_kn, o_d, D, BLOCK_N, True)
+        tl.store(p_row_dot_k + o_n, tl.sum(b_grad_k * b_k.to(tl.float32), 1), mask=o_n < N)
+
+
+@triton.jit
+def attention_grad_kv_kernel(
+    p_q,  # [B, N, H, D]: q~ with QK-norm
+    p_k,  # [B, N, H, D]
+    p_v,  # [B, N, H, D]
+    p_grad_out,  # [B, N, H, D]
+    p_lse,  # [B, H, N]
+    p_delta,  # [B, H, N]
+    p_rstd_k,  # [B, N] or None
+    p_grad_k,  # [B, N, H, D]
+    p_grad_v,  # [B, N, H, D]
+    p_row_dot_k,  # [B, H, N] or None
+    N,
+    H,
+    programs,  # of one head
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_gb,
+    stride_gn,
+    stride_gh,
+    stride_dkb,
+    stride_dkn,
+    stride_dkh,
+    stride_dvb,
+    stride_dvn,
+    stride_dvh,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PEEL_QUERY: tl.constexpr,  # query 0 goes before the loop
+    PEEL_KEY: tl.constexpr,  # key 0 has a program of its own
+    TAIL: tl.constexpr,  # the last tile of the loop is not whole
+):
+    i_tile = tl.program_id(0) % programs
+    i_bh = (tl.program_id(0) // programs).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_grad_out += i_b * stride_gb + i_h * stride_gh
+    p_lse += i_bh * N
+    p_delta += i_bh * N
+    p_grad_k += i_b * stride_dkb + i_h * stride_dkh
+    p_grad_v += i_b * stride_dvb + i_h * stride_dvh
+    if p_rstd_k is not None:
+        p_rstd_k += i_b * N
+        p_row_dot_k += i_bh * N
+    # fmt: off
+    if PEEL_KEY:
+        if i_tile == programs - 1:
+            grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k, 0, N,
+                         stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn, scale,
+                         D, BLOCK_D, BLOCK_M, 1, False, True)
+        else:
+            grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
+                         1 + i_tile * BLOCK_N, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
+                         scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL)
+    else:
+        grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
+                     i_tile * BLOCK_N, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
+                     scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL)
+    # fmt: on

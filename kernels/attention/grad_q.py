@@ -1,0 +1,196 @@
+"""Attention's gradient of queries; a program keeps a tile of one head's queries and walks over its keys.
+
+Formulas and the class token are explained in `attention_backward.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from internvit.kernels.attention.tiles import (
+    LOG2E,
+    add_product,
+    key_scores,
+    load_head_weight,
+    load_rows,
+    probabilities,
+    scores,
+    store_rows,
+)
+
+
+@triton.jit
+def grad_q_step(
+    b_grad_q,  # [BLOCK_M, BLOCK_D]
+    b_q,  # [BLOCK_M, BLOCK_D]
+    b_grad,  # [BLOCK_M, BLOCK_D]
+    b_lse,  # [BLOCK_M], in units of log2
+    b_delta,  # [BLOCK_M]
+    p_k,
+    p_v,
+    p_rstd_k,
+    inverse_unit,
+    i_n,
+    N,
+    stride_kn,
+    stride_vn,
+    o_d,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile of keys and values into the gradient of a tile of queries."""
+    o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    b_k, b_s = key_scores(b_q, p_k, p_rstd_k, i_n, N, stride_kn, o_d, scale_log2, D, BLOCK_N, MASKED)
+    b_p = probabilities(b_s - b_lse[:, None], p_rstd_k is not None)
+    b_v = load_rows(p_v, i_n, N, stride_vn, o_d, D, BLOCK_N, MASKED)
+    b_grad_s = b_p * (scores(b_grad, b_v) - b_delta[:, None])
+    if p_rstd_k is not None:
+        b_grad_s *= (tl.load(p_rstd_k + o_n, mask=o_n < N, other=0.0) * inverse_unit)[None, :]
+    return add_product(b_grad_q, b_grad_s, b_k)
+
+
+@triton.jit
+def grad_q_tile(
+    p_q,
+    p_k,
+    p_v,
+    p_q_weight,
+    p_k_weight,
+    p_rstd_q,
+    p_rstd_k,
+    p_grad_out,
+    p_lse,
+    p_delta,
+    p_grad_q,
+    p_row_dot_q,
+    p_partial,  # [D] of this tile
+    i_m,
+    i_h,
+    N,
+    stride_qn,
+    stride_kn,
+    stride_vn,
+    stride_gn,
+    stride_dqn,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PEEL_KEY: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Queries i_m.. of one head; all pointers are that head's. BLOCK_M = 1: no matrix products."""
+    o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    m_m = o_m < N
+    unit = 1.0
+    if p_rstd_k is not None:
+        b_q = load_rows(p_grad_q, i_m, N, stride_dqn, o_d, D, BLOCK_M, True)
+        unit = tl.load(p_rstd_k)  # keeps dS * rstd_k in float16's range whatever k's size is
+    else:
+        b_q = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, True)
+    b_grad = load_rows(p_grad_out, i_m, N, stride_gn, o_d, D, BLOCK_M, True)
+    b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2E
+    b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+
+    b_grad_q = tl.zeros([BLOCK_N if BLOCK_M == 1 else BLOCK_M, BLOCK_D], tl.float32)
+    scale_log2 = scale * LOG2E
+    if PEEL_KEY:
+        b_grad_q = grad_q_step(
+            b_grad_q, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_rstd_k, 1.0 / unit, 0, N,
+            stride_kn, stride_vn, o_d, scale_log2, D, 1, False,
+        )  # fmt: skip
+    for i_n in range(1 if PEEL_KEY else 0, N, BLOCK_N):
+        b_grad_q = grad_q_step(
+            b_grad_q, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_rstd_k, 1.0 / unit, i_n, N,
+            stride_kn, stride_vn, o_d, scale_log2, D, BLOCK_N, TAIL,
+        )  # fmt: skip
+
+    if BLOCK_M == 1:
+        b_grad_q = tl.sum(b_grad_q, 0)[None, :]
+    b_grad_q *= scale * unit
+    if p_rstd_k is not None:
+        b_raw = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, True).to(tl.float32)
+        b_grad_q *= tl.load(p_rstd_q + o_m, mask=m_m, other=0.0)[:, None]
+        b_dot = b_grad_q * b_raw  # [BLOCK_M, BLOCK_D]
+        tl.store(p_partial + o_d, tl.sum(b_dot, 0), mask=o_d < D)
+        b_weight = load_head_weight(p_q_weight, i_h, o_d, D) * load_head_weight(p_k_weight, i_h, o_d, D)
+        tl.store(p_row_dot_q + o_m, tl.sum(b_dot * b_weight[None, :], 1), mask=m_m)
+        b_grad_q *= b_weight[None, :]
+    store_rows(p_grad_q, i_m, N, stride_dqn, o_d, D, BLOCK_M, b_grad_q)
+
+
+@triton.jit
+def attention_grad_q_kernel(
+    p_q,  # [B, N, H, D]
+    p_k,  # [B, N, H, D]
+    p_v,  # [B, N, H, D]
+    p_q_weight,  # [H * D] or None
+    p_k_weight,  # [H * D] or None
+    p_rstd_q,  # [B, N] or None
+    p_rstd_k,  # [B, N] or None
+    p_grad_out,  # [B, N, H, D]
+    p_lse,  # [B, H, N]
+    p_delta,  # [B, H, N]
+    p_grad_q,  # [B, N, H, D], holds q~ before with QK-norm
+    p_row_dot_q,  # [B, H, N] or None
+    p_partials,  # [1, B * programs, H * D] float32 or None
+    N,
+    H,
+    programs,  # of one head
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_gb,
+    stride_gn,
+    stride_gh,
+    stride_dqb,
+    stride_dqn,
+    stride_dqh,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own
+    PEEL_KEY: tl.constexpr,  # key 0 goes before the loop
+    TAIL: tl.constexpr,  # the last tile of the loop is not whole
+):
+    i_tile = tl.program_id(0) % programs
+    i_bh = (tl.program_id(0) // programs).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_grad_out += i_b * stride_gb + i_h * stride_gh
+    p_lse += i_bh * N
+    p_delta += i_bh * N
+    p_grad_q += i_b * stride_dqb + i_h * stride_dqh
+    if p_rstd_k is not None:
+        p_rstd_q += i_b * N
+        p_rstd_k += i_b * N
+        p_row_dot_q += i_bh * N
+        p_partials += ((i_b * programs + i_tile) * H + i_h) * D
+    # fmt: off
+    if PEEL_QUERY:
+        if i_tile == programs - 1:
+            grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
+                        p_row_dot_q, p_partials, 0, i_h, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dqn,
+                        scale, D, BLOCK_D, 1, BLOCK_N, False, True)
+        else:
+            grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
+                        p_row_dot_q, p_partials, 1 + i_tile * BLOCK_M, i_h, N, stride_qn, stride_kn, stride_vn,
+                        stride_gn, stride_dqn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
+    else:
+        grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
+                    p_row_dot_q, p_partials, i_tile * BLOCK_M, i_h, N, stride_qn, stride_kn, stride_vn, stride_gn,
+                    stride_dqn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
+    # fmt: on

@@ -1,0 +1,144 @@
+"""What the kernels over rows of C channels share: tiles, launch choice, and the sum of partial rows.
+
+A program holds `rows` whole rows in registers, so that each activation is read once. Kernels that also sum over rows
+(gradients of parameters) run at most two programs on each multiprocessor; each walks over its rows, keeps float32 sums
+in registers and writes one partial row, and a second kernel adds the partial rows in a fixed order. No atomics: the
+same input gives the same bits.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from internvit.kernels.common import launch
+from internvit.kernels.common.launch import Target
+
+MAX_CHANNELS = 8192
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """Attributes:
+    rows: rows of a program's tile.
+    warps: warps of a program.
+    """
+
+    rows: int
+    warps: int
+
+    @classmethod
+    def rule(cls, channels: int) -> "RowLaunch":
+        """2048 elements a tile or a whole row, 16 elements a thread: two 16-byte loads in flight per tensor in bf16.
+
+        At C = 1024 four rows a program instead of two put a layout conversion between gamma and the tile (4 KiB of
+        shared memory instead of 32 bytes, 53 % of loads and stores 16 bytes wide instead of 73 %, 8 bytes spilled).
+        3200 columns take a masked 4096: 22 % of lanes idle, but one barrier and 16-byte loads, where exact chunks of
+        128 cost 49 barriers and narrow loads. The rule does not see the number of rows, so that a row's result does
+        not depend on its batch.
+        """
+        block = triton.next_power_of_2(channels)
+        rows = max(1, min(16, 2048 // block))
+        return cls(rows, max(1, min(16, rows * block // 512)))
+
+
+@functools.cache
+def row_launch(kernel: str, channels: int, target: Target) -> RowLaunch:
+    if channels > MAX_CHANNELS:
+        raise ValueError(
+            f"{kernel}: the last dimension must be at most {MAX_CHANNELS} for backend 'triton' (a program holds a "
+            f"whole row), got {channels}; use backend='reference'"
+        )
+    return launch.choose(RowLaunch, kernel, f"C={channels}", target, lambda: RowLaunch.rule(channels))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., C] as [M, C], contiguous in C: a view where one stride leads from row to row, else a copy."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def persistent_programs(rows: int, choice: RowLaunch, target: Target) -> int:
+    return min(triton.cdiv(rows, choice.rows), 2 * target.multiprocessors)
+
+
+@triton.jit
+def row_tile(i_tile, M, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Row numbers (int64, for offsets beyond 2^31), columns and masks of tile i_tile."""
+    o_rows = tl.cast(i_tile, tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    o_cols = tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    m_rows = o_rows < M
+    return o_rows, o_cols, m_rows, m_rows[:, None] & (o_cols < C)[None, :]
+
+
+@triton.jit
+def load_tile(p_x, o_rows, stride, o_cols, m_tile):
+    """A tile in float32, 0 where masked; one 16-bit value widened is exact."""
+    return tl.load(p_x + o_rows[:, None] * stride + o_cols[None, :], mask=m_tile, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(p_x, o_rows, stride, o_cols, m_tile, b_x):
+    tl.store(p_x + o_rows[:, None] * stride + o_cols[None, :], b_x.to(p_x.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def load_vector(p_x, o_cols, C: tl.constexpr):
+    return tl.load(p_x + o_cols, mask=o_cols < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_partial(p_partials, i_sum, b_sum, o_cols, C: tl.constexpr):
+    """Writes the column sums of b_sum [ROWS, BLOCK_C] as this program's partial row of sum number i_sum."""
+    o_row = (i_sum * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * C
+    tl.store(p_partials + o_row + o_cols, tl.sum(b_sum, 0), mask=o_cols < C)
+
+
+@triton.jit
+def sum_partials_kernel(
+    p_partials,  # [sums, P, C] float32
+    p_out_0,
+    p_out_1,
+    p_out_2,
+    P,
+    C,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_sum = tl.program_id(1)
+    o_cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    m_cols = o_cols < C
+    b_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for i_p in range(0, P, BLOCK_P):
+        o_p = i_p + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+        o_row = (i_sum * P + o_p).to(tl.int64)[:, None] * C
+        b_sum += tl.load(p_partials + o_row + o_cols[None, :], mask=(o_p < P)[:, None] & m_cols[None, :], other=0.0)
+    b_total = tl.sum(b_sum, 0)  # [BLOCK_C]
+    if i_sum == 0:
+        tl.store(p_out_0 + o_cols, b_total.to(p_out_0.dtype.element_ty), mask=m_cols)
+    if p_out_1 is not None:  # noqa: SIM102 (resolved when compiled, the inner one at run time)
+        if i_sum == 1:
+            tl.store(p_out_1 + o_cols, b_total.to(p_out_1.dtype.element_ty), mask=m_cols)
+    if p_out_2 is not None:  # noqa: SIM102 (resolved when compiled, the inner one at run time)
+        if i_sum == 2:
+            tl.store(p_out_2 + o_cols, b_total.to(p_out_2.dtype.element_ty), mask=m_cols)
+
+
+def sum_partials(partials: Tensor, *like: Tensor) -> list[Tensor]:
+    """partials [sums, P, C] float32 -> one [C] tensor of dtype and device of each of `like`."""
+    outs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
+    if outs:
+        sums, P, C = partials.shape
+        block_p, block_c = 32, 64
+        launch.run(
+            sum_partials_kernel,
+            (triton.cdiv(C, block_c), sums),
+            *(partials, *outs, *[None] * (3 - len(outs)), P, C),
+            BLOCK_P=block_p,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
+    return outs

@@ -1,0 +1,72 @@
+"""The first half of the MLP on a GPU: torch's GEMM with the bias in its epilogue, and one pass of exact GELU.
+
+    y = gelu(pre_activation),  gelu(z) = z / 2 * (1 + erf(z / sqrt(2)))              reads 1, writes 1
+    grad = grad_y * (cdf(z) + z * pdf(z))                                            reads 2, writes 1
+
+The bias belongs to the GEMM, whose epilogue adds it in registers (torch's addmm). In tensors [N, M] moved, the GEMM's
+output included: forward 3 (z written and read, y written), backward 3. With the bias in this pass instead it is 3 and 3
+as well if backward adds it again to the saved product, and 4 and 3 if the pass writes z for it: it saves nothing. And
+the product would be rounded to 16 bit before the bias instead of after: z, which recipes and other backends share,
+would be nowhere, or rounded twice, sqrt(2) times the error that the contract allows.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from internvit.kernels.common import launch
+
+
+@dataclass(frozen=True)
+class GeluLaunch:
+    """Attributes:
+    block: elements of a program, 8 a thread: one 16-byte load in bf16.
+    warps: warps of a program.
+    """
+
+    block: int = 1024
+    warps: int = 4
+
+
+@triton.jit
+def gelu_kernel(p_z, p_y, count, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    b_z = tl.load(p_z + o, mask=o < count, other=0.0).to(tl.float32)
+    b_cdf = 0.5 + 0.5 * tl.erf(b_z * 0.7071067811865476)
+    tl.store(p_y + o, (b_z * b_cdf).to(p_y.dtype.element_ty), mask=o < count)
+
+
+@triton.jit
+def gelu_backward_kernel(p_grad_y, p_z, p_grad, count, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    b_z = tl.load(p_z + o, mask=o < count, other=0.0).to(tl.float32)
+    b_grad_y = tl.load(p_grad_y + o, mask=o < count, other=0.0).to(tl.float32)
+    b_cdf = 0.5 + 0.5 * tl.erf(b_z * 0.7071067811865476)
+    b_pdf = 0.3989422804014327 * tl.exp(-0.5 * b_z * b_z)
+    tl.store(p_grad + o, (b_grad_y * (b_cdf + b_z * b_pdf)).to(p_grad.dtype.element_ty), mask=o < count)
+
+
+def _launch(kernel: object, name: str, *tensors: Tensor) -> None:
+    choice = launch.choose(GeluLaunch, name, "", launch.target_of(tensors[0]), GeluLaunch)
+    count = tensors[0].numel()
+    launch.run(kernel, (triton.cdiv(count, choice.block),), *tensors, count, BLOCK=choice.block, num_warps=choice.warps)
+
+
+def gelu(pre_activation: Tensor) -> Tensor:
+    y = pre_activation.new_empty(pre_activation.shape)
+    _launch(gelu_kernel, "gelu", pre_activation.contiguous(), y)
+    return y
+
+
+def gelu_backward(grad_y: Tensor, pre_activation: Tensor) -> Tensor:
+    grad = grad_y.new_empty(grad_y.shape)
+    _launch(gelu_backward_kernel, "gelu_backward", grad_y.contiguous(), pre_activation.contiguous(), grad)
+    return grad
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    pre_activation = F.linear(x, weight, bias)
+    return gelu(pre_activation), pre_activation

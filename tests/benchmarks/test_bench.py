@@ -1,0 +1,281 @@
+"""The benchmarks refuse wrong results, keep what was measured, and README says what the results say."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from internvit import ops
+from internvit.benchmarks.harness import results, run
+from internvit.benchmarks.harness.cases import MissingPeerError, Setting, Variant
+from internvit.benchmarks.harness.timing import Times, copies_past_cache, last_level_cache
+from internvit.benchmarks.model import bench_training
+from internvit.benchmarks.reports import gpu_report, report, table
+from internvit.cli import app as cli
+from internvit.cli.environment import cpu_name
+from tests.support import ROOT
+
+QUICK = Setting(quick=True, dtypes=(torch.float32,))
+
+
+def bench(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(["bench", *arguments])
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def measured() -> results.Results:
+    return run.run(("rms_norm", "attention"), QUICK, rounds=3)
+
+
+def test_freed_pages_are_kept_inside_and_given_back_after() -> None:
+    """In a process of its own, as `internvit bench` has: what a heap gives back depends on what else lies in it."""
+    pytest.importorskip("resource")
+    code = """
+import resource
+from pathlib import Path
+import torch
+from internvit.benchmarks.harness.timing import freed_pages_kept
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**26, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident_pages():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+with freed_pages_kept() as kept:
+    inside = min(faults() for _ in range(16))
+    before = resident_pages()
+print(int(kept), inside, before - resident_pages())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept, inside, given_back = map(int, done.stdout.split())
+    if not kept:
+        pytest.skip("the C library here is not glibc")
+    assert inside < 1000
+    assert given_back > 15000  # 4 KiB each, of 64 MiB
+
+
+def test_every_op_has_its_file() -> None:
+    files = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert set(ops.__all__) - {"backend"} == set(run.OPS) <= files
+    assert files - set(run.BENCHES) <= {"training"}  # memory as well as time: a command of its own
+
+
+def test_measures_ours_and_peers(measured) -> None:
+    assert measured.complete
+    for bench_name in ("rms_norm", "attention"):
+        for mode in ("forward", "forward+backward"):
+            rows = [r for r in measured.rows if (r.bench, r.mode) == (bench_name, mode)]
+            timed = [r for r in rows if r.p50_ms is not None]
+            assert any(r.variant.startswith("internvit") for r in timed)
+            assert any(r.variant == "eager" for r in timed)
+            assert min(r.speedup for r in timed if r.variant.startswith("internvit")) == 1.0
+            for r in timed:
+                assert 0 < r.p20_ms <= r.p50_ms <= r.p80_ms
+                assert r.share > 0
+                assert r.rounds == 3
+    assert set(measured.call_us) == set(run.OPS)
+    assert measured.limits["bandwidth"] > 1e9
+    assert measured.machine["torch"] == torch.__version__
+
+
+def test_a_missing_peer_is_a_named_gap(measured) -> None:
+    gaps = [r for r in measured.rows if r.p50_ms is None]
+    assert {r.variant for r in gaps} >= {"LigerRMSNorm", "flash-attn"}
+    assert all("GPU" in r.note for r in gaps if r.variant in ("LigerRMSNorm", "flash-attn"))
+    assert "needs a GPU" in table.plain(measured)
+
+
+def test_a_flipped_sign_is_refused_and_not_timed(monkeypatch, capsys) -> None:
+    right = ops.rms_norm
+    monkeypatch.setattr(ops, "rms_norm", lambda *args, **kwargs: -right(*args, **kwargs))
+    assert bench("rms_norm", "--quick", "--device", "cpu", "--rounds", "1", "--peers", "eager") == 1
+    printed = capsys.readouterr()
+    assert "refused, the result is wrong" in printed.err
+    found = run.run(("rms_norm",), QUICK, peers=("eager",), rounds=1)
+    ours = [r for r in found.rows if r.variant.startswith("internvit")]
+    assert len(ours) == 2
+    assert all(r.p50_ms is None and r.note.startswith("refused") for r in ours)
+    assert all(r.p50_ms is not None for r in found.rows if r.variant == "eager")
+
+
+def test_a_wrong_gradient_is_refused(monkeypatch) -> None:
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.01
+
+    right = ops.rms_norm
+    monkeypatch.setattr(ops, "rms_norm", lambda *args, **kwargs: Wrong.apply(right(*args, **kwargs)))
+    found = run.run(("rms_norm",), QUICK, peers=(), rounds=1)
+    verdicts = {r.mode: r.note for r in found.rows}
+    assert not verdicts["forward"]
+    assert verdicts["forward+backward"].startswith("refused")
+
+
+def test_files_are_read_back_and_an_interrupted_run_keeps_its_rows(tmp_path) -> None:
+    steps = 0
+
+    def progress(text: str) -> None:
+        nonlocal steps
+        steps += text.startswith("rms_norm")
+        if steps == 2:
+            raise KeyboardInterrupt
+
+    found = run.run(("rms_norm",), QUICK, peers=(), rounds=1, folder=tmp_path, progress=progress)
+    assert not found.complete
+    assert {r.mode for r in found.rows} == {"forward"}
+    assert results.read(tmp_path) == found
+    assert len((tmp_path / "bench.csv").read_text().splitlines()) == 1 + len(found.rows)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.csv", "bench.json"]
+
+
+def test_reading_something_else_is_an_error(tmp_path) -> None:
+    (tmp_path / "bench.json").write_text('{"rows": 1}')
+    with pytest.raises(ValueError, match="internvit bench --out"):
+        results.read(tmp_path)
+
+
+def test_compare_names_what_got_slower(measured, tmp_path, capsys) -> None:
+    slow = next(r for r in measured.rows if r.p50_ms is not None)
+    changed = dataclasses.replace(slow, p20_ms=slow.p80_ms * 1.1, p50_ms=slow.p80_ms * 1.2, p80_ms=slow.p80_ms * 1.3)
+    new = dataclasses.replace(measured, rows=tuple(changed if r == slow else r for r in measured.rows))
+    measured.write(tmp_path / "old")
+    new.write(tmp_path / "new")
+    assert bench("--compare", str(tmp_path / "old"), str(tmp_path / "old")) == 0
+    assert "slower" not in capsys.readouterr().out
+    assert bench("--compare", str(tmp_path / "old"), str(tmp_path / "new" / "bench.json")) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("slower:") == 1
+    assert slow.variant in printed
+
+
+def test_pictures(measured, tmp_path) -> None:
+    from internvit.benchmarks.reports.plots import draw
+
+    made = {path.name for path in draw(measured, tmp_path)}
+    assert made == {"rms_norm.png", "attention.png", "shares.png", "roofline.png"}
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in made)
+
+
+def test_unknown_bench_is_a_usage_error(capsys) -> None:
+    assert bench("rmsnorm") == 2
+    assert "expected rms_norm" in capsys.readouterr().err
+
+
+def test_inputs_outgrow_the_last_level_cache() -> None:
+    inputs = (torch.empty(1 << 20),)
+    copies = copies_past_cache(inputs, "cpu")
+    assert copies == 16 or copies * inputs[0].nbytes >= 2 * last_level_cache("cpu")
+
+
+def test_quantiles_of_times() -> None:
+    times = Times(tuple(float(i) for i in range(1, 12)))
+    assert (times.quantile(20), times.median, times.quantile(80)) == (3.0, 6.0, 9.0)
+    assert Times((2.0,)).quantile(80) == 2.0
+
+
+def test_a_peer_that_raises_is_a_gap() -> None:
+    def broken():
+        raise MissingPeerError("not to be had")
+
+    work = run.works(("rms_norm",), QUICK)[0]
+    work = dataclasses.replace(work, variants=(*work.variants[:1], Variant("peer", broken)))
+    limits = run.machine_limits.Limits(1e9, {"float32": 1e9}, {})
+    *_, rows = run.run_work(work, "forward", QUICK, None, 1, limits)
+    assert {r.variant: r.note for r in rows}["peer"] == "not to be had"
+
+
+def test_gpu_report_without_a_gpu_does_nothing(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_report.main(["--out", str(tmp_path / "none")]) == 0
+    assert "no GPU here" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+def test_gpu_report_rehearsed_on_the_cpu(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_report, "BENCHES", ("layer_norm", "block"))
+    monkeypatch.setattr(gpu_report, "MODELS", ())
+    assert gpu_report.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert {"bench.json", "bench.csv", "report.json", "tests.log", "tune.log"} <= {p.name for p in tmp_path.iterdir()}
+    assert results.read(tmp_path).complete
+    steps = {s["step"]: s for s in json.loads((tmp_path / "report.json").read_text())["steps"]}
+    assert steps["tests"]["outcome"] == steps["tune"]["outcome"] == "ok"
+    # The GPU's tests must be found without the packages of the development extra: only torch, Triton and pytest.
+    assert {line.split("::")[0] for line in (tmp_path / "tests.log").read_text().splitlines() if "::" in line} <= {
+        str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_gpu*.py")
+    }
+
+
+def test_the_bench_package_needs_no_extra() -> None:
+    """A GPU machine may have torch and Triton only."""
+    code = """
+import sys
+for name in ("click", "rich", "tqdm", "matplotlib", "transformers", "timm", "pytest", "PIL"):
+    sys.modules[name] = None
+from internvit.benchmarks.reports import gpu_report
+from internvit.benchmarks.harness import run
+from internvit.benchmarks.reports import table
+found = run.run(("rms_norm",), run.Setting(quick=True), rounds=1)
+print(table.plain(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "rms_norm 257x3200, bfloat16, forward" in done.stdout
+
+
+def test_pytest_benchmark_runs_the_same_cases() -> None:
+    call = [sys.executable, "-m", "pytest", "-q", "benchmarks/ops/bench_rms_norm.py", "--quick", "--benchmark-disable"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "8 passed, 4 skipped" in done.stdout, done.stdout
+
+
+def test_training_counts_and_refuses(monkeypatch) -> None:
+    pytest.importorskip("transformers", reason="the peer beside ours")
+    arguments = (bench_training.VARIANTS[0], 65, "cpu", torch.bfloat16, 1, bench_training.cpu_seconds)
+    rows = {row.way: row for row in bench_training.measured(*arguments)}
+    units = {way: row.units for way, row in rows.items()}
+    assert list(units)[-1] == "transformers SDPA"
+    assert 18 < units[bench_training.WITHOUT] < 18.1
+    assert [round(units[way]) for way in bench_training.MODES] == [18, 12, 10, 5, 1]
+    assert all(row.over > 0 for row in rows.values())
+    right = bench_training.Way.gradients
+
+    def wrong(way: bench_training.Way, *arguments: torch.Tensor) -> tuple:
+        x, *rest = right(way, *arguments)
+        return (-x if "selective" in way.name else x, *rest)
+
+    monkeypatch.setattr(bench_training.Way, "gradients", wrong)
+    refused = {row.way: row for row in bench_training.measured(*arguments)}
+    assert [way for way, row in refused.items() if row.note] == ['internvit "selective"']
+    assert refused['internvit "selective"'].p50_ms is None
+
+
+def test_the_training_page_says_what_the_results_say() -> None:
+    text = bench_training.PAGE.read_text()
+    assert bench_training.page(text) == text
+
+
+def test_readme_says_what_the_results_say() -> None:
+    assert report.main(["--check"]) == 0
+
+
+def test_the_cpus_name_has_its_generation() -> None:
+    """Two EPYCs of different generations call themselves "AMD EPYC", and differ by two in bfloat16."""
+    amd = "vendor_id : AuthenticAMD\ncpu family : {}\nmodel name : AMD EPYC\nflags : {}\n"
+    assert cpu_name(amd.format(26, "avx2 avx512f")) == "AMD EPYC (Zen 5)"
+    assert cpu_name(amd.format(25, "avx2 avx512f")) == "AMD EPYC (Zen 4)"
+    assert cpu_name(amd.format(25, "avx2")) == "AMD EPYC (Zen 3)"
+    assert cpu_name("vendor_id : GenuineIntel\ncpu family : 6\nmodel name : Intel Xeon\n") == "Intel Xeon"

@@ -1,0 +1,53 @@
+"""The suite for people without the checkout passes here, and a broken kernel makes it fail."""
+
+import json
+
+import pytest
+import torch
+
+import internvit.cli.app
+from internvit.cli import selfcheck as check
+from internvit.ops.core import select as backends
+
+
+def test_a_sound_machine_passes_and_prints_a_table(capsys, monkeypatch, seed: int) -> None:
+    every = list(check.checks(quick=True, seed=seed))
+    assert {"rms_norm", "layer_norm", "attention", "qk_norm_attention", "linear_gelu", "linear_layer_scale"} <= {
+        what.partition(",")[0] for what, *_ in every
+    }
+    some = [c for c in every if "6b" not in c[0]][::4]
+    monkeypatch.setattr(check, "checks", lambda *_: iter(some))
+    with pytest.raises(SystemExit) as exit_info:
+        internvit.cli.app.run(["check", "--quick"])
+    stdout = capsys.readouterr().out
+    assert exit_info.value.code == 0, stdout
+    assert f"{len(some)} passed, 0 failed" in stdout
+
+
+def test_a_broken_kernel_is_found(capsys, monkeypatch) -> None:
+    def broken(x, weight, eps, rounding):
+        y, rstd = backends.REFERENCE["layer_norm"](x, weight, None, eps)[::2]
+        return y, rstd
+
+    monkeypatch.setitem(backends.REFERENCE, "rms_norm", broken)
+    backends.implementation.cache_clear()
+    some = [c for c in check.checks(quick=True) if c[0].startswith("rms_norm") and c[1] == "reference"][:2]
+    monkeypatch.setattr(check, "checks", lambda *_: iter(some))
+    with pytest.raises(SystemExit) as exit_info:
+        internvit.cli.app.run(["check", "--quick", "--json"])
+    backends.implementation.cache_clear()
+    rows = json.loads(capsys.readouterr().out)
+    assert exit_info.value.code == 1
+    assert all(row["failures"] for row in rows)
+
+
+def test_an_exception_is_a_failure_of_that_check_alone(monkeypatch) -> None:
+    def explode():
+        raise RuntimeError("no kernel image")
+
+    sound = next(iter(check.checks(quick=True)))
+    monkeypatch.setattr(check, "checks", lambda *_: iter([("op", "b", "float32", "1", explode), sound]))
+    results = list(check.run())
+    assert [r.passed for r in results] == [False, True]
+    assert results[0].failures == ("RuntimeError: no kernel image",)
+    assert torch.isnan(torch.tensor(results[0].error))

@@ -1,0 +1,276 @@
+"""examples/segmentation/train.py: killed with SIGKILL, also while it writes, and gone on with, to the same bits."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from internvit import InternViT, InternViTConfig
+from tests.support import ROOT
+from tests.support.models import random_weights
+
+EXAMPLE = ROOT / "examples" / "segmentation"
+sys.path.insert(0, str(EXAMPLE))
+pytest.importorskip("torchmetrics", reason="the segmentation extra is not installed")
+import checkpoints  # noqa: E402
+import recipe as recipes  # noqa: E402
+import train  # noqa: E402
+
+CONFIG = InternViTConfig(
+    image_size=56, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64
+)
+RECIPE = """
+[model]
+image_size = 56
+out_indices = [1, 3]
+freeze = false
+drop_path_rate = 0.3
+precision = "float32"
+[head]
+dropout = 0.2
+[data]
+batch = 4
+micro_batch = 2
+reduce_zero_label = false
+[augment]
+crop = 56
+short_side = 56
+long_side = 112
+[optim]
+lr = 1e-3
+weight_decay = 0.05
+layer_decay = 0.9
+steps = 9
+warmup = 3
+[test]
+crop = 56
+stride = 28
+short_side = 56
+[run]
+log_every = 1
+checkpoint_every = 2
+evaluate_every = 9
+"""
+# Runs train.py with a torch.save that dies half-way into its n-th file.
+DIES_WRITING = """
+import os, runpy, signal, sys, torch
+save, calls = torch.save, []
+def dies(state, file):
+    calls.append(1)
+    if len(calls) == {n}:
+        import io
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, file)
+torch.save = dies
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny tower, a tiny data set and a recipe."""
+    folder = tmp_path_factory.mktemp("segmentation")
+    model = InternViT(CONFIG)
+    random_weights(model)
+    model.save_pretrained(folder / "tower")
+    rng = np.random.default_rng(0)
+    for split, count in (("training", 6), ("validation", 2)):
+        for i in range(count):
+            image, mask = (folder / "data" / kind / split / f"{i}.png" for kind in ("images", "annotations"))
+            for path in (image, mask):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            classes = np.kron(rng.integers(0, 3, (4, 5)), np.ones((20, 20))).astype(np.uint8)
+            noise = rng.integers(0, 60, (*classes.shape, 3))
+            Image.fromarray((classes[..., None] * 80 + noise).astype(np.uint8)).save(image)
+            Image.fromarray(classes).save(mask)
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+def command(place: Path, out: str, *more: str) -> list[str]:
+    call = [str(EXAMPLE / "train.py"), str(place / "recipe.toml"), "--data", str(place / "data"), "--classes", "3"]
+    return [*call, "--out", str(place / out), "--weights", str(place / "tower"), *more]
+
+
+def run(call: list[str], code: str | None = None) -> subprocess.CompletedProcess:
+    start = [sys.executable, *(["-c", code] if code else []), *call]
+    return subprocess.run(start, capture_output=True, text=True, timeout=300, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:
+    """A run that nobody disturbed."""
+    done = run(command(place, "whole"))
+    assert done.returncode == 0, done.stderr
+    assert "mIoU" in done.stdout
+    return place / "whole"
+
+
+def same(a, b) -> bool:
+    """The same nest of dicts, lists and numbers, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def check_same_run(out: Path, whole: Path) -> None:
+    ours, expected = (checkpoints.read_checkpoint(p / "checkpoint.pt") for p in (out, whole))
+    assert ours["step"] == 9
+    for name in expected:
+        assert same(ours[name], expected[name]), name
+    assert (out / "log.csv").read_text() == (whole / "log.csv").read_text()
+    assert (out / "predictions.png").read_bytes() == (whole / "predictions.png").read_bytes()
+
+
+def test_a_run_leaves_what_it_says(whole) -> None:
+    assert sorted(p.name for p in whole.iterdir()) == ["checkpoint.pt", "log.csv", "predictions.png"]
+    rows = list(csv.DictReader((whole / "log.csv").open()))
+    assert [int(r["step"]) for r in rows] == [*range(1, 10), 9]
+    rates = [float(r["lr"]) for r in rows[:9]]
+    expected = [1e-3 * (1 - n / 9) * (1 - (1 - n / 3) * (1 - 1e-6) if n < 3 else 1) for n in range(9)]
+    assert rates == pytest.approx(expected)  # poly after a linear warm-up, of the head's group
+    assert 0 <= float(rows[-1]["miou"]) <= 1
+    assert Image.open(whole / "predictions.png").size[0] > 300
+
+
+def test_killed_while_writing_a_checkpoint(place, whole) -> None:
+    killed = run(command(place, "writing"), DIES_WRITING.format(n=3))
+    assert killed.returncode == -signal.SIGKILL
+    assert (place / "writing" / "checkpoint.pt.writing").exists(), "it died half-way"
+    previous = torch.load(place / "writing" / "checkpoint.pt", weights_only=True)
+    assert previous["step"] == 4
+    rows = (place / "writing" / "log.csv").read_text().splitlines()
+    assert len(rows) == 1 + 6, "it had got further than its last checkpoint"
+    resumed = run(command(place, "writing"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from step 4" in resumed.stderr
+    assert not (place / "writing" / "checkpoint.pt.writing").exists()
+    check_same_run(place / "writing", whole)
+
+
+def test_killed_at_any_moment(place, whole) -> None:
+    """SIGKILL from outside, as soon as there is a checkpoint; with processes that make the samples afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, *command(place, "outside")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 120
+    while not (place / "outside" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert checkpoints.read_checkpoint(place / "outside" / "checkpoint.pt")["step"] < 9
+    resumed = run(command(place, "outside", "--workers", "1"))
+    assert resumed.returncode == 0, resumed.stderr
+    check_same_run(place / "outside", whole)
+
+
+def test_another_recipe_or_other_images_do_not_go_on(place, whole) -> None:
+    done = CliRunner().invoke(train.main, command(place, "whole", "--set", "optim.lr=2e-3")[1:])
+    assert done.exit_code == 2
+    assert "written with another setting of the recipe's optim; give another --out" in done.output
+
+
+def test_broken_files_stop_the_run_or_are_counted(place, tmp_path, caplog) -> None:
+    shutil.copytree(place / "data", tmp_path / "data")
+    broken = tmp_path / "data" / "images" / "training" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    call = command(place, "broken", "--set", "optim.steps=1", "--set", "run.evaluate_every=1")
+    call[call.index("--data") + 1] = str(tmp_path / "data")
+    done = CliRunner().invoke(train.main, call[1:])
+    assert done.exit_code == 2
+    assert f"train: {broken}: broken image" in done.output
+    done = CliRunner().invoke(train.main, [*call[1:], "--broken", "skip"])
+    assert done.exit_code == 0, done.output
+    assert "training: 5 images, 1 files left out" in done.output
+    assert str(broken) in caplog.text
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path) -> None:
+    assert checkpoints.read_checkpoint(tmp_path / "checkpoint.pt") is None
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK half a checkpoint")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: not a checkpoint of this script"):
+        checkpoints.read_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_a_frozen_tower_is_not_saved_and_upernet_learns_beside_bfloat16(place) -> None:
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    torch.use_deterministic_algorithms(False)
+    changes = ["model.freeze=true", "model.fpn=true", "model.out_indices=[0,1,2,3]", 'model.precision="bfloat16"']
+    changes += ['head.kind="upernet"', "head.channels=16", f'model.weights="{place / "tower"}"']
+    recipe = recipes.read_recipe(place / "recipe.toml", changes)
+    model = recipes.build(recipe, 3, "cpu")
+    optimizer, schedule = recipes.optimizer_and_schedule(recipe, model)
+    assert model.backbone.encoder.layers[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    for _ in range(2):
+        model.loss(torch.randn(2, 3, 56, 56), torch.randint(0, 3, (2, 56, 56))).backward()
+        optimizer.step()
+        schedule.step()
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    names = train.kept(model, recipe).keys()
+    assert any(n.startswith("backbone.up1.") for n in names)
+    assert not any(n.startswith(("backbone.encoder", "backbone.embeddings")) for n in names)
+
+
+@pytest.mark.parametrize("name", ["linear_probing", "head_tuning", "full_tuning", "few_shot"])
+def test_recipes_are_upstreams(name) -> None:
+    """Facts of OpenGVLab's four ADE20K configurations, restated."""
+    found = recipes.read_recipe(EXAMPLE / "recipes" / f"{name}.toml")
+    indices = {"linear_probing": (44,), "few_shot": (47,)}.get(name, (11, 23, 35, 47))
+    tuned = name in ("full_tuning", "few_shot")
+    assert found.model.out_indices == indices
+    assert (found.model.image_size, found.model.patch_size) == (504, 14)
+    assert found.model.freeze is not tuned
+    assert found.model.drop_path_rate == (0.4 if tuned else 0.0)
+    assert found.optim.weight_decay == (0.0 if name == "linear_probing" else 0.05)
+    assert found.optim.layer_decay == (0.95 if tuned else 1.0)
+    assert (found.optim.lr, found.optim.betas, found.data.batch) == (4e-5, (0.9, 0.999), 16)
+    assert found.optim.steps == (5000 if name == "few_shot" else 80_000)
+    assert (found.head.kind, found.model.fpn) == (("upernet", True) if "_tuning" in name else ("linear", False))
+    assert (found.test.crop, found.test.stride) == (504, 322)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optim.step=1", "optim: expected one of the keys lr, .*, got step"),
+        ("optim.steps=1.5", r"optim\.steps: expected int, got 1\.5"),
+        ("model.precision='fp8'", "model.precision: expected float32 or bfloat16"),
+        ("head.kind='fcn'", "head.kind: expected linear or upernet"),
+        ("nothing.x=1", "expected the tables model, head, .*, got nothing"),
+        ("data.batch=3", "no multiple of micro_batch"),
+        ("optim", "expected TABLE.KEY=VALUE, got 'optim'"),
+        ("optim.lr=fast", "not TOML"),
+    ],
+)
+def test_bad_recipes(place, change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipes.read_recipe(place / "recipe.toml", [change])

@@ -1,0 +1,214 @@
+"""`optimize_for_inference(cuda_graph=True)`: capture and replay on a stand-in for CUDA's graphs, and on a GPU."""
+
+import contextlib
+import types
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import internvit
+from internvit.inference.cuda_graph import WARM_UPS, GraphedFunction
+from internvit.inference.optimize import OptimizedInternViT
+
+CONFIG = internvit.InternViTConfig.from_name("internvit-6b-448px-v2.5").replace(
+    num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=4, image_size=56, name=None
+)
+
+
+class FakeGraph:
+    """As a CUDA graph: keeps each op with the tensors it read and wrote; a replay computes into those very tensors."""
+
+    made: ClassVar[list["FakeGraph"]] = []
+
+    def __init__(self) -> None:
+        self.ops: list[tuple] = []
+        self.replays = 0
+        FakeGraph.made.append(self)
+
+    def replay(self) -> None:
+        assert self.ops, "replayed after reset, or before capture"
+        self.replays += 1
+        for func, args, kwargs, outputs in self.ops:
+            again = func(*args, **kwargs)
+            leaves = (torch.utils._pytree.tree_leaves(t) for t in (outputs, again))
+            for kept, new in zip(*leaves, strict=True):
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+    def reset(self) -> None:
+        self.ops.clear()
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph: FakeGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        self.graph.ops.append((func, args, kwargs or {}, outputs))
+        return outputs
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """torch.cuda's graph functions, for CPU tensors; yields the order of what was asked of streams."""
+    log = []
+
+    def stream(name):
+        return types.SimpleNamespace(name=name, wait_stream=lambda other: log.append(f"{name} waits for {other.name}"))
+
+    current = stream("current")
+
+    @contextlib.contextmanager
+    def on(side):
+        log.append(f"on {side.name}")
+        yield
+        log.append(f"off {side.name}")
+
+    @contextlib.contextmanager
+    def capture(graph, pool=None):
+        log.append(f"capture in {pool}")
+        with Recorder(graph):
+            yield
+
+    for name, value in {
+        "Stream": lambda: stream("side"),
+        "current_stream": lambda: current,
+        "stream": on,
+        "CUDAGraph": FakeGraph,
+        "graph": capture,
+        "graph_pool_handle": lambda: "pool",
+        "device": lambda device: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: False,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    FakeGraph.made.clear()
+    return log
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return internvit.InternViT(CONFIG, dtype=dtype).eval()
+
+
+def graphed(network):
+    return OptimizedInternViT(network, pack=False, cuda_graph=True).eval()
+
+
+def test_replays_give_each_inputs_own_features(fake_cuda):
+    network = model()
+    fast, plain = graphed(network), OptimizedInternViT(network, pack=False).eval()
+    images = [torch.randn(2, 3, 56, 56) for _ in range(4)]
+    results = [fast(x, output_hidden_states=True) for x in images]
+    assert len(FakeGraph.made) == 1
+    assert FakeGraph.made[0].replays == 4
+    for x, result in zip(images, results, strict=True):
+        expected = plain(x, output_hidden_states=True)
+        assert torch.equal(result.last_hidden_state, expected.last_hidden_state)
+        assert len(result.hidden_states) == 3
+        for a, b in zip(result.hidden_states, expected.hidden_states, strict=True):
+            assert torch.equal(a, b)
+    assert "CUDA graph" in repr(fast)
+
+
+def test_warm_up_is_on_a_side_stream_before_the_capture(fake_cuda):
+    runs = []
+    graphs = GraphedFunction()
+
+    def run(x):
+        runs.append(len(fake_cuda))
+        return (x * 2,)
+
+    x = torch.randn(3)
+    assert torch.equal(graphs(run, x)[0], x * 2)
+    assert fake_cuda == [
+        "side waits for current",
+        "on side",
+        "off side",
+        "current waits for side",
+        "capture in pool",
+    ]
+    assert len(runs) == WARM_UPS + 1
+    assert torch.equal(graphs(run, x + 1)[0], (x + 1) * 2)
+    assert len(runs) == WARM_UPS + 1, "a replay runs no Python"
+
+
+def test_one_graph_per_shape_dtype_backend_and_autocast_and_no_more_than_the_limit(fake_cuda):
+    graphs = GraphedFunction(limit=3)
+    run = lambda x: (x + 1,)  # noqa: E731
+    for shape in ((1, 2), (2, 2), (3, 2), (1, 2), (4, 2)):  # (2, 2) is the one unused for longest
+        graphs(run, torch.zeros(shape))
+    assert len(graphs) == 3
+    assert [bool(g.ops) for g in FakeGraph.made] == [True, False, True, True]
+    graphs(run, torch.zeros(1, 2))
+    assert len(FakeGraph.made) == 4
+    graphs(run, torch.zeros(1, 2, dtype=torch.float64))
+    graphs(run, torch.zeros(1, 2), variant="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        graphs(run, torch.zeros(1, 2))
+    assert len(FakeGraph.made) == 7
+    fast = graphed(model())
+    pixels = torch.randn(1, 3, 56, 56)
+    before = len(FakeGraph.made)
+    for name in ("auto", "reference", "auto"):
+        with internvit.ops.backend(name):
+            fast(pixels)
+    fast(pixels, output_hidden_states=True)
+    assert len(FakeGraph.made) == before + 3
+
+
+def test_undo_frees_the_graphs_and_changed_weights_are_refused(fake_cuda):
+    network = model()
+    fast, pixels = graphed(network), torch.randn(1, 3, 56, 56)
+    with torch.inference_mode():
+        fast(pixels)
+    fast(pixels)  # the graph made in inference mode serves outside it
+    assert len(FakeGraph.made) == 1
+    with torch.no_grad():
+        network.encoder.layers[0].ls1.mul_(2)
+    with pytest.raises(RuntimeError, match="the weights have changed"):
+        fast(pixels)
+    assert fast.undo() is network
+    assert not FakeGraph.made[0].ops
+    assert len(fast._graphs) == 0
+
+
+def test_no_graph_inside_a_capture_nor_of_nothing(fake_cuda, monkeypatch):
+    fast = graphed(model())
+    assert fast(torch.randn(0, 3, 56, 56)).last_hidden_state.shape == (0, 17, 64)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    fast(torch.randn(1, 3, 56, 56))
+    assert not FakeGraph.made
+
+
+def test_models_that_cannot_be_captured():
+    with pytest.raises(ValueError, match=r"cuda_graph=True needs a model on a CUDA device, got cpu; move the model"):
+        internvit.optimize_for_inference(model(), cuda_graph=True)
+
+
+def test_hooks_are_refused(monkeypatch):
+    hooked = model()
+    hooked.encoder.layers[1].mlp.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(internvit.InternViT, "device", torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"cuda_graph=True cannot take layers \[1\]: their hooks"):
+        internvit.optimize_for_inference(hooked, cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_a_gpu(dtype):
+    network = model(dtype).cuda()
+    plain = internvit.optimize_for_inference(network)
+    fast = internvit.optimize_for_inference(network, cuda_graph=True)
+    held = torch.cuda.memory_allocated()
+    for batch in (1, 2, 1, 3):
+        pixels = torch.randn(batch, 3, 56, 56, device="cuda", dtype=dtype)
+        assert torch.equal(fast(pixels).last_hidden_state, plain(pixels).last_hidden_state)
+    del pixels
+    fast.undo()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() <= held + 2**20

@@ -1,0 +1,126 @@
+"""`optimize_for_inference`: the same features, the same state_dict, the model untouched."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import internvit
+from internvit.inference.optimize import OptimizedInternViT, fold_layer_scale
+from internvit.numerics import relative_error
+
+VARIANTS = ("internvit-300m-448px", "internvit-6b-448px-v2.5")
+
+
+def small_model(variant: str, dtype: torch.dtype, seed: int) -> internvit.InternViT:
+    config = internvit.InternViTConfig.from_name(variant).replace(
+        num_hidden_layers=3, hidden_size=256, intermediate_size=512, num_attention_heads=4, image_size=112, name=None
+    )
+    torch.manual_seed(seed)
+    model = internvit.InternViT(config, dtype=dtype).eval()
+    for layer in model.encoder.layers:
+        for parameter in (layer.ls1, layer.ls2, layer.norm1.weight, layer.norm2.weight):
+            parameter.data.copy_(1 + 0.3 * torch.randn(256))
+    return model
+
+
+def truth_of(model: internvit.InternViT, pixels: torch.Tensor) -> torch.Tensor:
+    truth = internvit.reference.InternViT(model.config).double().eval()
+    truth.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        return truth(pixels.double()).last_hidden_state
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_features_are_as_exact_as_the_models(variant: str, dtype: torch.dtype, pack: bool, seed: int) -> None:
+    model = small_model(variant, dtype, seed)
+    pixels = torch.randn(2, 3, 112, 112).to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    optimized = internvit.optimize_for_inference(model, pack=pack)
+    output = optimized(pixels, output_hidden_states=True)
+    with torch.no_grad():
+        plain = model(pixels, output_hidden_states=True)
+    truth = truth_of(model, pixels)
+    allowed = 1.1 * relative_error(plain.last_hidden_state, truth) + torch.finfo(dtype).eps / 4
+    assert relative_error(output.last_hidden_state, truth) < allowed
+    assert len(output.hidden_states) == len(plain.hidden_states)
+    assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])
+    assert list(optimized.state_dict()) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in optimized.state_dict().items())
+    assert optimized.undo() is model
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_an_image_has_the_same_bits_alone_and_in_a_batch(batch: int, onednn: bool, monkeypatch) -> None:
+    if not onednn:  # the library's own tiles, where the machine has them
+        monkeypatch.setattr("internvit.inference.optimize._onednn_packs", lambda: False)
+    optimized = internvit.optimize_for_inference(small_model(VARIANTS[0], torch.bfloat16, 0))
+    pixels = torch.randn(batch, 3, 112, 112, dtype=torch.bfloat16)
+    tokens = optimized.model.embeddings(pixels)
+    together = optimized(pixel_embeds=tokens).last_hidden_state
+    assert torch.equal(together[:1], optimized(pixel_embeds=tokens[:1]).last_hidden_state)
+    assert relative_error(together, truth_of(optimized.model, pixels)) < 0.05
+
+
+def test_a_layer_with_a_hook_or_an_adapter_runs_as_it_is() -> None:
+    model = small_model(VARIANTS[0], torch.float32, 0)
+    pixels = torch.randn(1, 3, 112, 112)
+    seen = []
+    model.encoder.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    model.encoder.layers[2].mlp.fc1 = nn.Sequential(model.encoder.layers[2].mlp.fc1)
+    optimized = internvit.optimize_for_inference(model)
+    assert "1 of 3 layers folded" in repr(optimized)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(pixels).last_hidden_state, model(pixels).last_hidden_state)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_hooks_on_a_branch_run(part: str) -> None:
+    model, seen = small_model(VARIANTS[0], torch.float32, 0), []
+    getattr(model.encoder.layers[1], part).register_forward_hook(lambda *_: seen.append(1))
+    optimized = internvit.optimize_for_inference(model)
+    assert "2 of 3 layers folded" in repr(optimized)
+    optimized(torch.randn(1, 3, 112, 112))
+    assert seen == [1]
+
+
+def test_changed_weights_and_wrong_arguments_are_clear_errors() -> None:
+    model = small_model(VARIANTS[0], torch.float32, 0)
+    optimized = internvit.optimize_for_inference(model)
+    with torch.no_grad():
+        model.encoder.layers[1].ls1.mul_(2)
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        optimized(torch.randn(1, 3, 112, 112))
+    with pytest.raises(ValueError, match="must be an InternViT, got Linear"):
+        internvit.optimize_for_inference(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="eval mode"):
+        internvit.optimize_for_inference(model.train())
+
+
+def test_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = small_model(VARIANTS[0], torch.bfloat16, 0)
+        pixels = torch.randn(1, 3, 112, 112)
+        optimized = internvit.optimize_for_inference(model)
+        assert relative_error(optimized(pixels).last_hidden_state, model(pixels).last_hidden_state) < 0.02
+
+
+def test_float16_refuses_what_would_leave_its_normal_range() -> None:
+    weight, bias = torch.full((4, 4), 0.01, dtype=torch.float16), torch.ones(4, dtype=torch.float16)
+    assert fold_layer_scale(weight, bias, torch.full((4,), 1e-3)) is None
+    assert fold_layer_scale(weight, bias, torch.full((4,), 1e7)) is None
+    folded = fold_layer_scale(weight, bias, torch.full((4,), 0.5))
+    assert folded is not None
+    assert torch.equal(folded[0], weight / 2)
+    model = small_model(VARIANTS[0], torch.float16, 0)
+    model.encoder.layers[0].ls1.data.fill_(1e-4)
+    optimized = internvit.optimize_for_inference(model)
+    assert isinstance(optimized, OptimizedInternViT)
+    pixels = torch.randn(1, 3, 112, 112).half()
+    truth = truth_of(model, pixels)
+    assert relative_error(optimized(pixels).last_hidden_state, truth) < 2e-3

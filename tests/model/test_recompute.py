@@ -1,0 +1,255 @@
+"""What a block leaves for backward, counted by live storages, and that recipes change no bit of any gradient."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from internvit import InternViT
+from internvit.benchmarks.harness.memory import LiveStorages, saved_units
+from internvit.model import recompute
+from internvit.model.vit import InternViTLayer
+from tests.support.models import CONFIGS, images, random_weights
+
+blocks = pytest.mark.parametrize("name", ["300m-2-layers", "6b-2-layers"])
+
+
+def block(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[InternViTLayer, Tensor]:
+    config = CONFIGS[name]
+    layer = InternViTLayer(config, dtype=dtype)
+    random_weights(layer)
+    return layer, torch.randn(1, config.num_tokens, config.hidden_size, dtype=dtype).requires_grad_()
+
+
+@blocks
+def test_a_block_leaves_12_units(name, monkeypatch) -> None:
+    layer, x = block(name)
+    with_recipes = saved_units(layer, x)
+    monkeypatch.setattr("internvit.model.vit.recompute.scope", contextlib.nullcontext)
+    without = saved_units(layer, x)
+    print(f"{name}: {without:.2f} units without recipes, {with_recipes:.2f} with")
+    assert 17.9 < without < 18.2
+    assert with_recipes < 12.1
+
+
+def set_mode(layer: InternViTLayer, mode: str) -> None:
+    layer.selective_checkpointing = "selective" in mode
+    layer.fold_layer_scale = "folded" in mode
+
+
+@blocks
+def test_units_and_flops_of_each_mode(name) -> None:
+    """FLOPs: of the GEMMs and attention, backward over forward."""
+    layer, x = block(name)
+    bounds = {"none": (12.1, 2.1), "folded": (10.1, 2.1), "selective": (5.1, 2.8), "selective folded": (5.1, 2.8)}
+    if name.startswith("6b"):  # for time
+        bounds = {mode: bounds[mode] for mode in ("folded", "selective")}
+    for mode, (most_units, most_flops) in bounds.items():
+        set_mode(layer, mode)
+        units = saved_units(layer, x)
+        part = x if name.startswith("300m") else x[:, :257].detach().requires_grad_()
+        with FlopCounterMode(display=False) as forward:
+            y = layer(part)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+        flops = backward.get_total_flops() / forward.get_total_flops()
+        print(f"{name} {mode}: {units:.2f} units, backward {flops:.2f} times forward")
+        assert units < most_units
+        assert 2 < flops < most_flops
+
+
+@pytest.mark.parametrize("name", ["300m-2-layers", "tiny-rms_norm"])
+@pytest.mark.parametrize("folded", ["", " folded"])
+def test_selective_checkpointing_changes_no_bit(name, folded) -> None:
+    layer, x = block(name)
+    layer.drop_path_rate = 0.5
+    x = x[:, :65].detach().repeat(5, 1, 1).requires_grad_()
+    grad = torch.randn_like(x)
+
+    def run(mode: str) -> tuple[Tensor, ...]:
+        set_mode(layer, mode)
+        torch.manual_seed(11)
+        y = layer(x)
+        torch.rand(7)  # so that backward finds another state than forward
+        return y, *torch.autograd.grad(y, [x, *layer.parameters()], grad)
+
+    plain, selective = run("none" + folded), run("selective" + folded)
+    assert all(map(torch.equal, plain, selective))
+    torch.manual_seed(12)
+    assert not torch.equal(layer(x), plain[0]), "another seed drops other paths"
+
+
+@blocks
+def test_recipes_change_no_bit(name, monkeypatch) -> None:
+    layer, x = block(name)
+    x = x[:, :129].detach().requires_grad_()
+    grad = torch.randn_like(x)
+
+    def grads() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
+
+    with_recipes = grads()
+    monkeypatch.setattr("internvit.model.vit.recompute.scope", contextlib.nullcontext)
+    assert all(map(torch.equal, with_recipes, grads()))
+
+
+def tiny(layers: int = 3) -> tuple[InternViT, Tensor]:
+    model = InternViT(CONFIGS["tiny-rms_norm"].replace(num_hidden_layers=layers))
+    random_weights(model)
+    return model, images(model.config, 2)
+
+
+def model_grads(model: InternViT, pixels: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(model(pixels).last_hidden_state.square().mean(), list(model.parameters())))
+
+
+def test_recipes_cross_layer_boundaries_in_the_encoder(monkeypatch) -> None:
+    model, pixels = tiny()
+    rebuilt = []
+    run = recompute.Recipe.run
+    monkeypatch.setattr(recompute.Recipe, "run", lambda self, shape: rebuilt.append(1) or run(self, shape))
+    expected = model_grads(model, pixels)
+    assert len(rebuilt) == 3 * 3, "two norms and one GELU a layer"
+    monkeypatch.setattr("internvit.model.vit.recompute.scope", contextlib.nullcontext)
+    assert all(map(torch.equal, expected, model_grads(model, pixels)))
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "block"])
+def test_a_model_holds_what_its_blocks_leave(mode, monkeypatch) -> None:
+    """During forward too: a recipe inside a checkpoint would hold the pre-activation until the encoder is through."""
+    model, _ = tiny(6)
+    x = torch.randn(2, 257, model.config.hidden_size, requires_grad=True)
+    model.set_gradient_checkpointing(mode)
+    alive, run = [], InternViTLayer._mlp_branch
+
+    def counting(layer: InternViTLayer, normed: Tensor) -> tuple:
+        alive.append(live.bytes())
+        return run(layer, normed)
+
+    monkeypatch.setattr(InternViTLayer, "_mlp_branch", counting)
+    with LiveStorages(model) as live:
+        model(pixel_embeds=x)
+    a_layer = (alive[-1] - alive[1]) / (len(alive) - 2) / (x.numel() * x.element_size())
+    inner = model.config.intermediate_size / model.config.hidden_size
+    expected = {"none": 8 + inner, "selective": 5, "block": 1}[mode]
+    assert expected - 0.1 < a_layer < expected + 0.3, "lse and rstd are 0.1 of a unit at this width"
+
+
+def test_gradient_checkpointing_modes_and_bad_input() -> None:
+    model, pixels = tiny()
+    grads = {}
+    for mode in ("none", "selective", "block"):
+        model.set_gradient_checkpointing(mode)
+        assert model.encoder.gradient_checkpointing == (mode != "none")
+        grads[mode] = model_grads(model, pixels)
+        assert all(map(torch.equal, grads["none"], grads[mode])), mode
+    model.encoder.gradient_checkpointing = True  # as transformers does
+    assert not any(layer.selective_checkpointing for layer in model.encoder.layers)
+    with pytest.raises(ValueError, match="mode must be one of 'none', 'selective', 'block', got 'all'"):
+        model.set_gradient_checkpointing("all")
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "block"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_every_mode_compiles_whole(mode, folded) -> None:
+    model = InternViT(CONFIGS["tiny-rms_norm"].replace(drop_path_rate=0.6), fold_layer_scale=folded)
+    random_weights(model)
+    model.set_gradient_checkpointing(mode)
+    pixels = images(model.config, 3)
+
+    def grads(call: nn.Module) -> list[Tensor]:
+        torch.manual_seed(3)
+        return list(torch.autograd.grad(call(pixels).last_hidden_state.square().mean(), list(model.parameters())))
+
+    torch._dynamo.reset()
+    compiled = grads(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(compiled, grads(model), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
+
+
+@pytest.mark.parametrize("hooked", ["attn", "mlp", "attn.proj", "mlp.fc2", "norm1", "norm2", ""])
+def test_hooks_are_called_in_every_mode(hooked) -> None:
+    """And give the same bits; a hooked Linear is not folded, the other one is."""
+    model, pixels = tiny()
+    expected = model_grads(model, pixels)
+    calls = []
+    middle = model.encoder.layers[1]
+    middle.get_submodule(hooked).register_forward_hook(lambda *_: calls.append(1))
+    assert all(map(torch.equal, expected, model_grads(model, pixels)))
+    assert calls == [1]
+    model.set_gradient_checkpointing("selective")
+    assert all(map(torch.equal, expected, model_grads(model, pixels)))
+    assert len(calls) in (2, 3)  # twice where it is recomputed
+    model.set_layer_scale_folding(True)
+    for a, b in zip(model_grads(model, pixels), expected, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    assert len(calls) > 2
+
+
+def test_folding_leaves_adapters_and_eval_alone() -> None:
+    model, pixels = tiny()
+    with torch.no_grad():
+        plain = model(pixels).last_hidden_state
+    seen = []
+
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.shape)
+            return self.base(x)
+
+    keys = list(model.state_dict())
+    model.set_layer_scale_folding(True)
+    assert list(model.state_dict()) == keys
+    with torch.no_grad():
+        assert torch.equal(model(pixels).last_hidden_state, plain)
+    proj = model.encoder.layers[1].attn.proj
+    model.encoder.layers[1].attn.proj = Adapter(proj)
+    folded = model(pixels).last_hidden_state
+    assert len(seen) == 1
+    assert not torch.equal(folded, plain)
+    assert (folded - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_a_checkpoint_around_a_layer_is_left_alone() -> None:
+    layer, x = block("300m-2-layers")
+    x = x[:, :65].detach().requires_grad_()
+    expected = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    with LiveStorages(layer) as live:
+        y = checkpoint(layer, x, use_reentrant=False)
+    assert live.bytes() <= 1.1 * y.numel() * y.element_size(), "a checkpoint keeps its input alone"
+    assert all(map(torch.equal, expected, torch.autograd.grad(y.sum(), [x, *layer.parameters()])))
+
+
+def test_a_parameter_changed_between_forward_and_backward_is_an_error() -> None:
+    model, pixels = tiny()
+    loss = model(pixels).last_hidden_state.sum()
+    with torch.no_grad():
+        model.encoder.layers[0].norm2.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified"):
+        loss.backward()
+
+
+def test_frozen_and_no_grad() -> None:
+    model, pixels = tiny()
+    model.requires_grad_(False)
+    assert not model(pixels).last_hidden_state.requires_grad
+    model.encoder.layers[1].attn.proj.weight.requires_grad_()
+    model(pixels).last_hidden_state.sum().backward()
+    with torch.no_grad():
+        assert not recompute.active()
+        with recompute.scope():
+            assert not recompute.active()
+
+
+def test_retained_graphs_rebuild_twice() -> None:
+    model, pixels = tiny()
+    loss = model(pixels).last_hidden_state.square().mean()
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, list(model.parameters()))))

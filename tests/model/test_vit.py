@@ -1,0 +1,450 @@
+"""The fused model against the reference, transformers and timm, and everything a PyTorch user does with a module."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import internvit
+from internvit import InternViT, InternViTConfig
+from internvit.numerics import relative_error
+from tests.support.models import CONFIGS, images, random_weights, timm_judge, transformers_judge
+
+tiny = pytest.mark.parametrize("name", ["tiny-layer_norm", "tiny-rms_norm"])
+
+
+def pair(name: str, **changes) -> tuple[InternViT, internvit.reference.InternViT]:
+    config = CONFIGS[name].replace(**changes)
+    reference = internvit.reference.InternViT(config).eval()
+    random_weights(reference)
+    model = InternViT(config).eval()
+    model.load_state_dict(reference.state_dict())
+    return model, reference
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_agrees_with_transformers_in_float32_and_bfloat16(name) -> None:
+    """float32: relative error <= 1e-5. bfloat16: the error against float64 is at most 1.02 times theirs."""
+    model, reference = pair(name)
+    judge = transformers_judge(model.config, model.state_dict())
+    pixels = images(model.config, 1 if model.config.num_tokens > 1000 else 4).bfloat16()
+    with torch.no_grad():
+        ours = model(pixels, output_hidden_states=True)
+        theirs = judge(pixels, output_hidden_states=True)
+        assert relative_error(ours.last_hidden_state, theirs.last_hidden_state) <= 1e-5
+        for a, b in zip(ours.hidden_states[:-1], theirs.hidden_states[:-1], strict=True):
+            assert relative_error(a, b) <= 1e-5
+        assert relative_error(reference(pixels).last_hidden_state, theirs.last_hidden_state) <= 1e-5
+
+        judge.bfloat16()
+        model.bfloat16()
+        reference.load_state_dict(model.state_dict())
+        truth = reference.double()(pixels.double()).last_hidden_state
+        allowed = relative_error(judge(pixels).last_hidden_state, truth)
+        for rounding in ("fused", "reference"):
+            model.set_rounding(rounding)
+            error = relative_error(model(pixels).last_hidden_state, truth)
+            print(f"{name} {rounding}: {error / allowed:.3f} of transformers' error {allowed:.2e}")
+            assert error <= 1.02 * allowed
+
+
+def test_float32_agrees_with_timm() -> None:
+    model, _ = pair("300m-2-layers")
+    judge = timm_judge(model.config, model.state_dict())
+    pixels = images(model.config, 1)
+    with torch.no_grad():
+        assert relative_error(model(pixels).last_hidden_state, judge.forward_features(pixels)) <= 1e-5
+
+
+@tiny
+@pytest.mark.parametrize("training", [False, True])
+def test_outputs_and_gradients_of_the_reference(name, training) -> None:
+    model, reference = pair(name, drop_path_rate=0.4)
+    pixels = images(model.config, 3)
+    results = []
+    for m in (model, reference):
+        m.train(training)
+        torch.manual_seed(5)
+        out = m(pixels, output_hidden_states=True, output_attentions=True)
+        out.last_hidden_state.square().mean().backward()
+        results.append((out, {n: p.grad for n, p in m.named_parameters()}))
+    (ours, our_grads), (theirs, their_grads) = results
+    assert ours.pooler_output.shape == (3, model.config.hidden_size)
+    for a, b in zip((*ours.hidden_states, *ours.attentions), (*theirs.hidden_states, *theirs.attentions), strict=True):
+        assert relative_error(a, b) < 1e-5
+    assert our_grads.keys() == their_grads.keys()
+    for n, grad in our_grads.items():
+        assert relative_error(grad, their_grads[n]) < 1e-4, n
+
+
+@tiny
+def test_a_tuple_and_hidden_states(name) -> None:
+    model, _ = pair(name)
+    pixels = images(model.config, 2)
+    out = model(pixels)
+    assert out.hidden_states is out.attentions is None
+    assert torch.equal(out.pooler_output, out.last_hidden_state[:, 0])
+    last, pooled, hidden = model(pixels, output_hidden_states=True, return_dict=False)
+    assert len(hidden) == model.config.num_hidden_layers + 1
+    assert torch.equal(hidden[-1], last)
+    assert torch.equal(model(pixel_embeds=hidden[0]).last_hidden_state, last)
+    assert torch.equal(pooled, out.pooler_output)
+
+
+@tiny
+def test_layers_called_alone_hooked_or_threaded_give_the_same_bits(name) -> None:
+    model, _ = pair(name)
+    model.bfloat16()
+    pixels = images(model.config, 2)
+    expected = model(pixels, output_hidden_states=True).hidden_states
+    x = expected[0]
+    for layer, wanted in zip(model.encoder.layers, expected[1:], strict=True):
+        x = layer(x)
+        assert torch.equal(x, wanted)
+    seen = []
+    middle = model.encoder.layers[1]
+    for module in (middle, middle.norm1, middle.norm2, middle.attn.proj, middle.mlp.fc1):
+        handle = module.register_forward_hook(lambda m, args, out: seen.append(type(m).__name__))
+        assert torch.equal(model(pixels).last_hidden_state, expected[-1])
+        handle.remove()
+    assert seen == ["InternViTLayer", *[type(middle.norm1).__name__] * 2, "Linear", "Linear"]
+
+
+@pytest.mark.parametrize("name", ["300m-2-layers", "6b-2-layers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_image_has_the_same_features_alone_and_in_any_batch(name, dtype) -> None:
+    small = name.startswith("300m")
+    model = InternViT(CONFIGS[name].replace(num_hidden_layers=1), dtype=dtype).eval()
+    random_weights(model)
+    for size in (224, 336, 448, 504) if small else (224,):  # 257, 577, 1025 and 1297 tokens
+        pixels = torch.randn(8 if small else 3, 3, size, size)
+        with torch.no_grad():
+            alone = model(pixels[:1]).last_hidden_state
+            for batch in (2, 3, 4, 8) if small else (2, 3):
+                assert torch.equal(model(pixels[:batch]).last_hidden_state[:1], alone), (size, batch)
+
+
+def test_a_replaced_linear_falls_back_for_its_layer_alone() -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.base(x) + 1
+
+    model, reference = pair("tiny-rms_norm")
+    pixels = images(model.config, 1)
+    adapters = []
+    for m in (model, reference):
+        layer = m.encoder.layers[1]
+        layer.mlp.fc1, layer.attn.qkv = Adapter(layer.mlp.fc1), Adapter(layer.attn.qkv)
+        adapters.append(layer.mlp.fc1)
+    assert relative_error(model(pixels).last_hidden_state, reference(pixels).last_hidden_state) < 1e-5
+    assert [a.calls for a in adapters] == [1, 1]
+
+
+@tiny
+def test_gradient_checkpointing(name, monkeypatch) -> None:
+    model, _ = pair(name, drop_path_rate=0.4)
+    pixels = images(model.config, 2)
+    calls = []
+    monkeypatch.setattr("internvit.model.vit.checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+
+    def grads() -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(9)
+        model(pixels).last_hidden_state.square().mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    model.train()
+    plain = grads()
+    model.gradient_checkpointing_enable()
+    assert all(map(torch.equal, grads(), plain))
+    assert len(calls) == model.config.num_hidden_layers
+    model.eval()
+    grads()
+    model.train()
+    with torch.no_grad():
+        model(pixels)
+    assert len(calls) == model.config.num_hidden_layers
+    model.gradient_checkpointing_disable()
+    grads()
+    assert len(calls) == model.config.num_hidden_layers
+
+
+def overflowing(name: str) -> tuple[InternViT, internvit.reference.InternViT]:
+    """float16 weights with which one channel of the residual stream passes 65504, and the same in float64."""
+    model, reference = pair(name)
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            layer.mlp.fc2.bias[7] = 60000.0
+            layer.ls2[7] = 0.8
+    model.half()
+    reference.load_state_dict(model.state_dict())
+    return model, reference.double()
+
+
+def other_channels(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[..., :7], x[..., 8:]], -1)
+
+
+@tiny
+def test_float16_with_a_float32_residual_stream(name) -> None:
+    model, reference = overflowing(name)
+    pixels = images(model.config, 2).half()
+    truth = reference(pixels.double(), output_hidden_states=True).hidden_states
+    assert truth[-1].abs().max() > 65504
+    with torch.no_grad():
+        assert not model(pixels).last_hidden_state.isfinite().all()
+        model.residual_dtype = torch.float32
+        out = model(pixels, output_hidden_states=True)
+        assert {h.dtype for h in (*out.hidden_states, out.last_hidden_state, out.pooler_output)} == {torch.float32}
+        for ours, expected in zip(out.hidden_states, truth, strict=True):
+            assert relative_error(ours, expected) < 1e-3
+            assert relative_error(other_channels(ours), other_channels(expected)) < 5e-3
+        x = out.hidden_states[0]
+        for layer, expected in zip(model.encoder.layers, out.hidden_states[1:], strict=True):
+            x = layer(x)
+            assert torch.equal(x, expected), "a layer alone gives the same bits"
+        fast = internvit.optimize_for_inference(model)(pixels).last_hidden_state
+        assert fast.dtype == torch.float32
+        assert relative_error(other_channels(fast), other_channels(truth[-1])) < 5e-3
+    backbone = internvit.InternViTBackbone.from_model(model, out_indices=(0, 2))
+    for m, expected in zip(backbone(pixels), (truth[1], truth[3]), strict=True):
+        assert m.dtype == torch.float32
+        assert relative_error(m.flatten(2).transpose(1, 2), expected[:, 1:]) < 1e-3
+    config = model.config.replace(num_hidden_layers=4)
+    pyramid = InternViT(config, dtype=torch.float16, residual_dtype=torch.float32)
+    levels = internvit.InternViTBackbone.from_model(pyramid, out_indices=(0, 1, 2, 3), fpn=True)(pixels)
+    assert {level.dtype for level in levels} == {torch.float32}
+    half = internvit.InternViTBackbone(config, (0, 1, 2, 3), fpn=True, dtype=torch.float16, out_dtype=torch.float32)
+    half.encoder.residual_dtype = torch.float32
+    assert all(level.isfinite().all() and level.dtype == torch.float32 for level in half(pixels))
+    assert model.half().residual_dtype == torch.float32
+    assert copy.deepcopy(model)(pixels).last_hidden_state.isfinite().all()
+
+
+def test_a_float32_residual_stream_beside_packed_bfloat16_weights() -> None:
+    """Where kernels add the residual in their epilogue they take bfloat16 alone: the op after it adds a float32 one."""
+    model, reference = pair("tiny-layer_norm")
+    model.bfloat16()
+    reference.load_state_dict(model.state_dict())
+    pixels = images(model.config, 2).bfloat16()
+    truth = reference.double()(pixels.double()).last_hidden_state
+    errors = []
+    for dtype in (None, torch.float32):
+        model.residual_dtype = dtype
+        out = internvit.optimize_for_inference(model)(pixels).last_hidden_state
+        assert out.dtype == (dtype or torch.bfloat16)
+        errors.append(relative_error(out, truth))
+    assert errors[1] < errors[0]
+
+
+@tiny
+@pytest.mark.parametrize("mode", ["none", "selective", "block"])
+def test_gradients_with_a_float32_residual_stream(name, mode) -> None:
+    model, reference = overflowing(name)
+    model.residual_dtype = torch.float32
+    model.train().set_gradient_checkpointing(mode)
+    pixels = images(model.config, 2).half()
+    grads = []
+    for m in (model, reference):
+        out = m(pixels.to(next(m.parameters()).dtype)).last_hidden_state
+        torch.tanh(other_channels(out)).square().mean().mul(256).backward()
+        grads.append({n: p.grad.double() for n, p in m.named_parameters()})
+    for n, grad in grads[0].items():
+        assert grad.isfinite().all(), n
+        # A gradient that is zero but for rounding, as that of k's bias, is measured against the others.
+        scale = max(grads[1][n].norm(), 1e-3 * max(g.norm() for g in grads[1].values()))
+        assert (grad - grads[1][n]).norm() < 0.03 * scale, n
+
+
+def test_residual_dtype_is_kept_out_of_everything_else(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"residual_dtype: expected torch.float32 or None .* got torch.float16"):
+        InternViT(CONFIGS["tiny-rms_norm"], residual_dtype=torch.float16)
+    model = InternViT(
+        CONFIGS["tiny-rms_norm"], dtype=torch.float16, residual_dtype=torch.float32, fold_layer_scale=True
+    )
+    model.save_pretrained(tmp_path)
+    assert InternViT.from_pretrained(tmp_path).residual_dtype is None
+    loaded = InternViT.from_pretrained(tmp_path, residual_dtype=torch.float32, fold_layer_scale=True)
+    assert loaded.residual_dtype == torch.float32
+    assert loaded.dtype == torch.float16
+    assert all(layer.fold_layer_scale for layer in loaded.encoder.layers)
+    with pytest.raises(ValueError, match="leaves float16's normal range"):
+        loaded(images(model.config, 1).half())
+    wide = InternViT(CONFIGS["tiny-rms_norm"]).eval()
+    pixels = images(model.config, 1)
+    expected = wide(pixels).last_hidden_state
+    wide.residual_dtype = torch.float32
+    assert torch.equal(wide(pixels).last_hidden_state, expected), "nothing changes for float32 weights"
+
+
+def test_position_embedding_of_any_grid_follows_the_parameter() -> None:
+    model, reference = pair("tiny-layer_norm")
+    pixels = torch.randn(1, 3, 70, 98)
+    with torch.no_grad():
+        first = model(pixels).last_hidden_state
+        assert relative_error(first, reference(pixels).last_hidden_state) < 1e-5
+        for parameters in (model, reference):
+            parameters.embeddings.position_embedding.mul_(2)
+        assert not torch.equal(model(pixels).last_hidden_state, first)
+        for parameters in (model, reference):  # as EMA and weight synchronisation do: no version counts it
+            parameters.embeddings.position_embedding.data.mul_(1.5)
+        assert relative_error(model(pixels).last_hidden_state, reference(pixels).last_hidden_state) < 1e-5
+        assert model.bfloat16().embeddings.position_embedding_for((5, 7)).dtype == torch.bfloat16
+    with torch.inference_mode():
+        model(pixels)
+    assert model(pixels).last_hidden_state.requires_grad
+    model(pixels).last_hidden_state.sum().backward()
+    assert model.embeddings.position_embedding.grad.any()
+
+
+def test_resize_pos_embeddings() -> None:
+    model, reference = pair("tiny-layer_norm")
+    pixels = torch.randn(1, 3, 84, 84)
+    expected = reference(pixels).last_hidden_state
+    model.resize_pos_embeddings(56, 84, 14)
+    assert model.config.image_size == model.embeddings.config.image_size == 84
+    assert model.embeddings.position_embedding.shape == (1, 37, 96)
+    assert relative_error(model(pixels).last_hidden_state, expected) < 1e-5
+    for arguments, message in (
+        ((56, 98, 14), "old_size must be this model's 84, got 56"),
+        ((84, 98, 16), "patch_size must be this model's 14, got 16"),
+        ((84, 90, 14), "image_size must be one or two positive multiples of patch_size=14, got 90"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.resize_pos_embeddings(*arguments)
+
+
+@tiny
+def test_compile_whole_inference_and_training(name) -> None:
+    torch._dynamo.reset()
+    model, _ = pair(name, num_hidden_layers=2)
+    pixels = images(model.config, 2)
+    eager = model(pixels).last_hidden_state
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        assert relative_error(compiled(pixels).last_hidden_state, eager) < 1e-5
+    grads = torch.autograd.grad(eager.square().sum(), list(model.parameters()))
+    out = compiled(pixels).last_hidden_state
+    for a, b in zip(torch.autograd.grad(out.square().sum(), list(model.parameters())), grads, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+@tiny
+def test_export(name) -> None:
+    model, _ = pair(name)
+    pixels = images(model.config, 2)
+    with torch.no_grad():
+        program = torch.export.export(model, (pixels,))
+        # A traced graph runs a batch's Linears at once, eager an image at a time: other blocking, other last bits.
+        assert relative_error(program.module()(pixels).last_hidden_state, model(pixels).last_hidden_state) < 1e-6
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        buffer.seek(0)
+        again = torch.export.load(buffer).module()(pixels)
+        assert torch.equal(again.last_hidden_state, program.module()(pixels).last_hidden_state)
+
+
+@tiny
+def test_copies(name) -> None:
+    model, _ = pair(name)
+    pixels = torch.randn(1, 3, 70, 70)
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(pixels).last_hidden_state, expected)
+
+
+def test_the_meta_device_holds_the_largest_model() -> None:
+    config = InternViTConfig.from_name("internvit-6b-448px-v2.5")
+    model = InternViT(config, device="meta", dtype=torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == config.num_parameters() == 5_536_496_000
+    out = model(torch.empty(2, 3, 448, 448, device="meta"))
+    assert out.last_hidden_state.shape == (2, 1025, 3200)
+    assert out.last_hidden_state.dtype == torch.bfloat16
+
+
+def test_pixels_are_cast_to_the_weights() -> None:
+    model, _ = pair("tiny-rms_norm")
+    model.bfloat16()
+    pixels = images(model.config, 1)
+    assert torch.equal(model(pixels).last_hidden_state, model(pixels.bfloat16()).last_hidden_state)
+
+
+@tiny
+def test_autocast_trains(name) -> None:
+    model, reference = pair(name)
+    pixels = images(model.config, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(pixels).last_hidden_state
+    out.float().square().mean().backward()
+    assert relative_error(out, reference(pixels).last_hidden_state) < 0.02
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert relative_error(model(pixels).last_hidden_state, out) < 0.02
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_attention_maps_are_the_references() -> None:
+    model, reference = pair("tiny-rms_norm")
+    pixels = images(model.config, 1)
+    ours, theirs = (m(pixels, output_attentions=True).attentions for m in (model, reference))
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give pixel_values or pixel_embeds, got neither"),
+        (dict(pixel_values=torch.ones(1, 3, 56, 56), pixel_embeds=torch.ones(1, 17, 96)), "got both"),
+        (dict(pixel_values=torch.ones(1, 4, 56, 56)), r"expected \[batch, 3, height, width\], got \[1, 4, 56, 56\]"),
+        (dict(pixel_values=torch.ones(3, 56, 56)), r"expected \[batch, 3, height, width\], got \[3, 56, 56\]"),
+        (dict(pixel_values=torch.ones(1, 3, 57, 56)), "multiples of patch_size=14, got 57x56; resize to 56x56"),
+        (dict(pixel_embeds=torch.ones(1, 17, 95)), r"pixel_embeds: expected \[batch, tokens, 96\], got \[1, 17, 95\]"),
+    ],
+)
+def test_bad_input(arguments, message) -> None:
+    for model in pair("tiny-layer_norm")[:1]:
+        with pytest.raises(ValueError, match=message):
+            model(**arguments)
+
+
+def test_bad_construction() -> None:
+    with pytest.raises(ValueError, match="config must be an InternViTConfig, got dict"):
+        InternViT({})
+    with pytest.raises(ValueError, match="rounding must be one of 'fused', 'reference', got 'exact'"):
+        InternViT(CONFIGS["tiny-rms_norm"], rounding="exact")
+    with pytest.raises(ValueError, match="static' never resizes"):
+        InternViT(CONFIGS["tiny-rms_norm"].replace(pos_embed_mode="static"))(torch.ones(1, 3, 70, 70))
+
+
+def test_training_follows_the_reference_for_20_steps() -> None:
+    model, reference = pair("tiny-rms_norm", drop_path_rate=0.2)
+    losses = []
+    pixels, target = images(model.config, 4), torch.randn(4, model.config.hidden_size)
+    for m in (model, reference):
+        m.train()
+        torch.manual_seed(11)
+        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3)
+        history = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = F.mse_loss(m(pixels).last_hidden_state.mean(1), target)
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        losses.append(history)
+    assert losses[0][-1] < 0.7 * losses[0][0]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=0)
+    for (n, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert relative_error(a, b) < 1e-2, n

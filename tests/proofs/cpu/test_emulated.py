@@ -1,0 +1,52 @@
+"""The AMX unit where there is no AMX: every test of a unit and of an op, on emulated tiles, in a process of its own."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from internvit.ops.backends import native
+from tests.proofs.cpu import emulated
+from tests.support.building import ROOT
+
+MISSING = native.missing("internvit_cpu")
+UNITS = "" if MISSING else torch.ops.internvit_cpu.instruction_sets()
+pytestmark = [
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+    pytest.mark.skipif("avx512_bf16" not in UNITS, reason=f"needs AVX512-BF16 besides tiles; this machine has {UNITS}"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulated")
+    emulated.build(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tests/proofs/cpu/test_units.py", "-k", emulated.UNIT),
+        ("tests/ops/test_every_op.py", "-k", "cpu and attention"),
+    ],
+    ids=["units", "attention"],
+)
+def test_amx_unit(folder, arguments: tuple[str, ...], request) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.proofs.cpu.emulated",
+        str(folder),
+        "-q",
+        "--seed",
+        str(request.config.option.seed),
+    ]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout
+    assert int(passed[1]) > 40
+    assert "skipped" not in done.stdout

@@ -1,0 +1,91 @@
+"""Compiles csrc/cuda for the host, bindings and bodies: raw ops `internvit_cuda_host` on CPU tensors.
+
+    python -m tests.proofs.cuda.host LIBRARY [PYTEST ARGUMENTS]    any tests, with those ops as backend `cuda` on CPU
+
+`tests/proofs/native/cuda/cuda_host.h` gives g++ the names that nvcc knows and runs a block's threads as fibers; the
+sources are the very files that nvcc compiles.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from internvit.ops.backends import cuda
+from internvit.ops.core import select as backends
+from tests.support import ROOT
+
+SOURCES = ROOT / "csrc" / "cuda"
+HARNESS = ROOT / "tests" / "native" / "cuda"
+UNITS = ("float32", "bfloat16", "bfloat16_float32", "float16", "float16_float32")
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas"]  # `#pragma unroll` is nvcc's
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DINTERNVIT_CUDA_HOST", *WARNINGS]
+
+
+def compile_objects(folder: Path, sources: list[Path], *extra: str, root: Path = SOURCES) -> list[str]:
+    """Object files of `sources`, two compilers at a time; raises with the compiler's message."""
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        command = [
+            "c++",
+            *FLAGS,
+            *extra,
+            f"-I{root}",
+            f"-I{HARNESS}",
+            "-x",
+            "c++",
+            "-c",
+            str(source),
+            "-o",
+            str(target),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def units(root: Path = SOURCES) -> list[Path]:
+    return [root / f"unit_{name}.cu" for name in UNITS]
+
+
+def build_library(folder: Path) -> Path:
+    """The raw ops as a library for `torch.ops.load_library`."""
+    from torch.utils import cpp_extension
+
+    torch_flags = [
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        *(f"-isystem{p}" for p in cpp_extension.include_paths()),
+    ]
+    names = ["-DINTERNVIT_LIBRARY=internvit_cuda_host", "-DINTERNVIT_DEVICE_KEY=CPU"]
+    objects = compile_objects(folder, [*units(), HARNESS / "cuda_host.cpp"], "-O2")
+    objects += compile_objects(folder, [SOURCES / "bindings.cpp"], "-O1", *torch_flags, *names)
+    libraries = [f"-L{p}" for p in cpp_extension.library_paths()]
+    library = folder / "internvit_cuda_host.so"
+    link = ["c++", "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o", str(library)]
+    subprocess.run(link, check=True)
+    return library
+
+
+def as_backend(library: Path) -> backends.Backend:
+    """Backend `cuda` as it is, but for where its library comes from and the tensors it takes."""
+    torch.ops.load_library(str(library))
+    raw = torch.ops.internvit_cuda_host
+    return dataclasses.replace(
+        backends.BACKENDS["cuda"],
+        find=backends.with_linear_gelu("cuda", lambda op: getattr(raw, op, None) or getattr(cuda, op, None)),
+        missing=lambda: None,
+        rejects=backends._only(("cpu",), (torch.float32, torch.bfloat16, torch.float16)),
+    )
+
+
+if __name__ == "__main__":
+    backends.BACKENDS["cuda"] = as_backend(Path(sys.argv[1]))
+    sys.exit(pytest.main(sys.argv[2:]))

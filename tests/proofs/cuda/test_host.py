@@ -1,0 +1,202 @@
+"""The bodies that nvcc compiles, run on the host through their own bindings: the op tests, and what is theirs alone."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from internvit import ops
+from internvit.numerics import relative_error, sample
+from tests.proofs.cuda import host
+
+KINDS = ("rms_norm", "layer_norm")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture
+def run_op_tests(host_library, pytestconfig) -> Callable[..., None]:
+    """Runs op tests with the host's ops as backend `cuda`, on this run's random data."""
+
+    def run(*arguments: str) -> None:
+        command = [sys.executable, "-m", "tests.proofs.cuda.host", str(host_library), "-q", *arguments]
+        command += ["--seed", str(pytestconfig.option.seed)]
+        done = subprocess.run(command, cwd=host.ROOT, capture_output=True, text=True, timeout=1500)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert " passed" in done.stdout
+        assert "skipped" not in done.stdout
+
+    return run
+
+
+def test_what_every_op_owes(run_op_tests) -> None:
+    run_op_tests("tests/ops/test_every_op.py", "-k", "cuda and not attention")
+
+
+FEW_ROWS = "cuda and not 257x and not 1025x and not true_width"
+
+
+def test_the_contract_on_few_rows(run_op_tests) -> None:
+    files = ("rms_norm", "layer_norm", "layer_scale_residual", "qk_norm", "linear_gelu")
+    run_op_tests(*(f"tests/ops/test_{name}.py" for name in files), "-k", FEW_ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_op_test(run_op_tests) -> None:
+    run_op_tests("tests/ops", "-k", "cuda")
+
+
+def seam(kind: str, x: dict) -> tuple:
+    return ops.layer_scale_residual_norm(**x, kind=kind, backend="cuda")
+
+
+def seam_arguments(shape: tuple, kind: str, dtype: torch.dtype, generator, residual_dtype=None) -> dict:
+    def vector():
+        return sample(shape[-1:], "normal", dtype, generator)
+
+    return dict(
+        residual=sample(shape, "massive", residual_dtype or dtype, generator),
+        branch=sample(shape, "normal", dtype, generator),
+        gamma=vector(),
+        row_scale=torch.tensor([1.25, 0.0]),
+        weight=vector(),
+        bias=vector() if kind == "layer_norm" else None,
+    )
+
+
+def with_gradients(function, x: dict, grads: list) -> list:
+    leaves = {n: t if t is None or n == "row_scale" else t.detach().requires_grad_() for n, t in x.items()}
+    outs = function(leaves)
+    wanted = [t for t in leaves.values() if t is not None and t.requires_grad]
+    return [
+        *(o.detach() for o in outs),
+        *torch.autograd.grad(outs, wanted, [g.to(o) for g, o in zip(grads, outs, strict=True)]),
+    ]
+
+
+def seam_truth(kind: str, x: dict, grads: list) -> tuple[list, list]:
+    """What `with_gradients` of `seam` gives, in float64, and the size of each: the largest element, or of the sums over
+    rows the root of their terms' squares, which is what the terms' own roundings add up to where a sum cancels."""
+    images = x["row_scale"].double().view(-1, 1, 1)
+    shape, given = x["residual"].shape, {n: t.double() for n, t in x.items() if t is not None and n != "row_scale"}
+    leaves = {n: t.expand(shape).clone().requires_grad_() for n, t in given.items()}
+    out = leaves["residual"] + images * leaves["gamma"] * leaves["branch"]
+    centred = out - out.mean(-1, keepdim=True) if kind == "layer_norm" else out
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6) * leaves["weight"]
+    normed = normed + leaves["bias"] if kind == "layer_norm" else normed
+    terms = torch.autograd.grad((out, normed), list(leaves.values()), [g.double() for g in grads])
+    truth, sizes = [out.detach(), normed.detach()], [out.abs().max().item(), normed.abs().max().item()]
+    for t, is_sum in zip(terms, [t.dim() == 1 for t in given.values()], strict=True):
+        truth.append(t.sum((0, 1)) if is_sum else t)
+        sizes.append((t.square().sum((0, 1)).sqrt() if is_sum else t.abs()).max().item())
+    return truth, sizes
+
+
+@pytest.mark.parametrize("channels", [1, 7, 33, 40, 136, 500, 1025, 1152, 2056, 8192])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_width(on_host, kind, channels, generator) -> None:
+    """Each layout of the launch rule, rows that do not fill a block, and a backward that walks over several tiles."""
+    for dtype, residual_dtype in ((torch.bfloat16, None), (torch.float16, torch.float32), (torch.float32, None)):
+        shape = (2, 13 if channels < 1100 else 3, channels)
+        x = seam_arguments(shape, kind, dtype, generator, residual_dtype)
+        grads = [sample(shape, "normal", dtype, generator) for _ in range(2)]
+        actual = with_gradients(lambda x: seam(kind, x), x, grads)
+        eps = torch.finfo(dtype).eps
+        for a, t, size in zip(actual, *seam_truth(kind, x, grads), strict=True):
+            # Of one channel LayerNorm is 0 but for rounding.
+            assert ((a.double() - t).abs().max().item() < 4 * eps * size) or channels == 1
+
+
+@dtypes
+@pytest.mark.parametrize("channels", [40, 1024, 3200])
+def test_misaligned_tensors_have_the_same_bits(on_host, dtype, channels, generator) -> None:
+    """A slice that starts off 16 bytes takes the scalar path, in the same layout and order."""
+    x, residual, grad = (sample((5, channels), "normal", dtype, generator) for _ in range(3))
+    weight, gamma = (sample((channels,), "normal", dtype, generator) for _ in range(2))
+
+    def shifted(t):
+        room = torch.empty(*t.shape[:-1], t.shape[-1] + 3, dtype=t.dtype)
+        room[..., 1:-2] = t
+        return room[..., 1:-2]
+
+    def run(x, residual, weight, gamma, grad):
+        inputs = {
+            "residual": residual,
+            "branch": x,
+            "gamma": gamma,
+            "row_scale": None,
+            "weight": weight,
+            "bias": weight,
+        }
+        norm = with_gradients(lambda i: (ops.rms_norm(i["x"], i["w"], backend="cuda"),), {"x": x, "w": weight}, [grad])
+        return [*norm, *with_gradients(lambda i: seam("layer_norm", i), inputs, [grad, grad])]
+
+    aligned = run(x, residual, weight, gamma, grad)
+    moved = run(*map(shifted, (x, residual, weight, gamma, grad)))
+    for a, b in zip(aligned, moved, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gelu_of_any_size_and_alignment(on_host, generator) -> None:
+    """Element by element: of few elements each may be one of the far tail, or beside the zero of the slope."""
+    raw, float32 = torch.ops.internvit_cuda_host, torch.finfo(torch.float32)
+    for dtype in DTYPES:
+        finfo = torch.finfo(dtype)
+        for size in (1, 7, 8, 4099):
+            z, grad = (3 * sample((size + 1,), "normal", dtype, generator) for _ in range(2))
+            for start in (0, 1):
+                part, g = z[start : start + size], grad[start : start + size]
+                wide, slope = part.double(), g.double()
+                cdf = torch.special.erfc(-wide * 0.5**0.5) / 2  # F.gelu's (1 + erf) / 2 has no digits below -8
+                density = (-wide.square() / 2).exp() / (2 * torch.pi) ** 0.5
+                # The rounding of the argument of erfc and of exp2 counts z^2 times, those of the rest 4 times at
+                # most (0.6 of it measured); below the smallest normal number a rounding is no smaller.
+                arithmetic = float32.eps * (wide.square() + 4)
+                sizes = cdf.clamp_min(float32.tiny), wide.abs() * density.clamp_min(float32.tiny)
+                for actual, truth, terms in (
+                    (raw.gelu(part), wide * cdf, wide.abs() * sizes[0]),
+                    (raw.gelu_backward(g, part), slope * (cdf + wide * density), slope.abs() * sum(sizes)),
+                ):
+                    rounding = finfo.eps * truth.abs().clamp_min(finfo.tiny) / 2
+                    assert ((actual.double() - truth).abs() <= arithmetic * terms + rounding).all()
+
+
+def test_parameters_in_another_dtype(on_host, generator) -> None:
+    x = sample((3, 40), "normal", torch.bfloat16, generator)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        weight = sample((40,), "normal", dtype, generator).requires_grad_()
+        y = ops.rms_norm(x, weight, backend="cuda")
+        expected = ops.rms_norm(x, weight, backend="reference")
+        assert relative_error(y, expected.double()) < 2e-3
+        (grad,) = torch.autograd.grad(y.float().sum(), weight)
+        assert grad.dtype == dtype
+
+
+def ones(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype)
+
+
+HALF = torch.bfloat16
+BAD = {
+    "x must be float32": lambda r: r.rms_norm(ones(2, 8, dtype=torch.int32), ones(8), 1e-6, "fused"),
+    "x must have 1 to 8192 channels": lambda r: r.rms_norm(ones(1, 8200), ones(8200), 1e-6, "fused"),
+    "weight must have 8 elements, got 7": lambda r: r.rms_norm(ones(2, 8), ones(7), 1e-6, "fused"),
+    "bias must have 8 elements, got 9": lambda r: r.layer_norm(ones(2, 8), ones(8), ones(9), 1e-6),
+    "residual must have 2 rows of 8": lambda r: r.layer_scale_residual(ones(3, 8), ones(2, 8), None, None),
+    "residual must be": lambda r: r.layer_scale_residual(ones(2, 8, dtype=HALF), ones(2, 8), None, None),
+    "row_scale must have 2 elements": lambda r: r.layer_scale_residual(ones(2, 8), ones(2, 8), None, ones(3)),
+    "rstd must have 2 elements": lambda r: r.rms_norm_backward(ones(2, 8), ones(2, 8), ones(8), ones(3), [True] * 2),
+    "grad_y must be": lambda r: r.rms_norm_backward(ones(2, 8, dtype=HALF), ones(2, 8), ones(8), ones(2), [True] * 2),
+    "k must have 6 rows of 16": lambda r: r.qk_norm_stats(ones(2, 3, 2, 8), ones(2, 4, 2, 8), 1e-6),
+    "q_weight must have 16": lambda r: r.qk_norm(*[ones(2, 3, 2, 8)] * 2, ones(8), ones(16), 1e-6, "fused"),
+    "grad_y must have 16 elements": lambda r: r.gelu_backward(ones(2, 7), ones(2, 8)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_validation_let_through_names_the_argument(on_host, message) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        BAD[message](torch.ops.internvit_cuda_host)

@@ -1,0 +1,130 @@
+"""The built library on a machine without a GPU: it loads, registers its ops, and graphs keep backend `cuda`."""
+
+import importlib.util
+import inspect
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import internvit
+from internvit.ops import layer_norm, layer_scale_residual_norm, linear_gelu, qk_norm_attention, rms_norm
+from internvit.ops.core import select as backends
+from internvit.ops.core.select import REFERENCE
+from tests.proofs.cuda.static_profile import LIBRARY
+
+NAMES = (
+    "rms_norm",
+    "layer_norm",
+    "layer_scale_residual",
+    "layer_scale_residual_norm",
+    "qk_norm_stats",
+    "qk_norm",
+    "gelu",
+)
+OPS = [op for name in NAMES for op in (name, f"{name}_backward")]
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("nvcc") is None and not LIBRARY.exists(), reason="needs nvcc: internvit_cuda is not built without it"
+)
+
+
+def test_it_loads_without_a_device_and_asks_for_none() -> None:
+    code = """
+import torch
+def refuse(*args): raise AssertionError("a device was asked for")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_properties = refuse
+from internvit.ops.backends import native
+assert native.missing("internvit_cuda") is None, native.missing("internvit_cuda")
+assert not torch.cuda.is_initialized()
+print(sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "internvit_cuda" in name))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert eval(done.stdout) == sorted(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_each_op_has_the_references_arguments(op) -> None:
+    raw = backends.BACKENDS["cuda"].find(op)
+    schema = raw.default._schema
+    assert len(schema.arguments) == len(inspect.signature(REFERENCE[op]).parameters)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "CUDA")
+
+
+def test_it_needs_nothing_that_torch_does_not_bring() -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf (binutils)")
+    told = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    needed = {line.split("[")[1].rstrip("]") for line in told.splitlines() if "NEEDED" in line}
+    system = ("libstdc++", "libm.", "libgcc_s", "libc.", "libpthread", "libdl", "librt", "ld-linux")
+    mine = {n for n in needed if not n.startswith(system)}
+    assert all(n.startswith(("libtorch_cuda", "libtorch_cpu", "libc10", "libtorch", "libcudart")) for n in mine), mine
+    assert "RUNPATH" not in told
+
+
+class Seam(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(48, device="cuda", dtype=torch.bfloat16))
+        self.fc = torch.nn.Linear(48, 96, device="cuda", dtype=torch.bfloat16)
+
+    def forward(self, x, branch):
+        x, normed = layer_scale_residual_norm(x, branch, self.weight, None, self.weight)
+        qkv = torch.stack([normed.unflatten(-1, (3, 16))] * 3, 2)
+        out = qk_norm_attention(qkv, None, None, self.weight, self.weight).flatten(2)
+        out = rms_norm(out, self.weight) + layer_norm(x, self.weight)
+        return linear_gelu(out, self.fc.weight, self.fc.bias)
+
+
+def backends_in(graph):
+    return {n.args[-1] for n in graph.nodes if "internvit" in str(n.target)}
+
+
+def test_fake_cuda_tensors_forward_export_and_compile() -> None:
+    graphs = []
+
+    def keep(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    with FakeTensorMode(), torch.no_grad(), internvit.backend("cuda"):
+        x = torch.empty(2, 17, 48, device="cuda", dtype=torch.bfloat16)
+        module = Seam()
+        y = module(x, x)
+        assert (y.shape, y.dtype, y.device.type) == ((2, 17, 96), torch.bfloat16, "cuda")
+        assert backends_in(torch.export.export(module, (x, x)).graph) == {"cuda"}
+        torch._dynamo.reset()
+        torch.compile(module, fullgraph=True, backend=keep)(x, x)
+    assert [backends_in(g.graph) for g in graphs] == [{"cuda"}]
+
+
+def test_without_triton_auto_takes_it(monkeypatch) -> None:
+    import dataclasses
+
+    absent = dataclasses.replace(backends.BACKENDS["triton"], missing=lambda: "not here")
+    monkeypatch.setitem(backends.BACKENDS, "triton", absent)
+    backends._resolve_once.cache_clear()
+    with FakeTensorMode():
+        x = torch.empty(2, 17, 2, 8, device="cuda", dtype=torch.bfloat16)
+        for op in ("rms_norm", "qk_norm", "attention", "linear_gelu"):
+            assert backends.resolve(op, x, head_dim=8) == "cuda"
+        assert backends.resolve("attention", x, head_dim=8, folded=True) == "reference"
+    backends._resolve_once.cache_clear()
+
+
+def test_flash_attn_is_used_where_it_takes_the_tensors(monkeypatch) -> None:
+    import dataclasses
+
+    from internvit.ops.backends import cuda
+
+    assert importlib.util.find_spec("flash_attn") is not None or cuda._attention_backend(torch.ones(1)) == "sdpa"
+    present = dataclasses.replace(backends.BACKENDS["flash"], missing=lambda: None)
+    monkeypatch.setitem(backends.BACKENDS, "flash", present)
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 2, 8, device="cuda", dtype=torch.bfloat16)
+        assert cuda._attention_backend(q) == "flash"
+        assert cuda._attention_backend(q.float()) == "sdpa"

@@ -1,0 +1,85 @@
+"""nvcc compiled every kernel for every architecture, without spills, within the budget, with 16-byte accesses."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from tests.proofs.cuda.static_profile import (
+    ARCHITECTURES,
+    BUDGET,
+    LIBRARY,
+    LIMITS,
+    SOURCES,
+    key,
+    profile,
+    toolkit,
+    unique,
+)
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("nvcc") is None and not LIBRARY.exists(), reason="needs nvcc: internvit_cuda is not built without it"
+)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def rows(request):
+    assert LIBRARY.exists(), "nvcc is here but internvit_cuda is not: its build failed; `make setup` says why"
+    return unique(profile(request.param))
+
+
+def test_the_library_is_that_of_the_sources() -> None:
+    newest = max((p for p in SOURCES.glob("cuda/*")), key=lambda p: p.stat().st_mtime)
+    assert LIBRARY.stat().st_mtime > newest.stat().st_mtime, f"{newest.name} is newer than the library: make setup"
+
+
+def test_every_instantiation_is_there(rows) -> None:
+    """Three vector counts for five pairs of dtypes: forward aligned and scalar; backward twice aligned, once scalar."""
+    listed = re.findall(r"INTERNVIT_VECTORS_\d+_BIT\(X\) (.*)", (SOURCES / "cuda/launch.h").read_text())
+    ladders = [len(re.findall(r"X\(\d+\)", line)) for line in listed]  # 16 bit, 32 bit
+    row_kernels = 4 * ladders[0] + ladders[1]
+    count = {
+        "norm_kernel": 2 * row_kernels,
+        "norm_backward_kernel": 3 * row_kernels,
+        "sum_partials_kernel": 2 * 3,
+        "qk_norm_stats_backward_kernel": 2 * 3,
+        "gelu_kernel": 2 * 3,
+    }
+    assert {k: sum(r["kernel"] == k for r in rows) for k in count} == count
+    assert len(rows) == sum(count.values())
+
+
+def test_within_budget(rows) -> None:
+    committed = json.loads(BUDGET.read_text())
+    same = committed["nvcc"] == toolkit()  # another nvcc allocates registers its own way
+    failures = []
+    for row in rows:
+        if row["spills"] or row["stack_bytes"]:
+            failures.append(f"{key(row)}: {row['spills']} bytes spilled, {row['stack_bytes']} bytes of stack")
+        allowed = committed["rows"].get(key(row))
+        if allowed is None:
+            failures.append(f"{key(row)}: has no budget; run python -m tests.proofs.cuda.static_profile --update")
+        elif same:
+            over = [f"{k} {row[k]} > {allowed[k]}" for k in LIMITS if row[k] > allowed[k]]
+            if row["global_16_byte"] < allowed["global_16_byte"]:
+                over.append(f"16-byte accesses {row['global_16_byte']} < {allowed['global_16_byte']}")
+            failures += [f"{key(row)}: {', '.join(over)}"] if over else []
+    assert not failures, "\n".join(failures)
+
+
+def test_hot_loops_move_16_bytes(rows) -> None:
+    """Where an aligned kernel still loads, only statistics and row scales are narrower; a scalar one moves elements.
+
+    After its last load a block of backward writes its one row of sums; ptxas splits some of these stores.
+    """
+    streams = {"norm_kernel": 5, "norm_backward_kernel": 6, "qk_norm_stats_backward_kernel": 3}
+    for row in rows:
+        if "scalar" in row["config"]:
+            assert row["global_16_byte"] == 0, key(row)
+            continue
+        vectors = int(re.search(r"vectors=(\d+)", row["config"] + " vectors=1").group(1))
+        assert row["global_16_byte"] >= streams.get(row["kernel"], 1) * vectors, key(row)
+        if row["kernel"] != "gelu_kernel":  # its last vector may not be whole and has a path of its own
+            narrow = row["narrow_until_last_load"]
+            assert narrow <= 3, f"{key(row)}: {narrow} narrow global accesses"

@@ -1,0 +1,141 @@
+"""The CUDA bodies without torch: guard pages, sanitizers, any order of threads, and planted bugs that must be seen."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.proofs.cuda import host
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler (c++)")
+
+ORDERS = ("ascending", "descending", "shuffled")
+ONE_UNIT = ("-O1", "-DINTERNVIT_ONE_UNIT")
+DRIVER = [host.HARNESS / "cuda_host.cpp", host.HARNESS / "driver.cpp"]
+
+
+def link(folder: Path, objects: list[str], *flags: str) -> Path:
+    subprocess.run(["c++", *flags, *objects, "-o", str(folder / "driver")], check=True)
+    return folder / "driver"
+
+
+def build(folder: Path, sources: list[Path], *flags: str) -> Path:
+    return link(folder, host.compile_objects(folder, sources, *flags), *flags)
+
+
+def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([str(driver), *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("plain"), [*host.units(), *DRIVER], "-O2")
+
+
+def test_guard_pages_and_any_order_of_threads(plain) -> None:
+    first = run(plain, ORDERS[0])
+    assert first.returncode == 0, first.stdout[-500:]
+    assert first.stdout.count("\n") > 400
+    for order in ORDERS[1:]:
+        other = run(plain, order)
+        assert other.returncode == 0, other.stdout[-500:]
+        assert other.stdout == first.stdout, f"{order}: other bits"
+
+
+def test_a_planted_row_too_many_hits_the_guard(plain) -> None:
+    assert run(plain, "ascending", "bounds").returncode < 0
+
+
+def test_sanitizers(tmp_path) -> None:
+    flags = (*ONE_UNIT, "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    driver = build(tmp_path, [host.SOURCES / "unit_bfloat16.cu", *DRIVER], *flags)
+    done = run(driver, "shuffled")
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
+
+
+BUGS = {
+    "missing barrier in the row sum": (
+        "rows.cuh",
+        "  __syncthreads();\n#pragma unroll\n  for (int n = 0; n < N; ++n) x[n] = 0.0f;",
+        "#pragma unroll\n  for (int n = 0; n < N; ++n) x[n] = 0.0f;",
+        "shared memory",
+    ),
+    "one buffer for every row of a persistent block": (
+        "norm_backward.cuh",
+        "sum_over_row(mean_of, group_sums, turn)",
+        "sum_over_row(mean_of, group_sums, 0)",
+        "shared memory that another thread read since the last barrier",
+    ),
+    "missing barrier between sums of a block": (
+        "norm_backward.cuh",
+        "  if (last > 0) __syncthreads();",
+        "",
+        "shared memory",
+    ),
+    "missing barrier in the final sum": (
+        "norm_backward.cuh",
+        "  __syncthreads();\n  if (threadIdx.y > 0) return;",
+        "  if (threadIdx.y > 0) return;",
+        "shared memory",
+    ),
+    "wrong shuffle mask": (
+        "rows.cuh",
+        "__shfl_xor_sync(0xffffffffu, x[n], offset)",
+        "__shfl_xor_sync(0xffffu, x[n], offset)",
+        "mask",
+    ),
+    "a lane that leaves before the others shuffle": (
+        "norm.cuh",
+        "  if (!p.rstd) return;",
+        "  if (!p.rstd || !active) return;",
+        "has ended",
+    ),
+    "a barrier that not all threads reach": (
+        "rows.cuh",
+        "  __syncthreads();\n#pragma unroll\n  for (int n = 0; n < N; ++n) x[n] = 0.0f;",
+        "  if (threadIdx.x >= 16) __syncthreads();\n#pragma unroll\n  for (int n = 0; n < N; ++n) x[n] = 0.0f;",
+        "",
+    ),
+    "off by one in the last vector": (
+        "rows.cuh",
+        "count(channels - c < W ? channels - c : W)",
+        "count(channels - c < W - 1 ? channels - c : W)",
+        "",
+    ),
+    "off by one in the rows": (
+        "norm.cuh",
+        "const bool active = row < p.rows;",
+        "const bool active = row <= p.rows;",
+        "",
+    ),
+    "a group too few in the sum": (
+        "rows.cuh",
+        "for (int g = 0; g < groups; ++g)",
+        "for (int g = 0; g < groups - 1; ++g)",
+        "off by",
+    ),
+    "a partial row too few": ("norm_backward.cuh", "program < p.programs;", "program < p.programs - 1;", "off by"),
+    "the first pivot's mean only": ("norm.cuh", "s.rest = centred[0] / float(channels);", "s.rest = 0.0f;", "off by"),
+}
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory) -> list[str]:
+    """What no planted bug touches, compiled once."""
+    return host.compile_objects(tmp_path_factory.mktemp("harness"), DRIVER, *ONE_UNIT)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(bug, tmp_path, harness) -> None:
+    file, right, wrong, message = BUGS[bug]
+    copy = tmp_path / "cuda"
+    shutil.copytree(host.SOURCES, copy)
+    text = (copy / file).read_text()
+    assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {file}"
+    (copy / file).write_text(text.replace(right, wrong))
+    unit = host.compile_objects(tmp_path, [copy / "unit_bfloat16.cu"], *ONE_UNIT, root=copy)
+    driver = link(tmp_path, [*unit, *harness])
+    done = run(driver, "shuffled")
+    assert done.returncode != 0, "the driver saw nothing"
+    assert message in done.stdout

@@ -1,0 +1,310 @@
+"""Counts the bytes that kernels move, load by load and store by store, in Triton's interpreter.
+
+    TRITON_INTERPRET=1 python -m tests.proofs.triton.interpreted.byte_count [--update]
+
+prints, per op, the bytes of activations (tensors with a row per token) over the floor, those of parameters and partial
+rows, and what eager PyTorch's sequence of ops and Liger's kernels (extra `bench`) move for the same result; for
+attention also how often each tile choice reads K, V, Q and grad_out again. `--update` writes the counts to
+tests/proofs/triton/bytes.json, which the tests hold the kernels to, and the table of them into docs/lower-bounds.md.
+"""
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+from internvit.kernels.attention import backward as attention_backward
+from internvit.kernels.attention import forward as attention
+from internvit.kernels.attention.config import AttentionLaunch
+from internvit.ops.core.select import REFERENCE
+from tests.proofs.triton.interpreted.harness import Memory, run
+from tests.support import ROOT, interpreter
+
+BUDGET = ROOT / "tests/proofs/triton/bytes.json"
+DOC = ROOT / "docs/lower-bounds.md"
+START, END = "<!-- bytes: python -m tests.proofs.triton.interpreted.byte_count --update -->", "<!-- end of bytes -->"
+ROWS = 24
+COLUMNS = ("activations", "parameters and partials", "eager", "Liger")
+
+
+class Moved:
+    """Addresses of what was moved, and the bytes of each."""
+
+    def __init__(self) -> None:
+        self.moves: list[tuple[np.ndarray, int]] = []
+
+    def total(self) -> int:
+        return sum(len(addresses) * size for addresses, size in self.moves)
+
+    def within(self, tensors: list[Tensor]) -> int:
+        found = 0
+        for start in {(t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes()) for t in tensors}:
+            found += sum(int(((a >= start[0]) & (a < start[1])).sum()) * size for a, size in self.moves)
+        return found
+
+
+@contextmanager
+def counting() -> Iterator[Moved]:
+    """Inside, what interpreted kernels load and store is counted."""
+    moved = Moved()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def count(ptrs: Any, mask: Any) -> None:
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        addresses, mask = np.broadcast_arrays(ptrs.data, mask.data)
+        moved.moves.append((addresses[mask.astype(bool)].astype(np.int64), size))
+
+    def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        count(ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def counted_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        count(ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
+    try:
+        yield moved
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+
+
+class EagerBytes(TorchDispatchMode):
+    """Bytes of the activations that each aten op reads and writes; views move nothing."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.bytes = elements, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.name():
+            read = () if "zeros" in func.name() else (args, kwargs)  # zeros_like reads a shape alone
+            tensors = [t for t in torch.utils._pytree.tree_leaves((read, out)) if isinstance(t, Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors if t.numel() >= self.elements)
+        return out
+
+
+def cases(C: int) -> dict[str, tuple[int, Callable[[Memory], tuple]]]:
+    """op -> (activations in the floor, its arguments)."""
+    heads, head_dim = (25, 128) if C == 3200 else (16, 64)
+
+    def x(memory: Memory) -> Tensor:
+        return memory.place(torch.randn(1, ROWS, C).bfloat16())
+
+    def w(memory: Memory) -> Tensor:
+        return memory.place(torch.randn(C).bfloat16())
+
+    def stat(memory: Memory) -> Tensor:
+        return memory.place(torch.rand(1, ROWS))
+
+    def h(memory: Memory) -> Tensor:
+        return x(memory).view(1, ROWS, heads, head_dim)
+
+    scale = torch.ones(1)
+    return {
+        "rms_norm": (2, lambda m: (x(m), w(m), 1e-6, "fused")),
+        "rms_norm_backward": (3, lambda m: (x(m), x(m), w(m), stat(m), (True, True))),
+        "layer_norm": (2, lambda m: (x(m), w(m), w(m), 1e-6)),
+        "layer_norm_backward": (3, lambda m: (x(m), x(m), w(m), stat(m), stat(m), (True,) * 3)),
+        "layer_scale_residual": (3, lambda m: (x(m), x(m), w(m), scale)),
+        "layer_scale_residual_backward": (3, lambda m: (x(m), x(m), w(m), scale, torch.bfloat16, (True, True))),
+        "layer_scale_residual_norm": (
+            4,
+            lambda m: (x(m), x(m), w(m), scale, w(m), None, 1e-6, "rms_norm", "fused"),
+        ),
+        "layer_scale_residual_norm_backward": (
+            6,
+            lambda m: (
+                *(x(m) for _ in range(4)),
+                w(m),
+                scale,
+                w(m),
+                stat(m),
+                stat(m),
+                "rms_norm",
+                (True,) * 4 + (False,),
+            ),
+        ),
+        "qk_norm_stats": (2, lambda m: (h(m), h(m), 1e-6)),
+        "qk_norm_stats_backward": (6, lambda m: (stat(m), stat(m), h(m), h(m), stat(m), stat(m), h(m), h(m))),
+        "qk_norm": (4, lambda m: (h(m), h(m), w(m), w(m), 1e-6, "fused")),
+        "qk_norm_backward": (6, lambda m: (*(h(m) for _ in range(4)), w(m), w(m), stat(m), stat(m), (True,) * 4)),
+        "gelu": (2, lambda m: (x(m),)),
+        "gelu_backward": (3, lambda m: (x(m), x(m))),
+    }
+
+
+class Scalar(float):
+    """A kernel's float argument, which is a plain float in the interpreter and a tensor on a GPU."""
+
+    def to(self, dtype: Any) -> float:
+        return float(self)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Liger takes rsqrt from libdevice, which the interpreter does not have; what the interpreter itself asks of torch
+    is no op of Liger's."""
+    from liger_kernel.ops import layer_norm, rms_norm
+
+    execute = GridExecutor.__call__
+
+    def unseen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return execute(self, *args, **kwargs)
+
+    def rsqrt(x: Any) -> Any:
+        return tl.rsqrt(x)  # looked up at the call: the interpreter replaces it at each launch
+
+    with (
+        mock.patch.object(GridExecutor, "__call__", unseen),
+        mock.patch.object(rms_norm, "rsqrt", rsqrt),
+        mock.patch.object(layer_norm, "rsqrt", rsqrt),
+    ):
+        yield
+
+
+def liger(op: str, memory: Memory, args: tuple) -> Callable[[], Any] | None:
+    """Liger's kernel for the same result, where it has one and is installed."""
+    if op.removesuffix("_backward") not in ("rms_norm", "layer_norm") or not importlib.util.find_spec("liger_kernel"):
+        return None
+    from liger_kernel.ops import layer_norm, rms_norm
+    from liger_kernel.ops.utils import calculate_settings
+
+    if op == "rms_norm":
+        return lambda: rms_norm.rms_norm_forward(args[0], args[1], Scalar(1e-6), Scalar(0), "llama", True)
+    if op == "layer_norm":
+        return lambda: layer_norm.layer_norm_forward(args[0], args[1], args[2], Scalar(1e-6))
+    grad_y, x, weight, *statistics = (t.view(-1) if isinstance(t, Tensor) and t.shape[-1] == ROWS else t for t in args)
+    x = x.view(ROWS, -1)
+    if op == "layer_norm_backward":
+        return lambda: layer_norm.layer_norm_backward(grad_y, x, weight, weight, *statistics[:2])
+    settings = calculate_settings(x.shape[1])
+    casting = rms_norm._CASTING_MODE_LLAMA.value
+    return lambda: rms_norm.rms_norm_backward(
+        grad_y, x, weight, statistics[0], Scalar(0), casting, *settings, False, True
+    )
+
+
+def measure(op: str, C: int) -> dict[str, float]:
+    """Bytes over the floor: activations, parameters and partial rows, eager's activations and Liger's."""
+    units, arguments = cases(C)[op]
+    floor = units * ROWS * C * 2
+    memory = Memory()
+    args = arguments(memory)
+    with counting() as moved:
+        run(memory, op, *args)
+    storages = [storage for storage, _ in memory.storages]
+    # a row per token: activations, and the statistics; partial rows [sums, programs, C] are float32 and no rows of x
+    tokens = [s for s, n in memory.storages if n == ROWS or (n == ROWS * C and s.dtype != torch.float32)]
+    activations, everything = moved.within(tokens), moved.total()
+    assert moved.within(storages) + 4 * ROWS * 8 >= everything, "some bytes are not in the buffers known"
+    eager = EagerBytes(ROWS * C)
+    with eager:
+        REFERENCE[op](*args)
+    row = {
+        "activations": activations / floor,
+        "parameters and partials": (everything - activations) / floor,
+        "eager": eager.bytes / floor,
+    }
+    theirs = liger(op, memory, args)
+    if theirs is not None:
+        memory.storages.clear()
+        torch_ops = EagerBytes(ROWS * C)
+        with memory.allocations(), counting() as moved, torch_ops, as_on_a_gpu():
+            kept = theirs()
+        given = [t for t in args if isinstance(t, Tensor) and t.numel() in (ROWS, ROWS * C)]
+        made = [t for t in torch.utils._pytree.tree_leaves(kept) if isinstance(t, Tensor)]
+        made = [t for t in made if t.numel() in (ROWS, ROWS * C)]
+        row["Liger"] = (moved.within(given + made) + torch_ops.bytes) / floor
+    return {name: round(value, 4) for name, value in row.items()}
+
+
+def measure_attention(tokens: int, rows: int = 128) -> dict[str, float]:
+    """Forward and backward with tiles of `rows` rows, one head of D = 64: how often each tensor is read or written."""
+    memory, choice = Memory(), AttentionLaunch(rows, 64, 4, 1)
+    q, k, v, grad_out, *grads = (memory.place(torch.randn(1, tokens, 1, 64).bfloat16()) for _ in range(7))
+    one = q.numel() * 2
+    with (
+        mock.patch.object(attention, "attention_launch", return_value=choice),
+        mock.patch.object(attention_backward, "attention_launch", return_value=choice),
+    ):
+        with counting() as forward:
+            out, lse = run(memory, "attention", q, k, v, 0.125, *[None] * 4)
+        with counting() as backward:
+            run(memory, "attention_backward", grad_out, q, k, v, out, lse, 0.125, *[None] * 4, *grads)
+    row = {
+        "forward, once each": forward.within([q, out]) / (2 * one),
+        "forward, K and V": forward.within([k, v]) / (2 * one),
+        "forward over its floor": forward.total() / (4 * one),
+        "backward, once each": backward.within([out, *grads]) / (4 * one),
+        "backward, Q": backward.within([q]) / one,
+        "backward, grad_out": backward.within([grad_out]) / one,
+        "backward, K and V": backward.within([k, v]) / (2 * one),
+        "backward over its floor": backward.total() / (8 * one),
+    }
+    return {name: round(value, 4) for name, value in row.items()}
+
+
+ATTENTION = ((257, 128), (1025, 64), (1025, 128), (1025, 256))
+
+
+def attention_name(tokens: int, rows: int) -> str:
+    return f"attention, {tokens} tokens, {rows} rows a tile"
+
+
+def measure_all() -> dict[str, dict[str, float]]:
+    rows = {f"{op}, C = {C}": measure(op, C) for C in (1024, 3200) for op in cases(C)}
+    return rows | {attention_name(*case): measure_attention(*case) for case in ATTENTION}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """The counts as Markdown."""
+    lines = [f"| op | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    attentions = {name: row for name, row in rows.items() if name.startswith("attention,")}
+    for name, row in rows.items():
+        if name not in attentions:
+            cells = [f"{row[c]:.3f}" if c in row else "" for c in COLUMNS]
+            op, _, channels = name.partition(",")
+            lines.append(f"| `{op}`,{channels} | {' | '.join(cells)} |")
+    names = list(next(iter(attentions.values())))
+    lines += ["", f"| tiles | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for name, row in attentions.items():
+        lines.append(f"| {name.removeprefix('attention, ')} | {' | '.join(f'{row[n]:.2f}' for n in names)} |")
+    return "\n".join(lines)
+
+
+def document(rows: dict[str, dict[str, float]]) -> str:
+    """docs/lower-bounds.md with the table of `rows` in its place."""
+    before, _, rest = DOC.read_text().partition(START)
+    return f"{before}{START}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.proofs.triton.interpreted.byte_count", description=__doc__)
+    parser.add_argument("--update", action="store_true", help="write the budget and the table in the documentation")
+    update = parser.parse_args().update
+    torch.manual_seed(0)
+    rows = measure_all()
+    print(table(rows))
+    if update and not any("Liger" in row for row in rows.values()):
+        parser.error("--update needs Liger's column: pip install --no-deps liger-kernel")
+    if update:
+        BUDGET.write_text(json.dumps(rows, indent=1) + "\n")
+        DOC.write_text(document(rows))
+
+
+if __name__ == "__main__":
+    interpreter.mend()
+    main()

@@ -1,0 +1,207 @@
+"""Cases, guarded memory and the comparison that all interpreter tests share."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from internvit import numerics
+from internvit.kernels.common.launch import INTERPRETER
+from internvit.kernels.common.rows import RowLaunch, persistent_programs
+from internvit.ops.core.select import REFERENCE, implementation
+
+GUARD = 64  # elements on either side of every buffer; 128 bytes keep 16-byte alignment
+DTYPES = ("float32", "bfloat16", "float16")
+STRIDES = ("contiguous", "packed", "sliced", "transposed")
+ROWS = (1, 3, 257, 1025)
+CHANNELS = (40, 384, 1024, 3200)
+
+
+def pairwise(factors: dict[str, tuple], allowed: Callable[[dict], bool], has: list[dict[str, Any]]) -> list[dict]:
+    """A short fixed table in which each allowed pair of values of any two factors meets that `has` lacks (greedy)."""
+    pairs = itertools.combinations(factors, 2)
+    wanted = [{a: x, b: y} for a, b in pairs for x in factors[a] for y in factors[b]]
+    table: list[dict[str, Any]] = []
+
+    def covers(case: dict[str, Any], pair: dict[str, Any]) -> bool:
+        return all(case.get(name, pair) == value for name, value in pair.items())
+
+    wanted = [p for p in wanted if not any(covers(case, p) for case in has)]
+    while wanted:
+        case = dict(wanted[0])
+        for name, values in factors.items():
+            if name not in case:
+                candidates = [{**case, name: v} for v in values if allowed({**case, name: v})]
+                case = max(candidates, key=lambda c: sum(covers(c, p) for p in wanted), default=case)
+        if len(case) == len(factors) and allowed(case):
+            table.append({name: case[name] for name in factors})
+            wanted = [p for p in wanted if not covers(case, p)]
+        else:
+            wanted.pop(0)
+    return table
+
+
+def parametrize(
+    full: tuple[str, ...], allowed: Callable[[dict], bool] = lambda case: True, **factors: tuple
+) -> Callable:
+    """Each pair of values of any two factors; as slow tests the product of the factors in `full`, the others in turns.
+
+    `allowed` says what every run has; pairs that take the interpreter too long for that are slow tests as well.
+    """
+    table = pairwise(factors, allowed, [])
+    long = pairwise(factors, lambda case: True, table)
+    others = [{k: v for k, v in case.items() if k not in full} for case in table]
+    rest = [
+        {**dict(zip(full, values, strict=True)), **others[i % len(others)]}
+        for i, values in enumerate(itertools.product(*(factors[name] for name in full)))
+    ]
+    slow = [*long, *(c for c in rest if c not in table and c not in long)]
+    cases = [pytest.param(c, id=_id(c)) for c in table]
+    cases += [pytest.param(c, id=_id(c), marks=pytest.mark.slow) for c in slow]
+    return pytest.mark.parametrize("case", cases)
+
+
+def fits(case: dict[str, Any]) -> bool:
+    """1025 rows of 3200 channels take the interpreter 3 to 6 s."""
+    rows, channels = case.get("rows", case.get("tokens", 1)), case.get("channels", 1)
+    return rows * channels < 2_000_000
+
+
+def _id(case: dict[str, Any]) -> str:
+    return "-".join(f"{k}:{v}" for k, v in case.items())
+
+
+def generator(case: dict[str, Any]) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(ord(c) * (i + 1) for i, c in enumerate(_id(case))))
+
+
+class Memory:
+    """Hands out buffers between guard bands of NaN and, at the end, knows whether a kernel wrote on a band."""
+
+    def __init__(self) -> None:
+        self.storages: list[tuple[Tensor, int]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = torch.Size(shape).numel()
+        floating = dtype.is_floating_point
+        storage = torch.full((count + 2 * GUARD,), float("nan") if floating else 0, dtype=dtype)
+        if floating:
+            self.storages.append((storage, count))
+        return storage[GUARD : GUARD + count].view(shape)
+
+    def place(self, x: Tensor, strides: str = "contiguous") -> Tensor:
+        """A copy of x [..., C] with the stride pattern asked for, inside guarded memory."""
+        if strides == "packed":  # the middle third of each row, as k in a packed qkv
+            wide = self.empty((*x.shape[:-1], 3, x.shape[-1]), x.dtype)
+            view = wide.select(-2, 1)
+        elif strides == "sliced" and x.dim() > 1:  # without the class token: no single row stride
+            longer = list(x.shape)
+            longer[-2] += 1
+            view = self.empty(tuple(longer), x.dtype).narrow(-2, 1, x.shape[-2])
+        elif strides == "transposed" and x.dim() > 1:
+            view = self.empty((*x.shape[:-2], x.shape[-1], x.shape[-2]), x.dtype).transpose(-1, -2)
+        else:
+            view = self.empty(tuple(x.shape), x.dtype)
+        return view.copy_(x)
+
+    def check_guards(self) -> None:
+        for storage, count in self.storages:
+            bands = torch.cat([storage[:GUARD], storage[GUARD + count :]])
+            assert bands.isnan().all(), f"a kernel wrote outside a buffer of {count} elements"
+
+    @contextlib.contextmanager
+    def allocations(self) -> Iterator[None]:
+        """Inside, what ops allocate is guarded and starts as NaN."""
+        new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+        def guarded_new_empty(t: Tensor, *shape: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+            if isinstance(shape[0], (tuple, list)):
+                shape = tuple(shape[0])
+            return self.empty(shape, dtype or t.dtype)
+
+        def guarded_empty_like(t: Tensor, **_: Any) -> Tensor:
+            return self.empty(tuple(t.shape), t.dtype)
+
+        torch.Tensor.new_empty, torch.empty_like = guarded_new_empty, guarded_empty_like  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del torch.Tensor.new_empty
+            torch.empty_like = empty_like
+        assert torch.Tensor.new_empty is new_empty
+
+
+def run(memory: Memory, op: str, *args: Any) -> tuple[Tensor, ...]:
+    """The op's kernels on guarded, poisoned memory."""
+    with memory.allocations():
+        outputs = implementation(op, "triton")(*args)
+    memory.check_guards()
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _as(dtype: torch.dtype, value: Any) -> Any:
+    return value.detach().to(dtype) if isinstance(value, Tensor) else dtype if isinstance(value, torch.dtype) else value
+
+
+def reference(op: str, dtype: torch.dtype, *args: Any) -> tuple[Tensor, ...]:
+    """The reference in `dtype` arithmetic of the same rounded inputs."""
+    outputs = REFERENCE[op](*(_as(dtype, a) for a in args))
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def agree(
+    kind: str,
+    names: str,
+    actual: tuple,
+    truth: tuple,
+    eager: tuple,
+    terms: Tensor | None = None,
+    roundings: float = 4,
+    addends: int = 1,
+    summed: dict[str, Tensor] | None = None,
+) -> None:
+    """Every output keeps the contract: 'norm' element by element, 'sum' in relative error (sums cancel).
+
+    `terms` and `roundings` are `numerics.norm_failures`'s. `addends` is how many numbers a float32 sum over rows adds
+    one after the other: each addition rounds, and n errors of random signs add up to about sqrt(n) of them, where
+    eager's pairwise sum has log2(n); at least 4, for of few channels that count eager's error may be nothing by luck.
+    `summed` has the terms [rows, C] of such a sum by its name: its additions round in proportion to their root sum of
+    squares, the size of a partial sum, and of three massive channels all may end near 0 (measured: 2.7 times nearer).
+    """
+    failures = []
+    for name, a, t, e in zip(names.split(), actual, truth, eager, strict=True):
+        if t is None or t.numel() == 0 or a.numel() == 0:
+            assert a.numel() == 0 or t is None or t.shape == a.shape, f"{name}: shape {a.shape}, expected {t.shape}"
+            continue
+        if kind == "norm" or a.dtype == torch.float32:
+            found = numerics.norm_failures(a, t, e, terms, roundings=roundings)
+            allowed = max(4.0, addends**0.5) * torch.finfo(torch.float32).eps
+            if summed and name in summed:
+                allowed *= max(1.0, (summed[name].norm() / t.norm().clamp_min(torch.finfo(t.dtype).tiny)).item())
+            if kind == "sum" and numerics.relative_error(a, t) <= allowed:
+                found = []
+        else:
+            found = numerics.product_failures(a, t, t.to(a.dtype))
+        failures += [f"{name}: {f}" for f in found]
+    assert not failures, "; ".join(failures)
+
+
+def addends(rows: int, channels: int) -> int:
+    """How many rows a program of the interpreter's target adds one after the other."""
+    choice = RowLaunch.rule(channels)
+    return -(-rows // (choice.rows * persistent_programs(rows, choice, INTERPRETER)))
+
+
+def check_statistics(actual: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> None:
+    """rstd within 4 eps of itself (0.5 for each of root, quotient and eps, the squares' sum; measured: 2.2), mean (if
+    any) within eps of its own size plus the row's spread (measured: 0.6)."""
+    eps = torch.finfo(torch.float32).eps
+    rstd = truth[-1]
+    assert ((actual[-1] - rstd).abs() <= 4 * eps * rstd).all()
+    if truth[0].numel() and len(truth) == 2:
+        mean = truth[0]
+        assert ((actual[0] - mean).abs() <= eps * (mean.abs() + 1 / rstd)).all()

@@ -1,0 +1,50 @@
+"""linear_gelu's kernels, forward and backward, against float64."""
+
+import pytest
+import torch
+
+from internvit import numerics
+from internvit.ops import linear_gelu
+from tests.proofs.triton.interpreted.harness import DTYPES, Memory, agree, generator, parametrize, reference, run
+
+
+@parametrize(
+    full=("rows", "channels", "dtype", "distribution", "strides"),
+    rows=(1, 3, 257),
+    channels=(40, 96, 384),
+    dtype=DTYPES,
+    distribution=("normal", "near_zero", "massive"),
+    strides=("contiguous", "packed", "transposed"),
+)
+def test_gelu(case):
+    g, memory = generator(case), Memory()
+    dtype = getattr(torch, case["dtype"])
+    shape = (case["rows"], case["channels"])
+    z = memory.place(numerics.sample(shape, case["distribution"], dtype, g), case["strides"])
+    grad = memory.place(numerics.sample(shape, "normal", dtype, g), case["strides"])
+    for op, inputs in (("gelu", (z,)), ("gelu_backward", (grad, z))):
+        actual = run(memory, op, *inputs)
+        truth, eager = (reference(op, d, *inputs) for d in (torch.float64, torch.float32))
+        agree("sum", op, actual, truth, eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_gelu(dtype):
+    g, memory, dtype = torch.Generator().manual_seed(5), Memory(), getattr(torch, dtype)
+    x, weight = (torch.randn(s, generator=g).to(dtype) for s in ((2, 9, 64), (96, 64)))
+    bias = torch.randn(96, generator=g).to(dtype)
+    y, pre_activation = run(memory, "linear_gelu", x, weight, bias)
+    assert torch.equal(pre_activation, torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(y, run(memory, "gelu", pre_activation)[0]), "recomputing must give the same bits"
+
+
+def test_gradients_and_no_rows():
+    g = torch.Generator().manual_seed(6)
+    for rows in (0, 5):
+        inputs = [torch.randn(s, generator=g) for s in ((rows, 16), (24, 16), (24,))]
+        results = []
+        for backend in ("triton", "reference"):
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            results.append(torch.autograd.grad(linear_gelu(*leaves, backend=backend).square().sum(), leaves))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,1 @@
+"""Upstream classes that no wheel carries, re-stated: their class, attribute and parameter names, their arithmetic."""
