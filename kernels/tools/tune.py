@@ -26,7 +26,7 @@ from internvit.kernels.attention.config import AttentionLaunch, attention_launch
 from internvit.kernels.common import rows
 from internvit.kernels.common.launch import Target, target_of, tuned_files
 from internvit.kernels.common.rows import RowLaunch, row_launch
-from internvit.ops.core.select import implementation
+from internvit.ops.backends.registry import implementation
 
 ROUNDS = 20
 DEVICE = "cuda"

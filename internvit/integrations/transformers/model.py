@@ -185,7 +185,7 @@ def attention_forward(
             **kwargs,
         )
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return attention(q, k, v, scaling), None
+    return attention(q, k, v, scale=scaling), None
 
 
 def register() -> None:
