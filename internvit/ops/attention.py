@@ -149,24 +149,15 @@ def attention_flops(q: tuple[int, ...], products: int) -> int:
     return products * 2 * batch * heads * tokens * tokens * head_dim
 
 
-def _validate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    rstd_q: Tensor | None,
-    rstd_k: Tensor | None,
-) -> None:
+def _validate(q: Tensor, k: Tensor, v: Tensor, scale: float, *qk_norm: Tensor | None) -> None:
     check.heads(OP, q=q, k=k, v=v)
-    given = {"q_weight": q_weight, "k_weight": k_weight, "rstd_q": rstd_q, "rstd_k": rstd_k}
+    given = dict(zip(QKNorm._fields, qk_norm, strict=True))
     absent = [name for name, t in given.items() if t is None]
     if 0 < len(absent) < 4:
-        raise ValueError(f"{OP}: q_weight, k_weight, rstd_q and rstd_k go together, got None for {', '.join(absent)}")
+        raise ValueError(f"{OP}: {', '.join(given)} go together, got None for {', '.join(absent)}")
     if not absent:
-        check.qk_weights(OP, q, q_weight=q_weight, k_weight=k_weight)
-        check.token_statistics(OP, q, rstd_q=rstd_q, rstd_k=rstd_k)
+        check.qk_weights(OP, q, q_weight=given["q_weight"], k_weight=given["k_weight"])
+        check.token_statistics(OP, q, rstd_q=given["rstd_q"], rstd_k=given["rstd_k"])
 
 
 ATTENTION = define(
@@ -210,7 +201,7 @@ def attention(
         q, k, v: [B, N, H, D], one dtype and device, contiguous in D (views of a packed [B, N, 3, H, D] need no copy);
             under autocast 16- and 32-bit floats are cast as for torch's products.
         q_weight, k_weight: [H * D], q's dtype or float32, QK-norm's weights over all heads.
-        rstd_q, rstd_k: [B, N], from `qk_norm_stats`. All four are given, or none.
+        rstd_q, rstd_k: [B, N], the statistics of QK-norm. All four are given, or none.
         scale: of the scores; 1 / sqrt(D) by default.
         backend: overrides `internvit.backend`; "sdpa" and "flash" exist for attention alone and take no weights.
 

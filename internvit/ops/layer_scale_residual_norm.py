@@ -79,17 +79,8 @@ def layer_scale_residual_norm_backward_reference(
     )
 
 
-def _validate(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    norm_type: str,
-    rounding: str,
-) -> None:
+def _validate(*args: Any) -> None:
+    residual, branch, gamma, row_scale, weight, bias, eps, norm_type, rounding = args
     validate_residual(OP, residual, branch, gamma, row_scale)
     check.floating(OP, weight=weight, bias=bias)
     check.device(OP, "residual", residual, weight=weight, bias=bias)
@@ -180,17 +171,16 @@ def _formula(
     residual: Tensor,
     branch: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    gamma: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    eps: float = 1e-6,
-    norm_type: str = "rms_norm",
+    bias: Any = None,
+    gamma: Any = None,
+    row_scale: Any = None,
+    **norm: Any,
 ) -> tuple[Tensor, Tensor]:
     out = residual_formula(residual, branch, gamma, row_scale)
-    return out, _norm(out, weight, bias, eps, norm_type)
+    return out, _norm(out, weight, bias, **norm)
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm_type: str) -> Tensor:
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, norm_type: str, eps: float = 1e-6) -> Tensor:
     if norm_type == "rms_norm":
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -204,8 +194,8 @@ def _violations(arguments: dict[str, Any], actual: tuple[Tensor, ...], truth: An
     terms = None
     if norm_type == "layer_norm":
         terms = layer_norm_terms(out, weight, torch.zeros_like(weight) if bias is None else bias)
-    plain = _norm(out.to(weight.dtype), weight, bias, 1e-6, norm_type)
-    exact = _norm(wide[0], wide[1], wide[2], 1e-6, norm_type)
+    plain = _norm(out.to(weight.dtype), weight, bias, norm_type)
+    exact = _norm(wide[0], wide[1], wide[2], norm_type)
     return residual_violations(arguments, out) + norm_violations(normed, exact, plain, terms)
 
 

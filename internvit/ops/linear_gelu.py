@@ -122,13 +122,15 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backen
     return LINEAR_GELU.call((x, weight, bias, False), backend)[0]
 
 
-def linear_gelu_with_pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, str]:
+def linear_gelu_with_pre_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, str]:
     """`linear_gelu`, the pre-activation [..., M], and the backend whose `gelu` of that gives the same bits again."""
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)  # type: ignore[assignment]
-    backend = resolve(OP, x)
-    return (*LINEAR_GELU.call((x, weight, bias, True), backend), backend)
+    name = resolve(OP, x, backend)
+    return (*LINEAR_GELU.call((x, weight, bias, True), name), name)
 
 
 def _example(make: Inputs) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """QK-norm in memory: RMSNorm of q and of k over all heads together.
 
-    q_normed = q * rstd_q * q_weight,  k_normed = k * rstd_k * k_weight,  rstd as in `qk_norm_stats`
+    q_normed = q * rstd_q * q_weight,  k_normed = k * rstd_k * k_weight,  rstd over all heads together
 
 q, k [B, N, H, D], any strides; q_weight, k_weight [H * D], T or float32; q_normed, k_normed [B, N, H, D], contiguous.
 """

@@ -31,7 +31,7 @@ def test_contract(backend, dtype, rows, width, out, generator) -> None:
 @dtypes
 def test_gelu_is_rebuilt_to_the_bit(backend, dtype, generator) -> None:
     x, weight = sample((3, 40), "normal", dtype, generator), sample((64, 40), "normal", dtype, generator)
-    y, pre, name = linear_gelu_with_pre_activation(x, weight, None, True, backend)
+    y, pre, name = linear_gelu_with_pre_activation(x, weight, None, backend=backend)
     assert torch.equal(gelu(pre, name), y)
 
 
@@ -41,7 +41,7 @@ def test_gradients(backend, generator) -> None:
     weight = (sample((256, 384), "normal", torch.float32, generator) / 16).requires_grad_()
     bias = sample((256,), "normal", torch.float32, generator).requires_grad_()
     grad = sample((2, 17, 256), "normal", torch.float32, generator)
-    actual = torch.autograd.grad(ops.linear_gelu(x, weight, bias, backend), (x, weight, bias), grad)
+    actual = torch.autograd.grad(ops.linear_gelu(x, weight, bias, backend=backend), (x, weight, bias), grad)
     wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     truth = torch.autograd.grad(F.gelu(F.linear(*wide)), wide, grad.double())
     for a, t in zip(actual, truth, strict=True):
