@@ -25,7 +25,7 @@ from tqdm import tqdm
 from internvit.cli.bench import bench
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.cost import TASKS
-from internvit.upstream.state_dict import LAYOUTS
+from internvit.names import LAYOUTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)

@@ -58,9 +58,9 @@ def find_tower(keys: Iterable[str], prefix: str | None = None) -> Tower:
     """
     matches = {key: match(key) for key in keys}
     groups: dict[_Group, set[tuple[str, str]]] = defaultdict(set)
-    for found in matches.values():
-        if found:
-            groups[found.name.layout, found.prefix].add((found.name.canonical, found.layer))
+    for meaning in matches.values():
+        if meaning:
+            groups[meaning.name.layout, meaning.prefix].add((meaning.name.canonical, meaning.layer))
     if not groups:
         raise ValueError(_no_tower_message(list(matches)))
     towers = [group for group, held in groups.items() if _is_tower(held)]
@@ -106,10 +106,10 @@ def _choose(
     if towers:
         return towers[0]
     # A part of a tower: a shard, or what has lost some parameters.
-    class_tokens = [key for key, found in matches.items() if found and found.name.canonical == PARAMETERS[0][0]]
+    class_tokens = [key for key, meaning in matches.items() if meaning and meaning.name.canonical == PARAMETERS[0][0]]
     if len(class_tokens) > 1:
         raise ValueError(f"state dict: expected one InternViT, got {len(class_tokens)}: {listed(class_tokens)}")
-    votes = Counter((found.name.layout, found.prefix) for found in matches.values() if found)
+    votes = Counter((meaning.name.layout, meaning.prefix) for meaning in matches.values() if meaning)
     return votes.most_common(1)[0][0]
 
 
@@ -128,9 +128,9 @@ def _sort(
     set_aside: list[str] = []
     unexpected: list[str] = []
     inner = tuple(other for other in others if other.startswith(prefix))
-    for key, found in matches.items():
-        if found and (found.name.layout, found.prefix) == (column, prefix):
-            parameters[key] = found
+    for key, meaning in matches.items():
+        if meaning and (meaning.name.layout, meaning.prefix) == (column, prefix):
+            parameters[key] = meaning
             continue
         name = clean(key.removeprefix(prefix))
         # A batch norm before the classifier; a final norm over the tokens would change the features.
@@ -145,8 +145,8 @@ def _is_mmseg(matches: Mapping[str, Match | None], prefix: str) -> bool:
     """Whether timm's names are those of an mmseg backbone: QK-norm, or a backbone's other parts beside them."""
     if prefix.endswith("backbone."):
         return True
-    if any(found and found.prefix == prefix and found.name.canonical.endswith("q_norm.weight")
-           for found in matches.values()):  # fmt: skip
+    if any(meaning and meaning.prefix == prefix and meaning.name.canonical.endswith("q_norm.weight")
+           for meaning in matches.values()):  # fmt: skip
         return True
     beside = tuple(f"{prefix}{part}." for part in ("up1", "up2", "up3", "up4", "decode_head", "auxiliary_head",
                                                    "roi_head", "rpn_head", "neck"))  # fmt: skip
