@@ -4,38 +4,28 @@ A file is written under another name, flushed to the disk, and renamed: under it
 """
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-WRITING = ".writing"
+from internvit.files import atomic_write
+
 COLUMNS = ("step", "loss", "lr", "miou")
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Replaces a checkpoint, or leaves the one that is there."""
-    temporary = path.with_name(path.name + WRITING)
-    with open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The checkpoint, on the CPU; None if there is none yet. What an interrupted write has left is removed.
+    """The checkpoint, on the CPU; None if there is none yet.
 
     Raises:
         ValueError: a file that is no checkpoint.
     """
-    path.with_name(path.name + WRITING).unlink(missing_ok=True)
     if not path.exists():
         return None
     try:
@@ -68,12 +58,10 @@ class Log:
         if path.exists():
             with open(path, newline="") as file:
                 rows = [r for r in csv.DictReader(file) if None not in r.values() and int(r["step"]) <= step]
-        temporary = path.with_name(path.name + WRITING)
-        with open(temporary, "w", newline="") as file:
+        with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, path)
         self._path = path
 
     def add(self, step: int, loss: float | str = "", lr: float | str = "", miou: float | str = "") -> None:

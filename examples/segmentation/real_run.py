@@ -42,6 +42,7 @@ from internvit.dense.segmentation import (
 )
 from internvit.dense.segmentation.evaluation import Testing, classes_of, draw_predictions
 from internvit.dense.segmentation.folder import batches, read_pair
+from internvit.files import atomic_write
 
 OUT_INDICES = (2, 5, 8, 11)
 BATCH = {"linear": 8, "upernet": 4}
@@ -122,8 +123,8 @@ def cached_maps(setting: Setting, pairs: tuple[Pair, ...], split: str, work: Pat
         with internvit.backend(setting.backend):
             for pair in tqdm(pairs, desc=place.stem, disable=None):
                 found.append(network(load_pixels(pair.image, (224, 224))[None]))
-        save_file({str(i): torch.cat(maps) for i, maps in enumerate(zip(*found, strict=True))}, f"{place}.writing")
-        Path(f"{place}.writing").replace(place)
+        with atomic_write(place) as temporary:
+            save_file({str(i): torch.cat(maps) for i, maps in enumerate(zip(*found, strict=True))}, temporary)
     loaded, generator = load_file(place), torch.Generator().manual_seed(0)
     maps = [loaded[str(i)] for i in range(len(OUT_INDICES))]
     return [x + setting.noise * x.std() * torch.randn(x.shape, generator=generator) for x in maps]
@@ -180,8 +181,8 @@ def run(name: str, kind: str, work: Path, pairs: dict[str, tuple[Pair, ...]]) ->
         agreement = check_assembled(head, setting, pairs["validation"][0], found[0])
         result = {"losses": losses, "shown": [found[i].tolist() for i in SHOWN], "assembled": agreement}
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.with_suffix(".writing").write_text(json.dumps({**result, **scores._asdict()}))
-        place.with_suffix(".writing").replace(place)
+        with atomic_write(place) as temporary:
+            temporary.write_text(json.dumps({**result, **scores._asdict()}))
     return json.loads(place.read_text())
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from internvit.cli.bench import bench
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.cost import TASKS
-from internvit.upstream.state_dict import LAYOUTS
+from internvit.names import LAYOUTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
@@ -95,6 +95,7 @@ def cli() -> None:
 @click.argument("images", nargs=-1, required=True)
 @click.option("--model", type=click.Choice(list(VARIANTS)), help="A published variant; its weights come from the hub.")
 @click.option("--weights", help="A checkpoint folder, a .safetensors or .pth file, or a hub id.")
+@click.option("--prefix", help="Before the tower's names in --weights, if it holds several towers.")
 @click.option("--size", type=Size(), help="Height and width in pixels, multiples of the patch size; native by default.")
 @click.option(
     "--layers", type=Layers(), help="Blocks whose output to keep, 0 the first; the last hidden state if none."
@@ -110,6 +111,7 @@ def features(
     images: tuple[str, ...],
     model: str | None,
     weights: str | None,
+    prefix: str | None,
     size: tuple[int, int] | None,
     layers: tuple[int, ...] | None,
     dtype: str,
@@ -145,7 +147,7 @@ def features(
     if weights and model and not (Path(weights) / "config.json").exists():
         config = InternViTConfig.from_name(model)
     source = weights or HUB_IDS[model or ""]
-    network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device).eval()
+    network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device, prefix=prefix).eval()
     size = size or network.config.image_hw
 
     def progress(waiting: Iterable[Path], total: int) -> Iterable[Path]:
@@ -160,7 +162,7 @@ def features(
         batch=batch,
         strict=strict,
         overwrite=overwrite,
-        settings={"weights": str(source)},
+        settings={"weights": str(source), **({"prefix": prefix} if prefix is not None else {})},
         progress=progress,
     )
     resumed = f", {result.resumed} of them taken up from an interrupted run" if result.resumed else ""
@@ -283,8 +285,9 @@ def plan(
 @click.argument("source")
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--to", "layout", type=click.Choice(LAYOUTS), required=True, help="Whose names to write.")
+@click.option("--prefix", help="Before the tower's names in SOURCE, if it holds several towers.")
 @click.option("--overwrite", is_flag=True, help="Replace weights in TARGET.")
-def convert(source: str, target: Path, layout: str, overwrite: bool) -> None:
+def convert(source: str, target: Path, layout: str, prefix: str | None, overwrite: bool) -> None:
     """Read the checkpoint SOURCE in any layout and write it to the folder TARGET in another.
 
     \b
@@ -293,7 +296,7 @@ def convert(source: str, target: Path, layout: str, overwrite: bool) -> None:
     """
     from internvit.model.vit import InternViT
 
-    model = InternViT.from_pretrained(source)
+    model = InternViT.from_pretrained(source, prefix=prefix)
     model.save_pretrained(target, layout=layout, overwrite=overwrite)
     click.echo(f"{model.config.num_parameters():,} parameters in {layout}'s layout: {target}")
 

@@ -8,7 +8,6 @@ removes the folder. A rerun with the same settings takes up what is there. The s
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from internvit.data.images import load_pixels, open_photo
 from internvit.data.pca import pca_map
+from internvit.files import atomic_write
 
 if TYPE_CHECKING:
     from internvit.model.vit import InternViT
@@ -163,11 +163,8 @@ def _batches(
 
 
 def _write(tensors: dict[str, Tensor], place: Path, metadata: dict[str, str] | None = None) -> None:
-    temporary = place.with_name(place.name + ".writing")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, place)
+    with atomic_write(place) as temporary:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
 
 
 def _join(places: Sequence[Path], out: Path, facts: dict[str, str]) -> None:
@@ -198,7 +195,6 @@ def draw_pca(out: Path, features: Path, images: Sequence[Path], size: tuple[int,
                 axis.imshow(shown)
                 axis.set_axis_off()
             figure.axes[2 * row].set_title(path.name, fontsize=9)
-    temporary = out.with_name(out.name + ".writing")
-    figure.savefig(temporary, dpi=110, format=out.suffix.lstrip(".") or "png")
-    os.replace(temporary, out)
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, dpi=110, format=out.suffix.lstrip(".") or "png")
     return len(images)

@@ -418,7 +418,7 @@ class InternViT(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> Path:
-        """Writes config.json and safetensors; see `internvit.checkpoint.load.save_pretrained` for the arguments."""
-        from internvit.checkpoint.load import save_pretrained
+        """Writes config.json and safetensors; see `internvit.checkpoint.save.save_pretrained` for the arguments."""
+        from internvit.checkpoint.save import save_pretrained
 
         return save_pretrained(self, folder, **kwargs)

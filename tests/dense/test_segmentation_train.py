@@ -160,7 +160,7 @@ def test_a_run_leaves_what_it_says(whole) -> None:
 def test_killed_while_writing_a_checkpoint(place, whole) -> None:
     killed = run(command(place, "writing"), DIES_WRITING.format(n=3))
     assert killed.returncode == -signal.SIGKILL
-    assert (place / "writing" / "checkpoint.pt.writing").exists(), "it died half-way"
+    assert (place / "writing" / ".checkpoint.pt.0.writing").exists(), "it died half-way"
     previous = torch.load(place / "writing" / "checkpoint.pt", weights_only=True)
     assert previous["step"] == 4
     rows = (place / "writing" / "log.csv").read_text().splitlines()
@@ -168,7 +168,7 @@ def test_killed_while_writing_a_checkpoint(place, whole) -> None:
     resumed = run(command(place, "writing"))
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from step 4" in resumed.stderr
-    assert not (place / "writing" / "checkpoint.pt.writing").exists()
+    assert not (place / "writing" / ".checkpoint.pt.0.writing").exists()
     check_same_run(place / "writing", whole)
 
 
