@@ -45,9 +45,9 @@ def page() -> str:
     """The whole page."""
     sections = [
         "# Ops",
-        "Written by `python -m internvit.benchmarks.reports.op_tables` from the ops' specs. The least that one image of "
-        "448 pixels costs in bfloat16, forward and backward: each tensor read or written once, and the least time for "
-        "that and the products at data-sheet rates. Arithmetic, not measured.",
+        "Written by `python -m internvit.benchmarks.reports.op_tables` from the ops' specs. The least that one image "
+        "of 448 pixels costs in bfloat16, forward and backward: each tensor read or written once, and the least time "
+        "for that and the products at data-sheet rates. Arithmetic, not measured.",
     ]
     for model, size in SIZES.items():
         if model != "tiny":
