@@ -74,7 +74,7 @@ class InternViTLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The block between two neighbours; see `internvit.model.fused_block.run_block`."""
         parts = self.parts()
-        if self.options.checkpointing != "selective" or not self.training or not torch.is_grad_enabled():
+        if self.options.checkpointing != "selective" or not self.training or not recompute.can_checkpoint():
             return run_block(parts, hidden_states, normed, next_norm)
         if normed is None:
             normed = parts.norm1(hidden_states)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from internvit.config import InternViTConfig
-from internvit.geometry import check_pixels, resize_position_embedding
+from internvit.geometry import check_pixels, refuse_symbolic, resize_position_embedding
 
 
 class Embeddings(nn.Module):
@@ -44,6 +44,7 @@ def embed(embeddings: Embeddings, pixel_values: Tensor | None, pixel_embeds: Ten
     Raises:
         ValueError: both or neither input, or tokens of a wrong shape.
     """
+    refuse_symbolic(pixel_values)
     if (pixel_values is None) == (pixel_embeds is None):
         raise ValueError(f"give pixel_values or pixel_embeds, got {'neither' if pixel_embeds is None else 'both'}")
     if pixel_embeds is None:

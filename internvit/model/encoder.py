@@ -4,7 +4,7 @@ The encoder carries the normed tensor over a layer boundary only where neither s
 or patched; otherwise it calls the layer. Both give the same bits.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from internvit.model.fused_block import Norm
 from internvit.model.layers import fusible
 
 CHECKPOINTING = ("none", "selective", "block")
+CHECKPOINT_KWARGS = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
 
 
 class InternViTEncoder(nn.Module):
@@ -36,13 +37,24 @@ class InternViTEncoder(nn.Module):
             InternViTLayer(config, rate, rounding, self.options, **factory) for rate in config.drop_path_rates()[:depth]
         )
         self._residual_dtype: torch.dtype | None = None
+        self._checkpoint_kwargs: dict[str, Any] = {"use_reentrant": False}
 
-    def set_gradient_checkpointing(self, mode: str) -> None:
-        """What backward recomputes while training; see `InternViT.set_gradient_checkpointing`."""
+    def set_gradient_checkpointing(self, mode: str, checkpoint_kwargs: Mapping[str, Any] | None = None) -> None:
+        """What backward recomputes while training; see `InternViT.set_gradient_checkpointing`.
+
+        Args:
+            checkpoint_kwargs: further arguments of `torch.utils.checkpoint.checkpoint`, for mode "block".
+        """
         if mode not in CHECKPOINTING:
             choices = ", ".join(map(repr, CHECKPOINTING))
             raise ValueError(f"set_gradient_checkpointing: mode must be one of {choices}, got {mode!r}")
+        given = dict(checkpoint_kwargs or {})
+        unknown = set(given) - CHECKPOINT_KWARGS
+        if unknown:
+            expected = ", ".join(sorted(CHECKPOINT_KWARGS))
+            raise ValueError(f"gradient_checkpointing_kwargs: expected {expected}, got {sorted(unknown)}")
         self.options.checkpointing = mode
+        self._checkpoint_kwargs = {**given, "use_reentrant": False}
 
     def set_layer_scale_folding(self, enabled: bool) -> None:
         """Whether LayerScale rides in the Linears' weights; see `InternViT.set_layer_scale_folding`."""
@@ -89,13 +101,13 @@ class InternViTEncoder(nn.Module):
         all_hidden_states, attentions = [hidden_states] if output_hidden_states else [], []
         normed = None
         layers: list[Any] = list(self.layers)[:depth]
-        checkpoints = self.options.checkpointing == "block" and self.training and torch.is_grad_enabled()
+        checkpoints = self.options.checkpointing == "block" and self.training and recompute.can_checkpoint()
         with recompute.scope():
             for index, layer in enumerate(layers):
                 if output_attentions:
                     attentions.append(layer.attn.attention_map(layer.norm1(hidden_states)))
                 if checkpoints:
-                    hidden_states = checkpoint(layer, hidden_states, use_reentrant=False)
+                    hidden_states = checkpoint(layer, hidden_states, **self._checkpoint_kwargs)
                 elif not is_plain_layer(layer):
                     hidden_states, normed = layer(hidden_states), None
                 else:

@@ -187,7 +187,7 @@ def cast_for_linear(y: Tensor, weight: Tensor) -> Tensor:
 
 def linear_per_image(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) of a Linear; without gradients, the same bits for an image alone and in any batch."""
-    if torch.is_grad_enabled() or not is_plain_linear(module):
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or not is_plain_linear(module):
         return module(x)
     return linear(x, module.weight, module.bias)
 

@@ -114,10 +114,10 @@ class Attention(nn.Module):
     def parts(self) -> AttentionParts:
         """What `attention_output` computes with."""
         qkv = (partial(linear_per_image, self.qkv),)
+        parts = AttentionParts(qkv, self.num_heads, scale=self.head_dim**-0.5, rounding=self.rounding)
         if not self.qk_normalization:
-            return AttentionParts(qkv, self.num_heads)
-        norms = fusible(self.q_norm), fusible(self.k_norm)
-        return AttentionParts(qkv, self.num_heads, *norms, rounding=self.rounding)
+            return parts
+        return parts._replace(q_norm=fusible(self.q_norm), k_norm=fusible(self.k_norm))
 
     def attention_map(self, x: Tensor) -> Tensor:
         """The softmax probabilities [B, H, N, N] for normed tokens x, computed in float32, in x's dtype.

@@ -5,7 +5,8 @@ anyway: the norm's input, the pre-activation. Saved-tensor hooks store how to co
 or quantised ones in their place, are untouched. A block leaves 12 units of [N, C] instead of 18, and the gradients are
 the same bits, since the op that made the tensor runs again.
 
-Active inside `scope()`, while gradients are on and torch.compile is not tracing (it plans memory by itself).
+Active inside `scope()`, while gradients are on; not while torch.compile is tracing (it plans memory by itself), nor
+under torch.func or forward-mode AD.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ def _top_hooks() -> tuple[Callable, Callable] | None:
     return None if top is None else top(False)
 
 
+def is_transformed() -> bool:
+    """Whether a compiler, torch.func or forward-mode AD runs the code: hooks cannot see what they save or derive."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or torch._C._are_functorch_transforms_active() or in_forward_ad()
+
+
+def can_checkpoint() -> bool:
+    """Whether `torch.utils.checkpoint` has something to save; torch.func refuses its saved-tensor hooks."""
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
+def in_forward_ad() -> bool:
+    """Whether tangents are propagated, by torch.func.jvp or in a `torch.autograd.forward_ad.dual_level`."""
+    return forward_ad._current_level >= 0
+
+
 @contextlib.contextmanager
 def _open() -> Iterator[None]:
     scope = _Scope()
@@ -88,7 +106,7 @@ def _open() -> Iterator[None]:
 
 def scope() -> contextlib.AbstractContextManager[None]:
     """What `rematerialize` is given inside is recomputed instead of saved; a null context where it cannot be."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _top_hooks() is not None:
+    if is_transformed() or not torch.is_grad_enabled() or _top_hooks() is not None:
         return contextlib.nullcontext()
     return _open()
 
@@ -98,7 +116,7 @@ def active() -> bool:
 
     There an entry would only hold its inputs until the scope ends: 5 units a block for a whole model's forward.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _active.stack:
+    if not _active.stack or is_transformed() or not torch.is_grad_enabled():
         return False
     hooks = _top_hooks()
     return hooks is None or getattr(hooks[0], "__self__", None) is _active.stack[-1]

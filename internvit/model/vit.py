@@ -1,7 +1,7 @@
 """InternViT on the fused ops: the same parameters, call and result as `internvit.reference`, to rounding."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,18 @@ class InternViT(nn.Module):
             pixel_values: [B, channels, height, width], normalised by ImageNet's mean and standard deviation; any
                 height and width that are multiples of the patch size. Cast to the weights' dtype.
             output_hidden_states: also return the embeddings and every block's output.
-            return_dict: False returns a plain tuple of what was asked for.
+            return_dict: False returns a plain tuple of what was asked for, as torch.jit.trace always gets.
             pixel_embeds: [B, N, C], tokens embedded already, instead of pixel_values.
             output_attentions: also return every block's attention map (slow: all scores are held in memory).
 
         Raises:
+            TypeError: pixels that are no tensor, or not floating-point.
             ValueError: both or neither input, a wrong shape or number of channels, or a size off the patch grid.
         """
         embedded = embed(self.embeddings, pixel_values, pixel_embeds)
         last, hidden, attentions = self.encoder(embedded, output_hidden_states, output_attentions)
         output = InternViTOutput(last, last[:, 0], hidden, attentions)
-        return output if return_dict else output.to_tuple()
+        return output if return_dict and not torch.jit.is_tracing() else output.to_tuple()
 
     def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, **settings: Any) -> Any:
         """Outputs of chosen blocks, as timm gives them; see `internvit.model.feature_maps.forward_intermediates`."""
@@ -120,9 +121,17 @@ class InternViT(nn.Module):
         """
         self.encoder.set_gradient_checkpointing(mode)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """`set_gradient_checkpointing("block")`, by transformers' name."""
-        self.set_gradient_checkpointing("block")
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """transformers' name for `set_gradient_checkpointing("block")`, as its Trainer calls it.
+
+        Args:
+            gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`. `use_reentrant` may be either: blocks
+                are checkpointed without reentrance, and the gradients are the same.
+
+        Raises:
+            ValueError: a name that `checkpoint` does not have.
+        """
+        self.encoder.set_gradient_checkpointing("block", gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         self.set_gradient_checkpointing("none")

@@ -53,11 +53,21 @@ class FusedBlock:
     def install(self) -> None:
         self.before = self.block.__dict__.get("forward")
         self.block.forward = self.forward
+        self.block._replicate_for_data_parallel = self.replicate  # type: ignore[method-assign]
         self.active = True
+
+    def replicate(self) -> nn.Module:
+        """The block's replica for DataParallel, which runs its own parameters: `forward` is bound to the block."""
+        replica = type(self.block)._replicate_for_data_parallel(self.block)
+        fused = copy.copy(self)
+        fused.block = replica
+        replica.forward, replica._replicate_for_data_parallel = fused.forward, fused.replicate
+        return replica
 
     def remove(self) -> None:
         """Gives the block its own forward back; where someone has wrapped ours meanwhile, ours passes calls on."""
         self.active = False
+        self.block.__dict__.pop("_replicate_for_data_parallel", None)
         if fused_block(self.block) is not self:
             return
         del self.block.forward
@@ -73,7 +83,13 @@ class FusedBlock:
         block: Any = self.block
         layout = self.layout
         more = any(value is not None and value is not False for value in (*args[1:], *kwargs.values()))
-        fits = self.active and args and not more and not why_not_now(block, layout, self.inner)
+        fits = (
+            self.active
+            and args
+            and not more
+            and not recompute.in_forward_ad()
+            and not why_not_now(block, layout, self.inner)
+        )
         if not fits or mixed(block, layout, args[0]):
             return type(block).forward(block, *args, **kwargs)
         hidden_states = args[0]

@@ -1,6 +1,7 @@
 """What a block leaves for backward, counted by live storages, and that recomputing changes no bit of any gradient."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import internvit
 from internvit import InternViT
 from internvit.benchmarks.harness.memory import LiveStorages, saved_units
 from internvit.model import fused_block, recompute
@@ -253,3 +255,67 @@ def test_retained_graphs_rebuild_twice() -> None:
     loss = model(pixels).last_hidden_state.square().mean()
     first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(loss, list(model.parameters()))))
+
+
+def in_place(x: Tensor) -> Tensor:
+    return x.mul_(2)
+
+
+def edit_before_a_linear(model: nn.Module, edit: str) -> None:
+    """Puts an op that writes into its input in front of a Linear of the first block."""
+    layer = model.encoder.layers[0]
+    owner, name = edit.split()[1].split(".")
+    linear = getattr(getattr(layer, owner), name)
+    if edit.startswith("pre-hook"):
+        linear.register_forward_pre_hook(lambda module, args: (in_place(args[0]),))
+    elif edit.startswith("view"):
+        linear.register_forward_pre_hook(lambda module, args: setattr(module, "seen", in_place(args[0].view(-1)[::2])))
+    elif edit.startswith("relu"):
+        setattr(getattr(layer, owner), name, nn.Sequential(nn.ReLU(inplace=True), linear))
+    else:
+        setattr(getattr(layer, owner), name, nn.Sequential(nn.Dropout(0.5, inplace=True), linear))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    ["pre-hook attn.qkv", "view attn.qkv", "pre-hook mlp.fc1", "pre-hook mlp.fc2", "relu mlp.fc2", "dropout mlp.fc2"],
+)
+@pytest.mark.parametrize("name", ["tiny-rms_norm", "tiny-layer_norm"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_gradients_after_an_edit_in_place(edit, name, mode) -> None:
+    """Backward must use the tensor that the Linear used, not the one that would be computed again."""
+    reference = internvit.reference.InternViT(CONFIGS[name])
+    random_weights(reference)
+    model = InternViT(CONFIGS[name])
+    model.load_state_dict(reference.state_dict())
+    model.set_gradient_checkpointing(mode)
+    pixels = images(model.config, 2)
+    grads = []
+    for m in (model, reference):
+        edit_before_a_linear(m, edit)
+        torch.manual_seed(5)
+        m.train()(pixels).last_hidden_state.square().mean().backward()
+        grads.append({n: p.grad for n, p in m.named_parameters()})
+    for n, gradient in grads[0].items():
+        expected = grads[1][n]
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-7, n
+
+
+def test_what_is_not_edited_is_still_recomputed(monkeypatch) -> None:
+    model, pixels = tiny(1)
+    edit_before_a_linear(model, "pre-hook mlp.fc2")
+    computed = []
+    run = recompute.Rematerialization.run
+    monkeypatch.setattr(recompute.Rematerialization, "run", lambda self, shape: computed.append(1) or run(self, shape))
+    model_grads(model, pixels)
+    assert len(computed) == 2, "the two norms; GELU's output was edited"
+
+
+def test_two_threads_train_two_models() -> None:
+    """Each on its own: what one registers is not the other's."""
+    models = [tiny(2) for _ in range(4)]
+    expected = [model_grads(*each) for each in models]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for ours, theirs in zip(pool.map(lambda each: model_grads(*each), models), expected, strict=True):
+                assert all(map(torch.equal, ours, theirs))

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch.autograd import Function
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from internvit.ops.core.flops import register_when_counted
 from internvit.ops.core.select import implementation
@@ -54,15 +56,43 @@ def define(
     torch.library.register_fake(f"internvit::{name}", fake, lib=LIBRARY)
 
     function = autograd or _undifferentiable(name, op)
+    single_level = _single_level(function)
 
     def dispatch_autograd(*args: Any) -> Any:
         register_when_counted()
+        if torch.jit.is_tracing():  # the graph holds the op, which is differentiated when the graph runs
+            return below_autograd(op, *args)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            # The reference is plain PyTorch, whose ops have forward derivatives.
+            return (run or run_in_backend)(*args[:-1], "reference")
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            return function.apply(*args)
+            if not torch._C._are_functorch_transforms_active():
+                return function.apply(*args)
+            with enable_single_level_autograd_function():
+                return single_level.apply(*args)
         return below_autograd(op, *args)
 
     LIBRARY.impl(name, dispatch_autograd, "Autograd")
     return op
+
+
+def _single_level(function: type[Function]) -> Any:
+    """`function` for torch.func, where the dispatcher has unwrapped the arguments to one level of differentiation.
+
+    `Function.apply` would ask for a setup_context there. Gradients and tangents of the levels below pass through the
+    forward, for which autograd turns them off.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return function.forward(ctx, *args)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (_SingleLevelFunction,), methods)
+
+
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
 def _undifferentiable(name: str, op: Callable) -> type[Function]:
