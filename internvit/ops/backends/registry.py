@@ -8,8 +8,9 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,6 +59,13 @@ def implements(op: str, backend: str) -> Callable[[Callable], Callable]:
         return function
 
     return register
+
+
+def implements_all(namespace: Any, backend: str, ops: Iterable[str]) -> None:
+    """Registers as `backend` the ops of a loaded library's `torch.ops` namespace that have one of the names `ops`."""
+    for op in ops:
+        if hasattr(namespace, op):
+            implements(op, backend)(getattr(namespace, op).default)
 
 
 def implementation(op: str, backend: str) -> Callable:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvit.ops.backends import native, registry
+from internvit.ops.backends import registry
 from internvit.ops.core.registration import OPS
 from tests.support import ROOT
 
@@ -79,7 +79,7 @@ def as_backend(library: Path) -> registry.Backend:
     """Backend `cuda` as it is, but for where its library comes from and the tensors it takes."""
     torch.ops.load_library(str(library))
     importlib.import_module("internvit.ops.backends.cuda")
-    native.register_namespace(torch.ops.internvit_cuda_host, "cuda", OPS)
+    registry.implements_all(torch.ops.internvit_cuda_host, "cuda", OPS)
     return dataclasses.replace(
         registry.BACKENDS["cuda"],
         module=None,
