@@ -21,6 +21,9 @@ Mask: TypeAlias = "tuple[bool, ...] | list[bool]"
 
 LIBRARY = torch.library.Library("internvit", "DEF")
 
+SCHEMAS: dict[str, str] = {}
+"""The schema of each op by its name, as `define` got it."""
+
 
 def below_autograd(op: Callable, *args: Any) -> Any:
     """Calls `op` past its own Autograd kernel: how an `autograd.Function` runs the forward it wraps."""
@@ -45,6 +48,7 @@ def define(
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
+    SCHEMAS[name] = schema
     op = getattr(torch.ops.internvit, name).default
 
     def run_in_backend(*args: Any) -> Any:
