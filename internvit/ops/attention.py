@@ -43,9 +43,9 @@ def attention_reference(
     rstd_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     scores = normalized(q, q_weight, rstd_q) @ normalized(k, k_weight, rstd_k).transpose(-1, -2) * scale
-    lse = scores.logsumexp(-1)
-    out = (scores - lse.unsqueeze(-1)).exp_() @ normalized(v, None, None)
-    return out.transpose(1, 2).to(q.dtype).contiguous(), lse
+    # Not exp(scores - lse): the rounding of a large lse would be a factor of every probability.
+    out = scores.softmax(-1) @ normalized(v, None, None)
+    return out.transpose(1, 2).to(q.dtype).contiguous(), scores.logsumexp(-1)
 
 
 @reference(f"{OP}_backward")
@@ -71,7 +71,7 @@ def attention_backward_reference(
     """
     q_hat, k_hat = normalized(q, q_weight, rstd_q), normalized(k, k_weight, rstd_k)
     values, grad = normalized(v, None, None), normalized(grad_out, None, None)
-    probabilities = (q_hat @ k_hat.transpose(-1, -2) * scale - lse.unsqueeze(-1)).exp()
+    probabilities = (q_hat @ k_hat.transpose(-1, -2) * scale).softmax(-1)
     delta = (grad * normalized(out, None, None)).sum(-1, keepdim=True)
     grad_scores = probabilities * (grad @ values.transpose(-1, -2) - delta) * scale
     grad_v.copy_((probabilities.transpose(-1, -2) @ grad).transpose(1, 2))

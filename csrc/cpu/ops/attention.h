@@ -124,8 +124,7 @@ void attention_pack_head(const AttentionParams& p, const AttentionScratch<T>& s,
     for (int64_t n = p.tokens; n < keys; ++n) s.k_transposed[d * keys + n] = 0;
 }
 
-// Scores to probabilities in place; returns their sum, and the maximum it took off.
-INTERNVIT_INLINE float softmax_row(float* scores, int64_t n, float* maximum) {
+INTERNVIT_INLINE float row_maximum(const float* scores, int64_t n) {
   const int64_t full = n / kLanes * kLanes;
   float m = scores[0];
   if (full) {
@@ -134,19 +133,24 @@ INTERNVIT_INLINE float softmax_row(float* scores, int64_t n, float* maximum) {
     m = max_lane(top);
   }
   for (int64_t c = full; c < n; ++c) m = scores[c] > m ? scores[c] : m;
+  return m;
+}
+
+// Scores to 2^exponent(score) in place; returns the sum.
+template <class Exponent>
+INTERNVIT_INLINE float exponentials(float* scores, int64_t n, const Exponent& exponent) {
+  const int64_t full = n / kLanes * kLanes;
   Sum total;
-  const Vec shift = broadcast(m);
   for_lanes(full, INTERNVIT_BODY(c, lanes, u) {
-    const Vec p = exp2_float32(load(scores + c, lanes) - shift);
+    const Vec p = exp2_float32(exponent(load(scores + c, lanes)));
     store(scores + c, p, lanes);
     total.part[u] = total.part[u] + p;
   });
   float tail = 0;
   if (full < n) {
-    store(scores + full, exp2_float32(load(scores + full, n - full) - shift), n - full);
+    store(scores + full, exp2_float32(exponent(load(scores + full, n - full))), n - full);
     for (int64_t c = full; c < n; ++c) tail += scores[c];
   }
-  *maximum = m;
   return total.total() + tail;
 }
 
@@ -168,8 +172,9 @@ void attention_strip(
   multiply(rows, keys, d, {s.queries, dims, 1}, s.k_transposed, keys, s.scores, keys, false);
   float sums[kStrip];
   for (int64_t i = 0; i < rows; ++i) {
-    float maximum;
-    sums[i] = softmax_row(s.scores + i * keys, p.tokens, &maximum);
+    const float maximum = row_maximum(s.scores + i * keys, p.tokens);
+    const Vec shift = broadcast(maximum);
+    sums[i] = exponentials(s.scores + i * keys, p.tokens, [&](Vec x) __attribute__((always_inline)) { return x - shift; });
     const double lse = double(maximum) * double(kLn2) + __builtin_log(double(sums[i]));
     p.lse[(b * p.heads + h) * p.tokens + first + i] = float(lse);
   }

@@ -1,8 +1,11 @@
 // The backward of attention in float32 arithmetic, for every dtype and instruction set.
 //
-//   P = exp(S - lse), S = q_hat k_hat^T scale;  dS = P * (dO v^T - delta) * scale,  delta = sum_d dO * out
+//   P = softmax(S), S = q_hat k_hat^T scale;  dP = dO v^T,  dS = P * (dP - delta) * scale,  delta = sum_j P dP
 //   dv = P^T dO,  dq_hat = dS k_hat,  dk_hat = dS^T q_hat
 //   dq = dq_hat * rstd_q * q_weight,  dq_weight = sum_n dq_hat * rstd_q * q,  row_dot_q = sum_d dq_hat * q_hat;  k alike
+//
+// P and delta come from the scores themselves, which a strip has in cache, and not from lse and out: exp(S - lse) carries
+// the rounding of lse, 1e-3 where scores are 1e4, and any factor, infinity included, where they are 1e9.
 //
 // A unit of work is a head: its strips of queries add to dk and dv in order, so the bits do not depend on the threads.
 #pragma once
@@ -14,7 +17,7 @@ namespace internvit::INTERNVIT_ISA {
 struct AttentionBackwardScratch {
   float *k_transposed, *v_transposed, *keys, *grad_keys, *grad_values;      // [D, N], [N, D]
   float *queries, *grads, *probabilities, *grad_scores, *grad_queries;      // [strip, D], [strip, N]
-  float *row, *delta;                                                       // [D], [strip]
+  float* row;                                                               // [D]
   int64_t columns, dims, bytes;
   AttentionBackwardScratch(void* memory, int64_t tokens, int64_t head_dim) {
     columns = round_up(tokens, kLanes);
@@ -27,7 +30,6 @@ struct AttentionBackwardScratch {
     float** by_score[] = {&probabilities, &grad_scores};
     for (float** p : by_score) *p = arena.take<float>(kStrip * columns);
     row = arena.take<float>(dims);
-    delta = arena.take<float>(kStrip);
     bytes = arena.used;
   }
 };
@@ -61,6 +63,26 @@ INTERNVIT_INLINE void transpose_token(const float* row, int64_t dims, float* col
   for (int64_t d = 0; d < dims; ++d) columns[d * stride] = row[d];
 }
 
+// One row: q_hat k_hat^T to P, and dP to dS, in place.
+INTERNVIT_INLINE void softmax_and_grad(float* scores, float* grad, int64_t n, float factor) {
+  const Vec scale = broadcast(factor), log2e = broadcast(kLog2E);
+  for_lanes(n, INTERNVIT_BODY(c, lanes, u) { store(scores + c, load(scores + c, lanes) * scale, lanes); });
+  const Vec shift = broadcast(row_maximum(scores, n));
+  const float sum =
+      exponentials(scores, n, [&](Vec x) __attribute__((always_inline)) { return (x - shift) * log2e; });
+  const Vec inverse = broadcast(1.0f / sum);
+  Sum total;
+  for_lanes(n, INTERNVIT_BODY(c, lanes, u) {
+    const Vec probability = load(scores + c, lanes) * inverse;
+    store(scores + c, probability, lanes);
+    total.part[u] = fma(probability, load(grad + c, lanes), total.part[u]);
+  });
+  const Vec delta = broadcast(total.total());
+  for_lanes(n, INTERNVIT_BODY(c, lanes, u) {
+    store(grad + c, load(scores + c, lanes) * (load(grad + c, lanes) - delta) * scale, lanes);
+  });
+}
+
 template <class T>
 void attention_backward_head(const AttentionBackwardParams& p, const AttentionBackwardScratch& s, int64_t b, int64_t h) {
   const int64_t n_tokens = p.tokens, d = p.head_dim, dims = s.dims, columns = s.columns;
@@ -91,25 +113,13 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
       const float rstd = q_weight ? p.rstd_q[statistics + n] : 1.0f;
       load_token(token<T>(p.q, b, n, h), q_weight, rstd, d, dims, s.queries + i * dims);
       load_token(token<T>(p.grad_out, b, n, h), nullptr, 1.0f, d, dims, s.grads + i * dims);
-      Sum delta;
-      const T* out = token<T>(p.out, b, n, h);
-      for_lanes(d, INTERNVIT_BODY(c, lanes, u) {
-        delta.part[u] = fma(load(out + c, lanes), load(s.grads + i * dims + c, lanes), delta.part[u]);
-      });
-      s.delta[i] = delta.total();
     }
     multiply(rows, columns, d, {s.queries, dims, 1}, s.k_transposed, columns, s.probabilities, columns, false);
     multiply(rows, columns, d, {s.grads, dims, 1}, s.v_transposed, columns, s.grad_scores, columns, false);
     for (int64_t i = 0; i < rows; ++i) {
       float* probability = s.probabilities + i * columns;
       float* grad_score = s.grad_scores + i * columns;
-      const Vec factor = broadcast(p.scale * kLog2E), lse = broadcast(p.lse[dots + first + i] * kLog2E);
-      const Vec delta = broadcast(s.delta[i]), scale = broadcast(p.scale);
-      for_lanes(n_tokens, INTERNVIT_BODY(c, lanes, u) {
-        const Vec probabilities = exp2_float32(load(probability + c, lanes) * factor - lse);
-        store(probability + c, probabilities, lanes);
-        store(grad_score + c, probabilities * (load(grad_score + c, lanes) - delta) * scale, lanes);
-      });
+      softmax_and_grad(probability, grad_score, n_tokens, p.scale);
     }
     multiply(n_tokens, dims, rows, {s.probabilities, 1, columns}, s.grads, dims, s.grad_values, dims, true);
     multiply(n_tokens, dims, rows, {s.grad_scores, 1, columns}, s.queries, dims, s.grad_keys, dims, true);

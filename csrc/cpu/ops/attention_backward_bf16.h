@@ -14,6 +14,16 @@
 
 namespace internvit::INTERNVIT_ISA {
 
+// In a head with a larger |lse| the rounding of lse to float32 would show in P: such a head runs in float32 arithmetic.
+constexpr float kLargestLse = 2048.0f;
+
+INTERNVIT_INLINE bool lse_gives_probabilities(const AttentionBackwardParams& p, int64_t b, int64_t h) {
+  const float* lse = p.lse + (b * p.heads + h) * p.tokens;
+  bool small = true;
+  for (int64_t n = 0; n < p.tokens; ++n) small &= __builtin_fabsf(lse[n]) <= kLargestLse;  // false for NaN
+  return small;
+}
+
 struct QueryTerms {
   float *shift, *delta, *factor;  // [N]: lse * log2(e), delta, scale * rstd_q
 };
