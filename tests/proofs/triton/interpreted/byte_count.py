@@ -26,8 +26,9 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from internvit.kernels.attention import backward as attention_backward
 from internvit.kernels.attention import forward as attention
 from internvit.kernels.attention.config import AttentionLaunch
-from tests.proofs.triton.interpreted.harness import Memory, call, run
+from tests.proofs.triton.interpreted.harness import Memory, run
 from tests.support import ROOT, interpreter
+from tests.support.implementations import call
 
 BUDGET = ROOT / "tests/proofs/triton/bytes.json"
 DOC = ROOT / "docs/lower-bounds.md"
