@@ -34,6 +34,7 @@ class Backend:
         missing: why this backend cannot run on this machine and how to get it; None when it can.
         rejects: (device type, dtype, head_dim or 0) -> why it cannot take such a tensor; None when it can.
         folds_qk_norm: its `attention` takes QK-norm's weights and statistics.
+        max_channels: the widest rows that its norms take; None for any.
         lse_devices: the device types on which its `attention` returns the log-sum-exp; None for all.
     """
 
@@ -42,6 +43,7 @@ class Backend:
     missing: Callable[[], str | None]
     rejects: Callable[[str, torch.dtype, int], str | None]
     folds_qk_norm: bool = True
+    max_channels: int | None = None
     lse_devices: tuple[str, ...] | None = None
 
     def exposes_lse_on(self, device: str) -> bool:
@@ -63,14 +65,10 @@ def op_file(op: str) -> str:
     return "linear_gelu" if op.startswith("gelu") else op.removesuffix("_backward").removesuffix("_packed")
 
 
-def _from_module(package: str) -> Callable[[str], Callable | None]:
-    def find(op: str) -> Callable | None:
-        module = f"{package}.{op_file(op)}"
-        if importlib.util.find_spec(module) is None:
-            return None
-        return getattr(importlib.import_module(module), op, None)
+def _triton(op: str) -> Callable | None:
+    from internvit.ops.backends import triton
 
-    return find
+    return getattr(triton, op) if op in triton.__all__ else None
 
 
 def _from_attention_module(module: str) -> Callable[[str], Callable | None]:
@@ -135,7 +133,19 @@ def _triton_rejects(device: str, dtype: torch.dtype, head_dim: int) -> str | Non
         return "it runs on GPU tensors (or on CPU tensors in the interpreter, TRITON_INTERPRET=1), got cpu"
     if head_dim % 8 or head_dim > 128:
         return f"it takes a head dimension that is a multiple of 8 up to 128, got {head_dim}"
-    return _only(("cuda", "cpu"), (torch.float32, torch.bfloat16, torch.float16))(device, dtype, head_dim)
+    return _only(("cuda", "cpu"), (torch.float32, torch.bfloat16, torch.float16))(device, dtype, head_dim) or (
+        _triton_fails_on_gpu() if device == "cuda" else None
+    )
+
+
+def _triton_fails_on_gpu() -> str | None:
+    """Why Triton cannot serve the visible GPUs, the least capable of them; None without one, as for fake tensors."""
+    if not torch.cuda.is_available():
+        return None
+    from internvit.kernels.common import launch, target
+
+    reasons = map(target.unsupported_reason, range(torch.cuda.device_count()))
+    return next((why for why in reasons if why), None) or launch.failure_to_start()
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -150,7 +160,7 @@ BACKENDS: dict[str, Backend] = {
             lambda: None,
             lambda device, dtype, head_dim: None,
             folds_qk_norm=False,
-            lse_devices=("cpu",),
+            lse_devices=("cpu", "cuda"),
         ),
         Backend(
             "flash",
@@ -161,9 +171,10 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             "triton",
-            _from_module("internvit.kernels"),
+            _triton,
             _package_missing("triton", "pip install triton (Linux; torch's CUDA builds bring it)"),
             _triton_rejects,
+            max_channels=8192,
         ),
         Backend(
             "cpu",
@@ -272,7 +283,15 @@ def resolve(
     `folded` asks for an attention that takes QK-norm's weights and statistics; `caller` is the op that errors name
     where it is another one that the user called.
     """
-    return _resolve(op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested())
+    channels = _channels(caller or op, x)
+    return _resolve(op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested(), channels)
+
+
+def _channels(op: str, x: torch.Tensor) -> int:
+    """The channels of the rows that `op` normalises or scales; 0 where their number does not matter."""
+    if op in ("attention", "gelu", "linear_gelu") or x.dim() == 0:
+        return 0
+    return x.shape[-1] * x.shape[-2] if op.startswith("qk_norm") else x.shape[-1]
 
 
 def _resolve(*key: Any) -> str:
@@ -285,13 +304,21 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _resolve_once(
-    op: str, device: str, dtype: torch.dtype, head_dim: int, folded: bool, caller: str, asked: str, context: str
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    folded: bool,
+    caller: str,
+    asked: str,
+    context: str,
+    channels: int = 0,
 ) -> str:
     if asked and asked != "auto":
         chosen = _usable(asked)
         if chosen.find(op) is None:
             raise ValueError(f"{caller}: backend {asked!r} does not implement this op")
-        why = chosen.rejects(device, dtype, head_dim)
+        why = chosen.rejects(device, dtype, head_dim) or _too_wide(chosen, channels)
         if why is None and folded and not chosen.folds_qk_norm:
             why = "its attention has no QK-norm inside; normalise with qk_norm, or call qk_norm_attention"
         if why is not None:
@@ -301,20 +328,26 @@ def _resolve_once(
             )
         return asked
     if context != "auto" and not asked and _usable(context).find(op) is not None:
-        return _resolve_once(op, device, dtype, head_dim, folded, caller, context, "auto")
+        return _resolve_once(op, device, dtype, head_dim, folded, caller, context, "auto", channels)
     passed_over: list[str] = []
     for name in AUTO_ORDER.get(device, _AUTO_ORDER_ELSEWHERE):
         candidate = BACKENDS[name]
         why = candidate.missing()
         if why is None and (candidate.find(op) is None or (folded and not candidate.folds_qk_norm)):
             continue
-        why = why or candidate.rejects(device, dtype, head_dim)
+        why = why or candidate.rejects(device, dtype, head_dim) or _too_wide(candidate, channels)
         if why is None:
             if passed_over:
                 logger.info("%s runs on backend %r: %s", op, name, "; ".join(passed_over))
             return name
         passed_over.append(f"{name}: {why}")
     raise AssertionError("the reference backend takes everything")
+
+
+def _too_wide(candidate: Backend, channels: int) -> str | None:
+    if candidate.max_channels is None or channels <= candidate.max_channels:
+        return None
+    return f"it takes rows of at most {candidate.max_channels} channels, got {channels}"
 
 
 def table() -> list[dict[str, str]]:
