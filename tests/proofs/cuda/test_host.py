@@ -51,7 +51,7 @@ def test_every_op_test(run_op_tests) -> None:
 
 
 def seam(kind: str, x: dict) -> tuple:
-    return ops.layer_scale_residual_norm(**x, kind=kind, backend="cuda")
+    return ops.layer_scale_residual_norm(**x, norm_type=kind, backend="cuda")
 
 
 def seam_arguments(shape: tuple, kind: str, dtype: torch.dtype, generator, residual_dtype=None) -> dict:
