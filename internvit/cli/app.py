@@ -1,7 +1,6 @@
-"""The command line: features, info, check, plan, convert; bench is in cli_bench.py. Each is one function and its
-printing.
+"""The command line: features, info, check, plan and convert; bench is in bench.py.
 
-Errors of the user's are one clear line and exit code 2; a check that fails exits with 1, Ctrl-C with 130.
+A wrong argument or file ends in one line and exit code 2, a check that fails in exit code 1, Ctrl-C in 130.
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -23,9 +22,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from internvit.cli.bench import bench
+from internvit.cli.environment import usable_device
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.cost import TASKS
 from internvit.upstream.state_dict import LAYOUTS
+
+if TYPE_CHECKING:
+    from internvit.model.vit import InternViT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
@@ -104,8 +107,8 @@ def cli() -> None:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at once.")
 @click.option("--out", "target", type=click.Path(dir_okay=False, path_type=Path), required=True, help=".safetensors")
 @click.option("--pca", type=click.Path(dir_okay=False, path_type=Path), help="Draw the principal components here.")
-@click.option("--strict", is_flag=True, help="A broken image is an error, not skipped.")
-@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
+@click.option("--strict", is_flag=True, help="A file that cannot be read is an error, not skipped.")
+@click.option("--overwrite", is_flag=True, help="Replace --out, --pca and an interrupted run's parts.")
 def features(
     images: tuple[str, ...],
     model: str | None,
@@ -122,30 +125,24 @@ def features(
 ) -> None:
     """Write the patch features of IMAGES (files, folders, globs) to one safetensors file.
 
-    Tensors are named "PATH:last", or "PATH:7" for block 7, and have the shape [1 + patches, width]. Interrupted, the
-    same command goes on where it stopped.
+    Tensors are named "PATH:last", or "PATH:7" for block 7, and have the shape [1 + patches, width]. After an
+    interruption the same command continues where it stopped; with other weights or settings it is refused.
 
     \b
     Examples:
       internvit features cat.jpg --model internvit-300m-448px-v2.5 --out cat.safetensors --pca cat.png
       internvit features 'photos/**/*.jpg' --weights ./checkpoint --size 448x896 --layers 7,23 --out maps.safetensors
     """
-    from internvit.data.extract import draw_pca, extract
-    from internvit.data.images import find_images
-    from internvit.model.vit import InternViT
+    from internvit.data.extract import extract
+    from internvit.data.images import find_images, printable
+    from internvit.data.pca import draw_pca
 
     if not (model or weights):
         raise click.UsageError("name the network: --model NAME, --weights PATH, or both")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; give another --out, or --overwrite")
-    if pca and pca.exists() and not overwrite:
-        raise FileExistsError(f"{pca} exists; give another --pca, or --overwrite")
+    _check_outputs(target, pca, overwrite)
+    usable_device(device)
     paths = find_images(images)
-    config = None
-    if weights and model and not (Path(weights) / "config.json").exists():
-        config = InternViTConfig.from_name(model)
-    source = weights or HUB_IDS[model or ""]
-    network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device).eval()
+    network, source = _load(model, weights, dtype, device)
     size = size or network.config.image_hw
 
     def progress(waiting: Iterable[Path], total: int) -> Iterable[Path]:
@@ -160,16 +157,40 @@ def features(
         batch=batch,
         strict=strict,
         overwrite=overwrite,
-        settings={"weights": str(source)},
+        metadata={"weights": printable(source)},
         progress=progress,
     )
-    resumed = f", {result.resumed} of them taken up from an interrupted run" if result.resumed else ""
-    click.echo(f"{len(result.images)} images at {size[0]}x{size[1]}{resumed}: {target}")
+    resumed = f", {result.resumed} of them from an interrupted run" if result.resumed else ""
+    click.echo(f"{len(result.images)} images at {size[0]}x{size[1]}{resumed}: {printable(target)}")
     if result.skipped:
-        click.echo(f"{len(result.skipped)} skipped: {', '.join(map(str, result.skipped))}", err=True)
+        click.echo(f"{len(result.skipped)} skipped: {', '.join(map(printable, result.skipped))}", err=True)
     if pca:
         drawn = draw_pca(pca, target, result.images, size, network.config.patch_size)
-        click.echo(f"principal components of {drawn} of {len(result.images)} images: {pca}")
+        click.echo(f"principal components of {drawn} of {len(result.images)} images: {printable(pca)}")
+
+
+def _check_outputs(target: Path, pca: Path | None, overwrite: bool) -> None:
+    """Refuses the output files before anything is loaded."""
+    from internvit.data.pca import check_picture_name
+
+    for option, path in (("--out", target), ("--pca", pca)):
+        if path and (path.exists() or path.is_symlink()) and not overwrite:
+            raise FileExistsError(f"{path} exists; give another {option}, or --overwrite")
+    if pca:
+        if pca.absolute() == target.absolute():
+            raise ValueError(f"--pca: expected another file than --out, got {pca} for both")
+        check_picture_name(pca)
+
+
+def _load(model: str | None, weights: str | None, dtype: str, device: str) -> "tuple[InternViT, str]":
+    """The network in eval mode, and where its weights come from."""
+    from internvit.model.vit import InternViT
+
+    config = None
+    if weights and model and not (Path(weights) / "config.json").exists():
+        config = InternViTConfig.from_name(model)
+    source = weights or HUB_IDS[model or ""]
+    return InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device).eval(), source
 
 
 @cli.command()
@@ -315,6 +336,7 @@ def run(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except USER_ERRORS as error:
-        click.echo(f"internvit: {' '.join(str(error).split())}", err=True)
+        message = " ".join(str(error).split())
+        click.echo(f"internvit: {message.encode('utf-8', 'backslashreplace').decode()}", err=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

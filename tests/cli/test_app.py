@@ -131,7 +131,7 @@ def test_interrupted_and_taken_up_again(weights, tmp_path, how, capsys) -> None:
     left = [p for p in partial.iterdir() if p.suffix == ".safetensors"]
     assert all(tensors(p) for p in left)
     stdout, _ = run(*arguments)
-    assert f"48 images at 448x448, {len(left)} of them taken up" in stdout
+    assert f"48 images at 448x448, {len(left)} of them from an interrupted run" in stdout
     fresh = tmp_path / "fresh.safetensors"
     call(capsys, "features", folder, "--weights", weights, "--out", fresh, "--size", 448)
     first, second = tensors(out), tensors(fresh)
