@@ -100,7 +100,7 @@ class DetectionBackbone(nn.Module):
         self.pool = pool
 
     def forward(self, pixel_values: Tensor) -> "OrderedDict[str, Tensor]":
-        """Maps "0", "1", "2", "3" (and "pool", unless left out) of pixels [B, channels, height, width], multiples of the patch size."""
+        """Maps "0" to "3", and "pool" if there is one, of pixels [B, channels, height, width]."""
         maps = self.pyramid(self.backbone(pixel_values)[-1])
         named = OrderedDict((str(i), x) for i, x in enumerate(maps))
         if self.pool:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -157,3 +158,26 @@ def test_fitted_is_mmcvs_keep_ratio() -> None:
     assert fitted((683, 512), 504, 2016) == (672, 504)
     assert fitted((4000, 500), 504, 2016) == (2016, 252)
     assert fitted((10, 1000), 5, 5) == (1, 5)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("decoder"), MemoryError(), KeyError("tag")])
+def test_any_exception_of_a_decoder_names_the_mask(error, tmp_path, monkeypatch) -> None:
+    pair = write(tmp_path, "a")
+
+    def fails(self, *args):
+        raise error
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fails)
+    with pytest.raises(ValueError, match=r"a\.png: broken mask: \S+"):
+        read_mask(pair.mask, 3)
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path) -> None:
+    write(tmp_path, "a")
+    for name in ("b.heic", "c.CR2"):
+        shutil.copy(write(tmp_path, name[0]).image, tmp_path / "images" / name)
+        (tmp_path / "images" / f"{name[0]}.png").unlink()
+    (tmp_path / "images" / "b.heic").write_bytes(bytes(100))
+    found = find(tmp_path, on_broken="skip")
+    assert [path.name for path in found.left_out] == ["b.heic", "c.CR2"]
+    assert len(found.pairs) == 1

@@ -3,7 +3,6 @@
 resize to fit short_side and long_side -> sliding windows (and the mirror image) -> resize to the mask -> argmax
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from internvit.data.files import atomic_write
 from internvit.data.images import to_pixels
 from internvit.dense.segmentation.augment import fitted
 from internvit.dense.segmentation.folder import Pair, read_pair
@@ -108,6 +108,5 @@ def draw_predictions(
     if len(names) <= 20:
         patches = [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
         figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 6), fontsize=9, frameon=False)
-    temporary = out.with_name(out.name + ".writing")
-    figure.savefig(temporary, dpi=dpi, format="png")
-    os.replace(temporary, out)
+    with atomic_write(out) as file:
+        figure.savefig(file, dpi=dpi, format="png")

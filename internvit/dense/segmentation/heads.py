@@ -18,6 +18,12 @@ from torch.nn import functional as F
 IGNORE = 255  # the label of pixels without a class
 
 
+def check_num_classes(num_classes: int) -> None:
+    """Raises ValueError unless masks of 8 bits can hold this many classes beside `IGNORE`."""
+    if not 1 <= num_classes <= IGNORE:
+        raise ValueError(f"num_classes: expected 1 to {IGNORE}, as masks have 8 bits, got {num_classes}")
+
+
 class LinearHead(nn.Module):
     """The linear probe: BatchNorm and a 1x1 convolution on the last map.
 
