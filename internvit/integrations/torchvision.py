@@ -81,7 +81,8 @@ class DetectionBackbone(nn.Module):
 
     Example:
         >>> tower = internvit.InternViTBackbone.from_pretrained(path, out_indices=(-1,), patch_size=16, image_size=1024)
-        >>> model = torchvision.models.detection.MaskRCNN(DetectionBackbone(tower), num_classes=91)
+        >>> model = torchvision.models.detection.MaskRCNN(DetectionBackbone(tower), num_classes=91).eval()
+        >>> boxes = model([photo])[0]["boxes"]  # of a photo [3, H, W] in [0, 1]
     """
 
     def __init__(self, backbone: InternViTBackbone, out_channels: int = 256, pool: bool = True) -> None:
