@@ -26,7 +26,7 @@ except ImportError:  # before Python 3.11
 
 @dataclass(frozen=True)
 class Model:
-    """The tower. precision "bfloat16": frozen, it is held so; trained, it runs under autocast on float32 weights."""
+    """The tower. With precision "bfloat16" a frozen tower has bfloat16 weights, a trained one float32 and autocast."""
 
     weights: str = "OpenGVLab/InternViT-6B-224px"
     image_size: int = 504
@@ -76,7 +76,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Run:
-    """Every how many steps what is done."""
+    """The seed, and the number of steps between two log rows, checkpoints and evaluations."""
 
     seed: int = 0
     log_every: int = 50

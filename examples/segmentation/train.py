@@ -30,7 +30,7 @@ from internvit.cli.environment import usable_device
 from internvit.data.files import content_digest, exclusive, remove_temporaries, tensors_digest
 from internvit.data.images import printable, read_file
 from internvit.dense.segmentation import Pair, Scores, Segmenter, find_pairs
-from internvit.dense.segmentation.evaluation import classes_of, draw_predictions, evaluate
+from internvit.dense.segmentation.evaluation import draw_predictions, evaluate, predict_classes
 from internvit.dense.segmentation.folder import batches, read_pair
 from internvit.dense.segmentation.heads import check_num_classes
 
@@ -206,7 +206,7 @@ def draw(model: Segmenter, pairs: tuple[Pair, ...], names: list[str], recipe: Re
     model.eval()
     for pair in pairs[:4]:
         image, classes = read_pair(pair, len(names), recipe.test.reduce_zero_label)
-        rows.append((image, classes, classes_of(model, image, recipe.test, recipe.model.patch_size).numpy()))
+        rows.append((image, classes, predict_classes(model, image, recipe.test, recipe.model.patch_size).numpy()))
     model.train(training)
     draw_predictions(path, rows, ("image", "mask", "prediction"), names)
 

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,33 +133,34 @@ def features(
       internvit features cat.jpg --model internvit-300m-448px-v2.5 --out cat.safetensors --pca cat.png
       internvit features 'photos/**/*.jpg' --weights ./checkpoint --size 448x896 --layers 7,23 --out maps.safetensors
     """
-    from internvit.data.extract import extract
-    from internvit.data.images import find_images, printable
-    from internvit.data.pca import draw_pca
-
     if not (model or weights):
         raise click.UsageError("name the network: --model NAME, --weights PATH, or both")
     _check_outputs(target, pca, overwrite)
     usable_device(device)
-    paths = find_images(images)
-    network, source = _load(model, weights, dtype, device)
-    size = size or network.config.image_hw
+    how = {"layers": layers, "batch": batch, "strict": strict, "overwrite": overwrite}
+    _write_features(images, lambda: _load(model, weights, dtype, device), size, target, pca, how)
+
+
+def _write_features(
+    patterns: Iterable[str],
+    load: "Callable[[], tuple[InternViT, str]]",
+    size: tuple[int, int] | None,
+    target: Path,
+    pca: Path | None,
+    how: dict[str, Any],
+) -> None:
+    """Extracts, draws and prints; `load` gives the network and the name of its weights once the images are known."""
+    from internvit.data.extract import extract
+    from internvit.data.images import find_images, printable
+    from internvit.data.pca import draw_pca
 
     def progress(waiting: Iterable[Path], total: int) -> Iterable[Path]:
         return tqdm(waiting, total=total, unit="image", disable=None)
 
-    result = extract(
-        network,
-        paths,
-        target,
-        size,
-        layers=layers,
-        batch=batch,
-        strict=strict,
-        overwrite=overwrite,
-        metadata={"weights": printable(source)},
-        progress=progress,
-    )
+    paths = find_images(patterns)
+    network, source = load()
+    size = size or network.config.image_hw
+    result = extract(network, paths, target, size, metadata={"weights": printable(source)}, progress=progress, **how)
     resumed = f", {result.resumed} of them from an interrupted run" if result.resumed else ""
     click.echo(f"{len(result.images)} images at {size[0]}x{size[1]}{resumed}: {printable(target)}")
     if result.skipped:
@@ -199,23 +200,23 @@ def info(as_json: bool) -> None:
     """Versions, devices, instruction sets, and which backends run here and why not."""
     from internvit.cli.environment import info as collect
 
-    found = collect()
+    environment = collect()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(environment, indent=2))
         return
     table = Table("what", "value", title="this machine", title_justify="left")
-    for name, version in found["versions"].items():
+    for name, version in environment["versions"].items():
         table.add_row(name, version)
-    table.add_row("devices", "\n".join(found["devices"]))
-    table.add_row("CPU", f"{found['cpu']['name']}, {found['cpu']['threads']} threads")
-    table.add_row("instruction sets", " ".join(found["cpu"]["instruction sets"]))
+    table.add_row("devices", "\n".join(environment["devices"]))
+    table.add_row("CPU", f"{environment['cpu']['name']}, {environment['cpu']['threads']} threads")
+    table.add_row("instruction sets", " ".join(environment["cpu"]["instruction sets"]))
     out.print(table)
     table = Table("backend", "runs", "otherwise why not, and how to get it", title="backends", title_justify="left")
-    for row in found["backends"]:
+    for row in environment["backends"]:
         table.add_row(row["backend"], row["available"], escape(row["reason"]))
     out.print(table)
     table = Table("op", "backend chosen", title="auto, bfloat16", title_justify="left")
-    for op, name in found["chosen"].items():
+    for op, name in environment["chosen"].items():
         table.add_row(op, name)
     out.print(table)
 
@@ -275,12 +276,12 @@ def plan(
     """
     from internvit.cost import plan as make
 
-    found = make(task, size, batch, DTYPES[dtype], train, memory)
+    result = make(task, size, batch, DTYPES[dtype], train, memory)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
+        click.echo(json.dumps(result.to_dict(), indent=2))
         return
     use = "training" if train else "inference"
-    title = f"{TASKS[task]}\n{use}, {found.costs[0].tokens} tokens, batch {batch}, {dtype}"
+    title = f"{TASKS[task]}\n{use}, {result.costs[0].tokens} tokens, batch {batch}, {dtype}"
     headings = (
         ["weights", "optim-\nizer", "activ-\nations", "selec-\ntive", "block", "total"]
         if train
@@ -288,16 +289,16 @@ def plan(
     )
     table = Table("internvit-", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.columns[0].min_width = 15
-    for heading in ["para-\nmeters", "TFLOP/\nimage", *headings, *(["fits"] if found.fits else [])]:
+    for heading in ["para-\nmeters", "TFLOP/\nimage", *headings, *(["fits"] if result.fits else [])]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for c in found.costs:
+    for c in result.costs:
         activations = [c.training, c.selective, c.checkpointing] if train else [c.inference]
         sizes = [c.weights, *([c.optimizer] if train else []), *activations]
         row = [c.variant.removeprefix("internvit-"), f"{c.parameters / 1e9:.2f}B", f"{c.flops / 1e12:.2f}"]
         row += [gib(n) for n in (*sizes, c.total(train))]
-        table.add_row(*row, *([_FITS[found.fits[c.variant]]] if found.fits else []))
+        table.add_row(*row, *([_FITS[result.fits[c.variant]]] if result.fits else []))
     out.print(table)
-    out.print(f"take {found.choice}: {found.why}" if found.choice else found.why, highlight=False)
+    out.print(f"take {result.choice}: {result.why}" if result.choice else result.why, highlight=False)
 
 
 @cli.command()

@@ -94,7 +94,7 @@ class DetectionBackbone(nn.Module):
                 f"load it with from_pretrained(..., patch_size=16)"
             )
         if backbone.fpn:
-            raise ValueError("backbone: expected fpn=False, the pyramid is made of the last map here")
+            raise ValueError("backbone: expected fpn=False, this class makes its own pyramid of the last map")
         self.backbone = backbone
         self.pyramid = SimpleFeaturePyramid(backbone.config.hidden_size, out_channels)
         self.out_channels = out_channels

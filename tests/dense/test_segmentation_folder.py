@@ -61,12 +61,12 @@ def broken(folder) -> dict:
 
 def test_what_does_not_fit_is_named_counted_and_left_out(tmp_path, caplog) -> None:
     expected = broken(tmp_path)
-    found = find(tmp_path, on_broken="skip")
-    assert [pair.image.name for pair in found.pairs] == ["good.png", "fine.png"]
-    assert found.left_out.keys() == expected.keys()
+    result = find(tmp_path, on_broken="skip")
+    assert [pair.image.name for pair in result.pairs] == ["good.png", "fine.png"]
+    assert result.left_out.keys() == expected.keys()
     for path, why in expected.items():
-        assert re.search(why, found.left_out[path])
-        assert str(path) in found.left_out[path]
+        assert re.search(why, result.left_out[path])
+        assert str(path) in result.left_out[path]
         assert str(path) in caplog.text
     assert "8 files do not fit; 2 of 9 images are used" in caplog.text
 
@@ -178,6 +178,6 @@ def test_images_that_cannot_be_read_are_named(tmp_path) -> None:
         shutil.copy(write(tmp_path, name[0]).image, tmp_path / "images" / name)
         (tmp_path / "images" / f"{name[0]}.png").unlink()
     (tmp_path / "images" / "b.heic").write_bytes(bytes(100))
-    found = find(tmp_path, on_broken="skip")
-    assert [path.name for path in found.left_out] == ["b.heic", "c.CR2"]
-    assert len(found.pairs) == 1
+    result = find(tmp_path, on_broken="skip")
+    assert [path.name for path in result.left_out] == ["b.heic", "c.CR2"]
+    assert len(result.pairs) == 1

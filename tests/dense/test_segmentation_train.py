@@ -255,19 +255,19 @@ def test_a_frozen_tower_is_not_saved_and_upernet_learns_beside_bfloat16(place) -
 @pytest.mark.parametrize("name", ["linear_probing", "head_tuning", "full_tuning", "few_shot"])
 def test_recipes_are_upstreams(name) -> None:
     """Facts of OpenGVLab's four ADE20K configurations, restated."""
-    found = recipes.read_recipe(EXAMPLE / "recipes" / f"{name}.toml")
+    recipe = recipes.read_recipe(EXAMPLE / "recipes" / f"{name}.toml")
     indices = {"linear_probing": (44,), "few_shot": (47,)}.get(name, (11, 23, 35, 47))
     tuned = name in ("full_tuning", "few_shot")
-    assert found.model.out_indices == indices
-    assert (found.model.image_size, found.model.patch_size) == (504, 14)
-    assert found.model.freeze is not tuned
-    assert found.model.drop_path_rate == (0.4 if tuned else 0.0)
-    assert found.optim.weight_decay == (0.0 if name == "linear_probing" else 0.05)
-    assert found.optim.layer_decay == (0.95 if tuned else 1.0)
-    assert (found.optim.lr, found.optim.betas, found.data.batch) == (4e-5, (0.9, 0.999), 16)
-    assert found.optim.steps == (5000 if name == "few_shot" else 80_000)
-    assert (found.head.kind, found.model.fpn) == (("upernet", True) if "_tuning" in name else ("linear", False))
-    assert (found.test.crop, found.test.stride) == (504, 322)
+    assert recipe.model.out_indices == indices
+    assert (recipe.model.image_size, recipe.model.patch_size) == (504, 14)
+    assert recipe.model.freeze is not tuned
+    assert recipe.model.drop_path_rate == (0.4 if tuned else 0.0)
+    assert recipe.optim.weight_decay == (0.0 if name == "linear_probing" else 0.05)
+    assert recipe.optim.layer_decay == (0.95 if tuned else 1.0)
+    assert (recipe.optim.lr, recipe.optim.betas, recipe.data.batch) == (4e-5, (0.9, 0.999), 16)
+    assert recipe.optim.steps == (5000 if name == "few_shot" else 80_000)
+    assert (recipe.head.kind, recipe.model.fpn) == (("upernet", True) if "_tuning" in name else ("linear", False))
+    assert (recipe.test.crop, recipe.test.stride) == (504, 322)
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,9 @@ def test_mask_rcnn_trains_and_detects() -> None:
     assert all(torch.isfinite(x) for x in losses.values())
     assert not [n for n, p in backbone.named_parameters() if p.grad is None]
     with torch.no_grad():
-        found = model.eval()(images)
-    assert [x["boxes"].shape[1] for x in found] == [4, 4]
-    assert found[0]["masks"].shape[1:] == (1, 60, 90)
+        detections = model.eval()(images)
+    assert [x["boxes"].shape[1] for x in detections] == [4, 4]
+    assert detections[0]["masks"].shape[1:] == (1, 60, 90)
 
 
 @pytest.mark.parametrize("name", ["MaskRCNN", "FasterRCNN", "KeypointRCNN", "RetinaNet", "FCOS"])

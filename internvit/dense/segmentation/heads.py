@@ -126,10 +126,10 @@ def segmentation_loss(head: LinearHead | UPerNetHead, maps: Sequence[Tensor], la
         total = F.cross_entropy(_resized(logits, labels.shape[-2:]), labels, ignore_index=IGNORE, reduction="sum")
         return total / (labels != IGNORE).sum().clamp(min=1)
 
-    found = loss(head(maps))
+    total = loss(head(maps))
     if head.auxiliary is not None:
-        found = found + head.auxiliary_weight * loss(head.auxiliary(_cast(maps, head)))
-    return found
+        total = total + head.auxiliary_weight * loss(head.auxiliary(_cast(maps, head)))
+    return total
 
 
 class Segmenter(nn.Module):
