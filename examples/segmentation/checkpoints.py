@@ -29,7 +29,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         OSError: the disk is full, or cannot be written.
     """
     try:
-        with atomic_write(path) as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
     except RuntimeError as error:  # torch's archive writer hides the error of the disk
         raise OSError(f"{path}: cannot be written: {error.__context__ or error}") from error
@@ -84,8 +84,8 @@ class Log:
         writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-        with atomic_write(path) as file:
-            file.write(text.getvalue().encode())
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(text.getvalue().encode())
         self._path = path
 
     def add(self, step: int, loss: float | str = "", lr: float | str = "", miou: float | str = "") -> None:

@@ -19,7 +19,7 @@ import click
 import numpy as np
 import torch
 from composed import NAMES, compose
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -123,8 +123,8 @@ def cached_maps(setting: Setting, pairs: tuple[Pair, ...], split: str, work: Pat
         with internvit.backend(setting.backend):
             for pair in tqdm(pairs, desc=place.stem, disable=None):
                 per_image.append(network(load_pixels(pair.image, (224, 224))[None]))
-        with atomic_write(place) as file:
-            file.write(save({str(i): torch.cat(maps) for i, maps in enumerate(zip(*per_image, strict=True))}))
+        with atomic_write(place) as temporary:
+            save_file({str(i): torch.cat(maps) for i, maps in enumerate(zip(*per_image, strict=True))}, temporary)
     loaded, generator = load_file(place), torch.Generator().manual_seed(0)
     maps = [loaded[str(i)] for i in range(len(OUT_INDICES))]
     return [x + setting.noise * x.std() * torch.randn(x.shape, generator=generator) for x in maps]
@@ -181,8 +181,8 @@ def run(name: str, kind: str, work: Path, pairs: dict[str, tuple[Pair, ...]]) ->
         agreement = check_assembled(head, setting, pairs["validation"][0], predicted[0])
         result = {"losses": losses, "shown": [predicted[i].tolist() for i in SHOWN], "assembled": agreement}
         place.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(place) as file:
-            file.write(json.dumps({**result, **scores._asdict()}).encode())
+        with atomic_write(place) as temporary:
+            temporary.write_text(json.dumps({**result, **scores._asdict()}))
     return json.loads(place.read_text())
 
 

@@ -7,7 +7,6 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -16,18 +15,17 @@ TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.writing")
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A new binary file that replaces `path` when the block ends without an error.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """The path of an empty file to write to; it replaces `path` when the block ends without an error.
 
     The file is created in the same folder with the user's umask and flushed to the disk before it is renamed. A link
     at `path` is replaced, not followed. After a kill, only a name that matches `TEMPORARY` is left.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.writing")
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
-        with open(descriptor, "w+b") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -59,8 +59,8 @@ class Parts:
     def write(self, image: Path, digest: str, features: dict[str, Tensor]) -> None:
         """Stores an image's features, with the digest of the bytes they were computed from."""
         data = save({name: tensor.contiguous() for name, tensor in features.items()}, {"image": digest})
-        with atomic_write(self.place(image)) as file:
-            file.write(data)
+        with atomic_write(self.place(image)) as temporary:
+            temporary.write_bytes(data)
 
     def join(self, images: Sequence[Path], out: Path, metadata: dict[str, str]) -> None:
         """Writes all parts as one safetensors file, copying one after the other."""
@@ -74,7 +74,7 @@ class Parts:
             end += max(entry["data_offsets"][1] for entry in header.values())
         text = json.dumps(joined, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        with atomic_write(out) as file:
+        with atomic_write(out) as temporary, open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for image, (_, start) in zip(images, headers, strict=True):
                 with open(self.place(image), "rb") as part:
@@ -151,8 +151,8 @@ def _claim(folder: Path, settings: dict[str, str], restart: bool) -> None:
         for path in folder.iterdir():
             if _PART.fullmatch(path.name):
                 path.unlink()
-    with atomic_write(run) as file:
-        file.write(json.dumps({"format": _FORMAT, "settings": settings}, indent=1).encode())
+    with atomic_write(run) as temporary:
+        temporary.write_text(json.dumps({"format": _FORMAT, "settings": settings}, indent=1), encoding="utf-8")
 
 
 def _read_run(run: Path) -> dict[str, str]:

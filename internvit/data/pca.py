@@ -71,6 +71,6 @@ def draw_pca(out: Path, features: Path, images: Sequence[Path], size: tuple[int,
                 axis.imshow(shown)
                 axis.set_axis_off()
             figure.axes[2 * row].set_title(path.name, fontsize=9, parse_math=False)
-    with atomic_write(out) as target:
-        figure.savefig(target, dpi=110, format=out.suffix[1:].lower() or "png")
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, dpi=110, format=out.suffix[1:].lower() or "png")
     return len(images)

@@ -381,10 +381,10 @@ def test_joined_files_are_those_that_were_written(names, tmp_path, generator) ->
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path) -> None:
     path = tmp_path / ("long" * 60)
-    with atomic_write(path) as file:
-        file.write(b"old")
-    with pytest.raises(TypeError), atomic_write(path) as file:
-        file.write("text")
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"old")
+    with pytest.raises(TypeError), atomic_write(path) as temporary:
+        temporary.write_bytes("text")
     assert path.read_bytes() == b"old"
     (tmp_path / ".0123456789abcdef.writing").touch()
     (tmp_path / ".mine.writing").touch()

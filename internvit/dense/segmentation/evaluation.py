@@ -108,5 +108,5 @@ def draw_predictions(
     if len(names) <= 20:
         patches = [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
         figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 6), fontsize=9, frameon=False)
-    with atomic_write(out) as file:
-        figure.savefig(file, dpi=dpi, format="png")
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
