@@ -1,7 +1,7 @@
 """What each variant costs: parameters, FLOPs and memory, and which one to take for a task.
 
 The byte counts follow the tensors that this library's ops leave, in units of one [N, C] tensor of a batch (see
-`ops/recompute.py`), and agree with a measured run within 5 % (tests/test_cost.py).
+`internvit/model/recompute.py`), and agree with a measured run within 5 % (tests/test_cost.py).
 """
 
 from dataclasses import asdict, dataclass
