@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from internvit.cli.environment import cpu_name, info
+from internvit.files import atomic_write
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 
@@ -111,9 +112,8 @@ def read(path: str | Path) -> Results:
 
 
 def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    part.replace(path)
+    with atomic_write(path) as part:
+        part.write_text(text)
 
 
 def _git_hash() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from internvit.data.files import atomic_write
+from internvit.files import atomic_write
 
 COLUMNS = ("step", "loss", "lr", "miou")
 # What a checkpoint holds, and the types of it.

@@ -27,12 +27,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from internvit.cli.environment import usable_device
-from internvit.data.files import content_digest, exclusive, remove_temporaries, tensors_digest
+from internvit.data.digest import content_digest, tensors_digest
 from internvit.data.images import printable, read_file
 from internvit.dense.segmentation import Pair, Scores, Segmenter, find_pairs
 from internvit.dense.segmentation.evaluation import draw_predictions, evaluate, predict_classes
 from internvit.dense.segmentation.folder import batches, read_pair
 from internvit.dense.segmentation.heads import check_num_classes
+from internvit.files import locked
 
 logger = logging.getLogger("train")
 
@@ -283,8 +284,7 @@ def main(
         names = class_names(classes)
         usable_device(device)
         out.mkdir(parents=True, exist_ok=True)
-        with exclusive(out / ".lock", str(out)):
-            remove_temporaries(out)
+        with locked(out, wait=False):
             pairs = read_pairs(data, len(names), chosen, broken)
             scores = train(chosen, data, pairs, names, out, device, workers)
     except (ValueError, OSError, ImportError) as error:

@@ -25,7 +25,7 @@ from internvit.cli.bench import bench
 from internvit.cli.environment import usable_device
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.cost import TASKS
-from internvit.upstream.state_dict import LAYOUTS
+from internvit.names import LAYOUTS
 
 if TYPE_CHECKING:
     from internvit.model.vit import InternViT
@@ -98,6 +98,7 @@ def cli() -> None:
 @click.argument("images", nargs=-1, required=True)
 @click.option("--model", type=click.Choice(list(VARIANTS)), help="A published variant; its weights come from the hub.")
 @click.option("--weights", help="A checkpoint folder, a .safetensors or .pth file, or a hub id.")
+@click.option("--prefix", help="Before the tower's names in --weights, if it holds several towers.")
 @click.option("--size", type=Size(), help="Height and width in pixels, multiples of the patch size; native by default.")
 @click.option(
     "--layers", type=Layers(), help="Blocks whose output to keep, 0 the first; the last hidden state if none."
@@ -113,6 +114,7 @@ def features(
     images: tuple[str, ...],
     model: str | None,
     weights: str | None,
+    prefix: str | None,
     size: tuple[int, int] | None,
     layers: tuple[int, ...] | None,
     dtype: str,
@@ -138,7 +140,7 @@ def features(
     _check_outputs(target, pca, overwrite)
     usable_device(device)
     how = {"layers": layers, "batch": batch, "strict": strict, "overwrite": overwrite}
-    _write_features(images, lambda: _load(model, weights, dtype, device), size, target, pca, how)
+    _write_features(images, lambda: _load(model, weights, prefix, dtype, device), size, target, pca, how)
 
 
 def _write_features(
@@ -183,7 +185,9 @@ def _check_outputs(target: Path, pca: Path | None, overwrite: bool) -> None:
         check_picture_name(pca)
 
 
-def _load(model: str | None, weights: str | None, dtype: str, device: str) -> "tuple[InternViT, str]":
+def _load(
+    model: str | None, weights: str | None, prefix: str | None, dtype: str, device: str
+) -> "tuple[InternViT, str]":
     """The network in eval mode, and where its weights come from."""
     from internvit.model.vit import InternViT
 
@@ -191,7 +195,8 @@ def _load(model: str | None, weights: str | None, dtype: str, device: str) -> "t
     if weights and model and not (Path(weights) / "config.json").exists():
         config = InternViTConfig.from_name(model)
     source = weights or HUB_IDS[model or ""]
-    return InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device).eval(), source
+    network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device, prefix=prefix)
+    return network.eval(), source
 
 
 @cli.command()
@@ -305,8 +310,9 @@ def plan(
 @click.argument("source")
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--to", "layout", type=click.Choice(LAYOUTS), required=True, help="Whose names to write.")
+@click.option("--prefix", help="Before the tower's names in SOURCE, if it holds several towers.")
 @click.option("--overwrite", is_flag=True, help="Replace weights in TARGET.")
-def convert(source: str, target: Path, layout: str, overwrite: bool) -> None:
+def convert(source: str, target: Path, layout: str, prefix: str | None, overwrite: bool) -> None:
     """Read the checkpoint SOURCE in any layout and write it to the folder TARGET in another.
 
     \b
@@ -315,7 +321,7 @@ def convert(source: str, target: Path, layout: str, overwrite: bool) -> None:
     """
     from internvit.model.vit import InternViT
 
-    model = InternViT.from_pretrained(source)
+    model = InternViT.from_pretrained(source, prefix=prefix)
     model.save_pretrained(target, layout=layout, overwrite=overwrite)
     click.echo(f"{model.config.num_parameters():,} parameters in {layout}'s layout: {target}")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from internvit.data.files import content_digest, tensors_digest
+from internvit.data.digest import content_digest, tensors_digest
 from internvit.data.images import decode_photo, printable, read_file, to_pixels
 from internvit.data.parts import open_parts
 

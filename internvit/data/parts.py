@@ -2,9 +2,9 @@
 
     run.json              what the features are computed with: weights, configuration, size, dtype, layers
     HASH.safetensors      one image's features; HASH is of its path, the metadata has a digest of its content
-    lock                  held by the run that is writing
 
-A rerun takes up the parts only if run.json agrees with it, and of these only parts whose image has not changed.
+The folder is locked while a run writes to it. A rerun takes up the parts only if run.json agrees with it, and of these
+only parts whose image has not changed.
 """
 
 import contextlib
@@ -20,14 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from internvit.data.files import TEMPORARY, atomic_write, content_digest, exclusive, remove_temporaries
+from internvit.data.digest import content_digest
 from internvit.data.images import printable, read_file
+from internvit.files import atomic_write, locked
 
 logger = logging.getLogger(__name__)
 
-_RUN, _LOCK = "run.json", "lock"
+_RUN = "run.json"
 _FORMAT = "internvit features in parts"
 _PART = re.compile(r"[0-9a-f]{32}\.safetensors")
+_TEMPORARY = re.compile(r"\.([0-9a-f]{32}\.safetensors|run\.json)\.\d+\.writing")  # of a killed process
 
 
 class Parts:
@@ -83,17 +85,21 @@ class Parts:
 
     def remove(self) -> None:
         """Removes what this module has written, and the folder if nothing else is in it."""
+        _remove_temporaries(self.folder)
         for path in list(self.folder.iterdir()):
-            if _is_ours(path.name):
-                path.unlink(missing_ok=True)
+            if path.name == _RUN or _PART.fullmatch(path.name):
+                path.unlink()
         try:
             self.folder.rmdir()
         except OSError:
             logger.warning("%s is left: it holds other files", printable(self.folder))
 
 
-def _is_ours(name: str) -> bool:
-    return name in (_RUN, _LOCK) or any(pattern.fullmatch(name) for pattern in (_PART, TEMPORARY))
+def _remove_temporaries(folder: Path) -> None:
+    """Removes what killed processes left; nobody else writes here while the folder is locked."""
+    for path in list(folder.iterdir()):
+        if _TEMPORARY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -123,11 +129,11 @@ def open_parts(out: Path, settings: dict[str, str], restart: bool = False) -> It
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"{shown}: expected a folder, or nothing; move it, or give another name for the output")
     folder.mkdir(parents=True, exist_ok=True)
-    others = [p.name for p in folder.iterdir() if p.name != _LOCK and not TEMPORARY.fullmatch(p.name)]
-    if others and not (folder / _RUN).exists():
-        raise ValueError(f"{shown}: not the parts of an interrupted run; move it, or give another name for the output")
-    with exclusive(folder / _LOCK, shown):
-        remove_temporaries(folder)
+    with locked(folder, wait=False):
+        others = [path.name for path in folder.iterdir() if not _TEMPORARY.fullmatch(path.name)]
+        if others and not (folder / _RUN).exists():
+            raise ValueError(f"{shown}: not parts of an interrupted run; move it, or give another name for the output")
+        _remove_temporaries(folder)
         _claim(folder, settings, restart)
         yield Parts(folder)
 

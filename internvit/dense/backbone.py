@@ -198,8 +198,8 @@ class InternViTBackbone(nn.Module):
 def _pyramid_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The parameters `up1…up4` of a checkpoint's files; empty if there are none."""
     from internvit.checkpoint.files import Checkpoint
-    from internvit.checkpoint.load import locate
+    from internvit.checkpoint.hub import locate
 
-    checkpoint = Checkpoint(locate(path, None, None, None, False))
-    names = {match[1]: key for key in checkpoint.keys if (match := _PYRAMID.fullmatch(key))}
-    return {name: checkpoint.file(checkpoint.keys[key]).read(key).clone() for name, key in names.items()}
+    with Checkpoint(locate(path), with_config=False) as checkpoint:
+        names = {match[1]: key for key in checkpoint.keys if (match := _PYRAMID.fullmatch(key))}
+        return {name: checkpoint.file(checkpoint.keys[key]).read(key).clone() for name, key in names.items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from internvit.inference.cuda_graph import GraphedFunction
 from internvit.model.layers import MLP, Attention, LayerNorm, RMSNorm, has_hooks, is_plain_linear, is_plain_norm
 from internvit.model.vit import InternViT, InternViTLayer, is_plain_layer
-from internvit.ops import layer_scale_residual, layer_scale_residual_norm, linear_gelu, qk_norm_attention
+from internvit.ops import layer_scale_residual, layer_scale_residual_norm, linear_gelu, qk_norm_attention_qkvpacked
 from internvit.ops.backends import native
 from internvit.ops.core.select import requested
 from internvit.ops.linear import linear
@@ -95,7 +95,7 @@ def _linear_for(weight: Tensor, pack: bool) -> type[_PlainLinear] | type[_Packed
         return _PlainLinear
     if _onednn_packs():
         return _PrepackedLinear
-    if native.missing("internvit_cpu") is None and torch.ops.internvit_cpu.packs_linear(weight.dtype):
+    if native.unavailable_reason("internvit_cpu") is None and torch.ops.internvit_cpu.packs_linear(weight.dtype):
         return _PackedLinear
     return _PlainLinear
 
@@ -135,11 +135,11 @@ class _Block:
         normed = layer.norm1(x) if normed is None else normed
         qkv = self.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim))
         if attn.qk_normalization:
-            out = qk_norm_attention(
-                qkv, None, None, attn.q_norm.weight, attn.k_norm.weight, attn.q_norm.eps, rounding=attn.rounding
+            out = qk_norm_attention_qkvpacked(
+                qkv, attn.q_norm.weight, attn.k_norm.weight, eps=attn.q_norm.eps, rounding=attn.rounding
             )
         else:
-            out = qk_norm_attention(qkv)
+            out = qk_norm_attention_qkvpacked(qkv)
         x, normed = self._add(self.proj, out.flatten(2), x, self.gammas[0], layer.norm2)
         return self._add(self.fc2, self.fc1(normed, gelu=True), x, self.gammas[1], next_norm)
 
@@ -152,7 +152,7 @@ class _Block:
         if norm is None:
             return layer_scale_residual(x, branch, gamma), None
         return layer_scale_residual_norm(
-            x, branch, gamma, None, norm.weight, norm.bias, norm.eps, norm.kind, norm.rounding
+            x, branch, norm.weight, norm.bias, gamma, eps=norm.eps, norm_type=norm.kind, rounding=norm.rounding
         )
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from internvit.config import InternViTConfig
 from internvit.model import recompute
-from internvit.ops import attention, layer_norm, linear_layer_scale, qk_norm_attention, rms_norm
+from internvit.ops import attention, layer_norm, linear_layer_scale, qk_norm_attention_qkvpacked, rms_norm
+from internvit.ops.gelu import gelu
 from internvit.ops.linear import linear
-from internvit.ops.linear_gelu import gelu, linear_gelu_with_pre_activation
+from internvit.ops.linear_gelu import linear_gelu, linear_gelu_with_pre_activation
 from internvit.reference import check_pixels, resize_position_embedding
 
 
@@ -53,7 +54,7 @@ class RMSNorm(nn.Module):
         self.rounding = rounding
 
     def forward(self, x: Tensor) -> Tensor:
-        return for_linears(rms_norm(x, self.weight, self.eps, self.rounding), self.weight)
+        return for_linears(rms_norm(x, self.weight, eps=self.eps, rounding=self.rounding), self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, rounding={self.rounding!r}"
@@ -78,7 +79,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return for_linears(layer_norm(x, self.weight, self.bias, self.eps), self.weight)
+        return for_linears(layer_norm(x, self.weight, self.bias, eps=self.eps), self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -120,7 +121,7 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
 def project_scaled(module: nn.Module, x: Tensor, gamma: Tensor, fold: bool) -> tuple[Tensor, Tensor | None]:
     """The branch that the Linear `module` ends, and the LayerScale still to be applied: None where it is folded in."""
     if fold and torch.is_grad_enabled() and is_plain_linear(module):
-        return linear_layer_scale(x, module.weight, module.bias, gamma), None
+        return linear_layer_scale(x, module.weight, gamma, module.bias), None
     return project(module, x), gamma
 
 
@@ -142,9 +143,10 @@ def fc1_gelu(fc1: nn.Module, x: Tensor) -> Tensor:
     """gelu(fc1(x)), in one op where fc1 is a plain Linear, remembered as a recipe for backward."""
     if not is_plain_linear(fc1):
         return gelu(fc1(x))
-    remembers = recompute.active()
-    hidden, pre, backend = linear_gelu_with_pre_activation(x, fc1.weight, fc1.bias, remembers, None)
-    return recompute.remember(hidden, lambda: gelu(pre, backend), pre) if remembers else hidden
+    if not recompute.active():
+        return linear_gelu(x, fc1.weight, fc1.bias)
+    hidden, pre, backend = linear_gelu_with_pre_activation(x, fc1.weight, fc1.bias)
+    return recompute.remember(hidden, lambda: gelu(pre, backend=backend), pre)
 
 
 class Attention(nn.Module):
@@ -171,10 +173,10 @@ class Attention(nn.Module):
         """The branch before its last Linear, [B, N, C]."""
         qkv = project(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
         if not self.qk_normalization:
-            out = qk_norm_attention(qkv)
+            out = qk_norm_attention_qkvpacked(qkv)
         elif is_plain_norm(self.q_norm) and is_plain_norm(self.k_norm):
             q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-            out = qk_norm_attention(qkv, None, None, q_weight, k_weight, eps, rounding=self.rounding)
+            out = qk_norm_attention_qkvpacked(qkv, q_weight, k_weight, eps=eps, rounding=self.rounding)
         else:
             q, k, v = self._normed_heads(qkv)
             out = attention(q, k, v)

@@ -125,7 +125,10 @@ class InternViTLayer(nn.Module):
             out = layer_scale_residual(residual, branch, gamma, row_scale)
             return out, None if norm is None else norm(out)
         out, normed = layer_scale_residual_norm(
-            residual, branch, gamma, row_scale, norm.weight, norm.bias, norm.eps, norm.kind, norm.rounding
+            *(residual, branch, norm.weight, norm.bias, gamma, row_scale),
+            eps=norm.eps,
+            norm_type=norm.kind,
+            rounding=norm.rounding,
         )
         return out, remember_norm(norm, out, normed)
 
@@ -415,7 +418,7 @@ class InternViT(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | os.PathLike, **kwargs: Any) -> Path:
-        """Writes config.json and safetensors; see `internvit.checkpoint.load.save_pretrained` for the arguments."""
-        from internvit.checkpoint.load import save_pretrained
+        """Writes config.json and safetensors; see `internvit.checkpoint.save.save_pretrained` for the arguments."""
+        from internvit.checkpoint.save import save_pretrained
 
         return save_pretrained(self, folder, **kwargs)

@@ -117,7 +117,7 @@ class InternVLConnector(nn.Module):
         x = pixel_shuffle(x, self.downsample_ratio, self.ps_version).flatten(1, 2)  # [B, N / 4, 4C]
         norm, fc1, fc2 = self.mlp1[0], self.mlp1[1], self.mlp1[3]
         if isinstance(norm, nn.LayerNorm) and is_plain(norm, nn.LayerNorm):
-            x = for_linears(layer_norm(x, norm.weight, norm.bias, norm.eps), norm.weight)
+            x = for_linears(layer_norm(x, norm.weight, norm.bias, eps=norm.eps), norm.weight)
         else:
             x = norm(x)
         return project(fc2, fc1_gelu(fc1, x))

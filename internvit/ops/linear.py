@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internvit.ops.core.direct import nothing_watches
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias for x [..., K]; the same bits for an image alone and in any batch."""
     whole = x.device.type != "cpu" or x.dim() < 3 or x.shape[0] < 2
-    if whole or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if whole or torch.is_autocast_enabled("cpu") or not nothing_watches():
         return F.linear(x, weight, bias)
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     for image, destination in zip(x, out, strict=True):

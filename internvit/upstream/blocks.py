@@ -130,8 +130,8 @@ class Norm(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.kind == "rms_norm":
-            return rms_norm(x, self.weight, self.eps)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+            return rms_norm(x, self.weight, eps=self.eps)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 def part(block: nn.Module, name: str) -> Any:

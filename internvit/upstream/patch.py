@@ -18,7 +18,12 @@ from internvit.model import recompute
 from internvit.model.layers import fc1_gelu, project
 from internvit.model.vit import InternViTLayer
 from internvit.numerics import relative_error
-from internvit.ops import layer_scale_residual, layer_scale_residual_norm, qk_norm_attention
+from internvit.ops import (
+    layer_scale_residual,
+    layer_scale_residual_norm,
+    qk_norm_attention,
+    qk_norm_attention_qkvpacked,
+)
 from internvit.upstream.blocks import (
     Layout,
     Norm,
@@ -85,7 +90,9 @@ class FusedBlock:
             branch = self._attention(normed)
             gamma, row_scale = gamma_of(block, layout.gammas[0]), self._row_scale(0, branch)
             hidden_states, normed = layer_scale_residual_norm(
-                hidden_states, branch, gamma, row_scale, norm2.weight, norm2.bias, norm2.eps, norm2.kind
+                *(hidden_states, branch, norm2.weight, norm2.bias, gamma, row_scale),
+                eps=norm2.eps,
+                norm_type=norm2.kind,
             )
             _remember(norm2, hidden_states, normed)
             branch = project(part(block, layout.fc2), fc1_gelu(part(block, layout.fc1), normed))
@@ -109,8 +116,8 @@ class FusedBlock:
         norms = [norm_of(part(block, name)) for name in layout.qk_norms]
         q_weight, k_weight = (None if norm is None else norm.weight for norm in norms)
         eps = 1e-6 if norms[0] is None else norms[0].eps
-        q, k, v = qkv if len(qkv) == 3 else (qkv[0], None, None)
-        out = qk_norm_attention(q, k, v, q_weight, k_weight, eps, scale)
+        function: Any = qk_norm_attention if len(qkv) == 3 else qk_norm_attention_qkvpacked
+        out = function(*qkv, q_weight, k_weight, eps=eps, scale=scale)
         return project(part(block, layout.proj), out.flatten(2))
 
     def _row_scale(self, branch_index: int, branch: Tensor) -> Tensor | None:

@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 
 from internvit.kernels.common.launch import TARGETS, Launch, Target, record
 from internvit.kernels.tools.roofline import kernel_seconds
-from internvit.ops.core.select import implementation
+from internvit.ops.backends.registry import implementation
 
 Row = dict[str, Any]
 

@@ -10,7 +10,6 @@ the analytic rule by 2 %, and only if its results equal the rule's to the last b
 import argparse
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -20,13 +19,14 @@ from typing import Any
 import torch
 import triton
 
+from internvit.files import atomic_write
 from internvit.kernels.attention import backward as attention_backward
 from internvit.kernels.attention import forward as attention
 from internvit.kernels.attention.config import AttentionLaunch, attention_launch
 from internvit.kernels.common import rows
 from internvit.kernels.common.launch import Target, target_of, tuned_files
 from internvit.kernels.common.rows import RowLaunch, row_launch
-from internvit.ops.core.select import implementation
+from internvit.ops.backends.registry import implementation
 
 ROUNDS = 20
 DEVICE = "cuda"
@@ -174,12 +174,8 @@ def tune(target: Target, dtypes: list[torch.dtype], only: str) -> dict[str, dict
 def write(path: Path, choices: dict[str, Any], **about: str) -> None:
     """Puts the file in place in one step: another process reads the old one or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_write(path) as draft:
         draft.write_text(json.dumps({**about, "choices": choices}, indent=1) + "\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from internvit import ops
 from internvit.benchmarks.harness import results, run
-from internvit.benchmarks.harness.cases import MissingPeerError, Setting, Variant
+from internvit.benchmarks.harness.cases import Implementation, MissingPeerError, Setting
 from internvit.benchmarks.harness.timing import Times, copies_past_cache, last_level_cache
 from internvit.benchmarks.model import bench_training
 from internvit.benchmarks.reports import gpu_report, report, table
@@ -190,10 +190,10 @@ def test_a_peer_that_raises_is_a_gap() -> None:
     def broken():
         raise MissingPeerError("not to be had")
 
-    work = run.works(("rms_norm",), QUICK)[0]
-    work = dataclasses.replace(work, variants=(*work.variants[:1], Variant("peer", broken)))
+    work = run.cases(("rms_norm",), QUICK)[0]
+    work = dataclasses.replace(work, implementations=(*work.implementations[:1], Implementation("peer", broken)))
     limits = run.machine_limits.Limits(1e9, {"float32": 1e9}, {})
-    *_, rows = run.run_work(work, "forward", QUICK, None, 1, limits)
+    *_, rows = run.run_case(work, "forward", QUICK, None, 1, limits)
     assert {r.variant: r.note for r in rows}["peer"] == "not to be had"
 
 

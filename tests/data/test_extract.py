@@ -20,9 +20,9 @@ import internvit.cli.app
 from internvit import InternViT, InternViTConfig
 from internvit.data import parts
 from internvit.data.extract import extract
-from internvit.data.files import atomic_write, exclusive, remove_temporaries
 from internvit.data.images import find_images, load_pixels, open_photo
 from internvit.data.pca import pca_map
+from internvit.files import locked
 from tests.support import ROOT
 from tests.support.models import random_weights
 
@@ -172,7 +172,9 @@ def test_damaged_parts_are_computed_again(model, tmp_path) -> None:
 def test_a_resumed_run_continues(model, tmp_path) -> None:
     images, out = photos(tmp_path / "in"), tmp_path / "out"
     interrupted(model, images, out)
-    (tmp_path / "out.partial" / ".0123456789abcdef.writing").write_bytes(b"of a run that was killed")
+    killed = tmp_path / "out.partial" / f".{'0' * 32}.safetensors.0.writing" / "files"
+    killed.mkdir(parents=True)
+    (killed / "half").write_bytes(b"of a run that was killed")
     assert extract(model, images, out, (28, 28)).resumed == 2
     check_whole(model, images, out)
     assert not (tmp_path / "out.partial").exists()
@@ -228,7 +230,7 @@ def test_a_folder_of_somebody_else_stays(model, tmp_path) -> None:
     theirs = tmp_path / "out.partial"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match=r"out\.partial: not the parts of an interrupted run"):
+    with pytest.raises(ValueError, match=r"out\.partial: not parts of an interrupted run"):
         extract(model, images, tmp_path / "out", (28, 28), overwrite=True)
     assert (theirs / "thesis.txt").read_text() == "precious"
     (theirs / "run.json").write_text("[1, 2]")
@@ -329,7 +331,7 @@ def test_two_runs_into_one_file(model, tmp_path) -> None:
 
     extract(model, images, tmp_path / "out", (28, 28), progress=progress)
     assert len(messages) == 1
-    assert "another run is writing there" in messages[0]
+    assert "another process is writing there" in messages[0]
     check_whole(model, images, tmp_path / "out")
 
 
@@ -379,22 +381,14 @@ def test_joined_files_are_those_that_were_written(names, tmp_path, generator) ->
     assert all(torch.equal(joined[name], expected[name]) for name in expected)
 
 
-def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path) -> None:
-    path = tmp_path / ("long" * 60)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(b"old")
-    with pytest.raises(TypeError), atomic_write(path) as temporary:
-        temporary.write_bytes("text")
-    assert path.read_bytes() == b"old"
-    (tmp_path / ".0123456789abcdef.writing").touch()
-    (tmp_path / ".mine.writing").touch()
-    remove_temporaries(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.writing", path.name]
-    with (
-        exclusive(tmp_path / "lock", "it"),
-        pytest.raises(ValueError, match="it: another run"),
-        exclusive(tmp_path / "lock", "it"),
-    ):
+def test_a_lock_is_refused_to_the_second_and_given_after_the_first(tmp_path) -> None:
+    for _ in range(2):
+        with locked(tmp_path, wait=False):
+            with pytest.raises(ValueError, match="another process is writing there"), locked(tmp_path, wait=False):
+                pass
+            with pytest.raises(ValueError, match="another process"), locked(tmp_path, shared=True, wait=False):
+                pass
+    with locked(tmp_path, shared=True), locked(tmp_path, shared=True, wait=False):
         pass
 
 

@@ -159,7 +159,7 @@ def check_same_run(out: Path, whole: Path) -> None:
 
 
 def test_a_run_leaves_what_it_says(whole) -> None:
-    assert sorted(p.name for p in whole.iterdir()) == [".lock", "checkpoint.pt", "log.csv", "predictions.png"]
+    assert sorted(p.name for p in whole.iterdir()) == ["checkpoint.pt", "log.csv", "predictions.png"]
     rows = list(csv.DictReader((whole / "log.csv").open()))
     assert [int(r["step"]) for r in rows] == [*range(1, 10), 9]
     rates = [float(r["lr"]) for r in rows[:9]]
@@ -366,12 +366,12 @@ def test_weights_whose_path_has_quotes(place) -> None:
 
 
 def test_two_trainings_into_one_folder(place) -> None:
-    from internvit.data.files import exclusive
+    from internvit.files import locked
 
     (place / "shared").mkdir()
-    with exclusive(place / "shared" / ".lock", "shared"):
-        assert "another run is writing there" in refused(place, "shared")
-    assert [p.name for p in (place / "shared").iterdir()] == [".lock"]
+    with locked(place / "shared"):
+        assert "shared: another process is writing there" in refused(place, "shared").replace("\n", "")
+    assert list((place / "shared").iterdir()) == []
 
 
 def test_a_full_disk_is_one_line(place) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.numerics import product_failures, relative_error, sample
-from internvit.ops.core.select import BACKENDS
+from internvit.numerics import product_violations, relative_error, sample
+from internvit.ops.attention import SavedAttention
+from internvit.ops.backends.registry import BACKENDS
 from tests.ops.cases import backends_here
 
 backends = pytest.mark.parametrize("backend", backends_here("attention"))
@@ -48,7 +49,7 @@ def test_contract_on_packed_views(backend, tokens, heads, head_dim, dtype, gener
         emulation = attend(q, k, v, scale)
     else:
         emulation = emulate(q.double(), k.double(), v.double(), scale, dtype)
-    assert product_failures(out, truth, emulation) == []
+    assert product_violations(out, truth, emulation) == []
 
 
 @pytest.mark.parametrize("backend", [b for b in backends_here("attention") if BACKENDS[b].exposes_lse_on("cpu")])
@@ -76,7 +77,7 @@ def test_gradients(backend, tokens, heads, head_dim, generator) -> None:
 @backends
 def test_large_scores_stay_finite(backend, generator) -> None:
     q, k, v = (100 * t for t in qkv(33, 1, 64, torch.bfloat16, generator).unbind(2))
-    out = ops.attention(q, k, v, 1.0, backend=backend)
+    out = ops.attention(q, k, v, scale=1.0, backend=backend)
     assert relative_error(out, attend(q.double(), k.double(), v.double(), 1.0)) < 0.02
 
 
@@ -141,13 +142,12 @@ def test_flash_calls_the_package_by_its_recorded_signature_without_copies(monkey
 
     packed = qkv(9, 2, 8, torch.bfloat16, generator)
     q, k, v = packed.unbind(2)
-    out, lse = attention_flash.attention(q, k, v, 0.3, None, None, None, None)
+    out, lse = attention_flash.attention(q, k, v, 0.3)
     assert seen == [(q.data_ptr(), k.data_ptr(), v.data_ptr())]
-    assert torch.equal(out, ops.attention(q, k, v, 0.3, backend="reference"))
+    assert torch.equal(out, ops.attention(q, k, v, scale=0.3, backend="reference"))
     grad_packed = torch.full_like(packed, torch.nan)
-    attention_flash.attention_backward(
-        torch.ones_like(out), q, k, v, out, lse, 0.3, None, None, None, None, *grad_packed.unbind(2)
-    )
+    saved = SavedAttention(q, k, v, out, lse, 0.3, None)
+    attention_flash.attention_backward(torch.ones_like(out), saved, grad_packed.unbind(2))
     assert grad_packed.isfinite().all()
 
 

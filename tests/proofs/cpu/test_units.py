@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from internvit.numerics import norm_failures, product_failures, relative_error, sample
+from internvit.numerics import norm_violations, product_violations, relative_error, sample
 from internvit.ops.attention import attention_backward_reference, attention_reference
 from internvit.ops.backends import native
 from internvit.ops.qk_norm_stats import qk_norm_stats_backward_reference, qk_norm_stats_reference
@@ -53,7 +53,7 @@ def test_norms(unit: str, dtype: torch.dtype, rows: int, width: int, distributio
     results = [cpu.rms_norm(part, weight, 1e-6, "fused") for part in in_draws(x, rows)]
     y, rstd = (torch.cat(tensors) for tensors in zip(*results, strict=True))
     truth = F.rms_norm(x.double(), (width,), weight.double(), 1e-6)
-    assert norm_failures(y, truth, F.rms_norm(x, (width,), weight, 1e-6)) == []
+    assert norm_violations(y, truth, F.rms_norm(x, (width,), weight, 1e-6)) == []
     assert relative_error(rstd, torch.rsqrt(x.double().square().mean(-1) + 1e-6)) < 1e-6
     results = [cpu.layer_norm(part, weight, bias, 1e-6) for part in in_draws(x, rows)]
     y, mean, _ = (torch.cat(tensors) for tensors in zip(*results, strict=True))
@@ -158,10 +158,10 @@ def test_attention(unit: str, dtype, folded: bool, tokens: int, heads: int, head
     if dtype == torch.bfloat16:
         # Few elements scatter more than 10 % about the emulation's error.
         factor = 1.1 if out.numel() > 20000 else 1.5
-        assert product_failures(out, truth, emulated(q, k, v, scale, weights), factor) == []
+        assert product_violations(out, truth, emulated(q, k, v, scale, weights), factor) == []
     else:
         eager = attention_reference(q.float(), k.float(), v.float(), scale, *weights)[0].to(dtype)
-        assert product_failures(out, truth, eager, 2.0) == []
+        assert product_violations(out, truth, eager, 2.0) == []
     assert (lse - true_lse).abs().max() < (0.03 if folded and dtype == torch.bfloat16 else 2e-4)
 
 

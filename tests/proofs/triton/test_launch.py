@@ -13,7 +13,7 @@ from internvit.kernels.common.launch import TARGETS
 from internvit.kernels.common.rows import RowLaunch, persistent_programs, row_launch
 from internvit.kernels.tools import roofline as ceilings
 from internvit.kernels.tools import tune
-from internvit.ops.core.select import implementation
+from internvit.ops.backends.registry import implementation
 
 
 def test_row_rule_holds_whole_rows():

@@ -26,8 +26,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from internvit.kernels.attention import backward as attention_backward
 from internvit.kernels.attention import forward as attention
 from internvit.kernels.attention.config import AttentionLaunch
-from internvit.ops.core.select import REFERENCE
-from tests.proofs.triton.interpreted.harness import Memory, run
+from tests.proofs.triton.interpreted.harness import Memory, call, run
 from tests.support import ROOT, interpreter
 
 BUDGET = ROOT / "tests/proofs/triton/bytes.json"
@@ -212,7 +211,7 @@ def measure(op: str, C: int) -> dict[str, float]:
     assert moved.within(storages) + 4 * ROWS * 8 >= everything, "some bytes are not in the buffers known"
     eager = EagerBytes(ROWS * C)
     with eager:
-        REFERENCE[op](*args)
+        call(op, "reference", *args)
     row = {
         "activations": activations / floor,
         "parameters and partials": (everything - activations) / floor,

@@ -146,10 +146,10 @@ def test_attention(case):
         assert out.isfinite().all()
         assert all(t.isfinite().all() for t in actual if dtype != torch.float16)
         if case["distribution"] == "large_mean":
-            failures = numerics.product_failures(out, truth_out, eager_out if wide else emulated_out)
+            failures = numerics.product_violations(out, truth_out, eager_out if wide else emulated_out)
             assert not failures, failures
         return
-    failures = [f"out: {f}" for f in numerics.product_failures(out, truth_out, eager_out if wide else emulated_out)]
+    failures = [f"out: {f}" for f in numerics.product_violations(out, truth_out, eager_out if wide else emulated_out)]
     judged = NAMES
     # eager's P of one key is 1 to the bit; exp(S - lse) has the score, the stored lse and its way to base 2 rounded by
     # half a unit each
@@ -167,7 +167,7 @@ def test_attention(case):
         expected = emulated[0] + emulated[1]
     for name, a, t, e in zip(NAMES, actual, truth, expected, strict=False):
         if name in judged and not (case["tokens"] == 1 and numerics.relative_error(a, t) <= one_key):
-            failures += [f"{name}: {f}" for f in numerics.product_failures(a, t, e)]
+            failures += [f"{name}: {f}" for f in numerics.product_violations(a, t, e)]
     assert not failures, "; ".join(failures)
 
 

@@ -31,7 +31,7 @@ def samples():
         "qk_norm": (q, k, qw, kw, 1e-6, "fused"),
         "attention": (q, k, v, 0.3, qw, kw, *rstd),
         "qk_norm_attention": (q, k, v, qw, kw, 1e-6, 0.3, "fused"),
-        "qk_norm_attention_packed": (qkv, qw, kw, 1e-6, 0.3, "fused"),
+        "qk_norm_attention_qkvpacked": (qkv, qw, kw, 1e-6, 0.3, "fused"),
         "linear_gelu": (x, fc, fb, True),
     }
 
@@ -86,7 +86,7 @@ def test_training_graph(how):
     else:
 
         def policy(ctx, op, *args, **kwargs):
-            kept = op == torch.ops.internvit.qk_norm_attention_packed.default
+            kept = op == torch.ops.internvit.qk_norm_attention_qkvpacked.default
             return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
         contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
