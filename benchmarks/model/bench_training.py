@@ -33,7 +33,7 @@ from internvit.benchmarks.harness.timing import Times, freed_pages_kept, seconds
 from internvit.benchmarks.model.bench_model import trained_like
 from internvit.benchmarks.reports.table import markdown, ms
 from internvit.files import atomic_write
-from internvit.model.vit import InternViTEncoder
+from internvit.model.encoder import InternViTEncoder
 from internvit.numerics import relative_error
 
 PAGE = results.FOLDER.parents[1] / "docs" / "training.md"

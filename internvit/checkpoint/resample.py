@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvit.reference import resize_position_embedding
+from internvit.geometry import resize_position_embedding
 
 PATCH_RESAMPLING = ("bicubic", "pi")
 

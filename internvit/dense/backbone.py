@@ -5,13 +5,16 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from internvit.config import InternViTConfig
 from internvit.dense.pyramid import FeaturePyramid
+from internvit.geometry import feature_map
+from internvit.model.embeddings import Embeddings
+from internvit.model.encoder import InternViTEncoder
 from internvit.model.vit import InternViT
 
 logger = logging.getLogger("internvit")
@@ -21,14 +24,13 @@ _PYRAMID = re.compile(r"(?:.*\.)?(up[1-4]\..*)")
 
 def _block_indices(out_indices: Sequence[int], layers: int) -> tuple[int, ...]:
     """Numbers of blocks from 0, negative ones counted from the end, as timm does."""
-    found = tuple(i + layers if i < 0 else i for i in out_indices)
-    bad = [given for given, i in zip(out_indices, found, strict=True) if not 0 <= i < layers]
-    if bad or not found or list(found) != sorted(set(found)):
+    blocks = tuple(i + layers if i < 0 else i for i in out_indices)
+    if not blocks or any(not 0 <= i < layers for i in blocks) or list(blocks) != sorted(set(blocks)):
         raise ValueError(
             f"out_indices: expected ascending numbers of blocks between 0 and {layers - 1} (or negative, from the "
             f"end), got {tuple(out_indices)}"
         )
-    return found
+    return blocks
 
 
 class InternViTBackbone(nn.Module):
@@ -76,15 +78,9 @@ class InternViTBackbone(nn.Module):
             raise ValueError(f"fpn: the pyramid takes four maps, out_indices has {len(self.out_indices)}")
         if final_norm and not fpn:
             raise ValueError("final_norm: it is the end of the pyramid's levels, and fpn is False")
-        # The drop-path rates are those of the whole depth, as the blocks were trained with.
-        tower = InternViT(config, rounding, device="meta")
-        del tower.encoder.layers[self.out_indices[-1] + 1 :]
         self.config = config
-        self.embeddings, self.encoder = tower.embeddings, tower.encoder
-        self.to_empty(device=device or torch.get_default_device())
-        if torch.device(device or torch.get_default_device()).type != "meta":
-            initial = InternViT(config.replace(num_hidden_layers=len(self.encoder.layers), name=None), device=device)
-            self.load_state_dict(initial.state_dict())
+        self.embeddings = Embeddings(config, device=device)
+        self.encoder = InternViTEncoder(config, rounding, self.out_indices[-1] + 1, device=device)
         self.fpn = fpn
         if fpn:  # upstream's names stand beside the tower's: up1.0.weight, …
             for name, level in FeaturePyramid(config.hidden_size, final_norm).to(device=device).named_children():
@@ -130,7 +126,7 @@ class InternViTBackbone(nn.Module):
         with torch.no_grad() if self.freeze else contextlib.nullcontext():
             hidden_states = self.encoder(self.embeddings(pixel_values), indices=self.out_indices)[1]
         grid = (pixel_values.shape[2] // size, pixel_values.shape[3] // size)
-        maps = tuple(x[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous() for x in hidden_states)
+        maps = tuple(feature_map(x, grid) for x in hidden_states)
         if self.fpn:
             dtype = self.get_parameter("up1.0.weight").dtype  # maps of a float32 residual stream are float32
             maps = tuple(self.get_submodule(f"up{i}")(x.to(dtype)) for i, x in enumerate(maps, 1))
@@ -147,7 +143,21 @@ class InternViTBackbone(nn.Module):
         with_cp: bool = False,
         out_dtype: torch.dtype | None = None,
         rounding: str = "fused",
-        **kwargs: Any,
+        *,
+        config: InternViTConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        strict: bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        patch_size: int | None = None,
+        patch_resampling: str = "bicubic",
+        prefix: str | None = None,
+        residual_dtype: torch.dtype | None = None,
+        fold_layer_scale: bool = False,
     ) -> "InternViTBackbone":
         """A backbone with a checkpoint's weights, in eval mode; any layout that `InternViT.from_pretrained` reads.
 
@@ -155,32 +165,60 @@ class InternViTBackbone(nn.Module):
         it keeps its initial values, and that is logged.
 
         Args:
-            name_or_path, **kwargs: see `internvit.checkpoint.load.load_pretrained`.
+            out_indices to rounding: as in the constructor.
+            name_or_path and all others: see `InternViT.from_pretrained`.
         """
-        model = InternViT.from_pretrained(name_or_path, **kwargs)
-        return cls.from_model(model, name_or_path, out_indices, fpn, final_norm, freeze, with_cp, out_dtype, rounding)
+        from internvit.checkpoint.hub import locate
+
+        path = locate(name_or_path, revision, cache_dir, token, local_files_only, prefix)
+        model = InternViT.from_pretrained(
+            path,
+            residual_dtype=residual_dtype,
+            fold_layer_scale=fold_layer_scale,
+            config=config,
+            dtype=dtype,
+            device=device,
+            strict=strict,
+            image_size=image_size,
+            patch_size=patch_size,
+            patch_resampling=patch_resampling,
+            prefix=prefix,
+        )
+        return cls.from_model(model, path, out_indices, fpn, final_norm, freeze, with_cp, out_dtype, rounding)
 
     @classmethod
     def from_model(
-        cls, model: InternViT, pyramid: str | os.PathLike[str] | None = None, *settings: Any, **named: Any
+        cls,
+        model: InternViT,
+        pyramid: str | os.PathLike[str] | None = None,
+        out_indices: Sequence[int] = (7, 11, 15, 23),
+        fpn: bool = False,
+        final_norm: bool = False,
+        freeze: bool = False,
+        with_cp: bool = False,
+        out_dtype: torch.dtype | None = None,
+        rounding: str = "fused",
     ) -> "InternViTBackbone":
-        """A backbone of the parameters of `model`, shared; `pyramid` is a checkpoint that may hold one.
+        """A backbone of the parameters of `model`, shared.
 
         Its residual_dtype and folding of LayerScale are taken over; the pyramid of a float32 stream is float32.
 
         Args:
             model: kept as it is.
-            settings, named: as in the constructor, from `out_indices` on.
+            pyramid: a local checkpoint that may hold the pyramid's parameters.
+            out_indices to rounding: as in the constructor.
         """
-        backbone = cls(model.config, *settings, **{**named, "device": "meta"})
+        backbone = cls(
+            model.config, out_indices, fpn, final_norm, freeze, with_cp, out_dtype, rounding, torch.device("meta")
+        )
         expected = backbone.state_dict()
         weights = {k: v for k, v in model.state_dict(keep_vars=True).items() if k in expected}
-        if backbone.fpn:
-            levels = FeaturePyramid(model.config.hidden_size, "up3.1.weight" in expected)
-            found = {} if pyramid is None else _pyramid_of(pyramid)
-            if found:
+        if fpn:
+            levels = FeaturePyramid(model.config.hidden_size, final_norm)
+            stored = {} if pyramid is None else _pyramid_of(pyramid)
+            if stored:
                 try:
-                    levels.load_state_dict(found)
+                    levels.load_state_dict(stored)
                 except RuntimeError as error:
                     raise ValueError(f"{pyramid}: its feature pyramid does not fit: {error}") from error
             else:
@@ -188,18 +226,17 @@ class InternViTBackbone(nn.Module):
             weights |= levels.to(model.device, model.residual_dtype or model.dtype).state_dict(keep_vars=True)
         backbone.load_state_dict(weights, assign=True)
         backbone.encoder.residual_dtype = model.residual_dtype
-        backbone.encoder.set_layer_scale_folding(model.encoder.fold_layer_scale)
-        if backbone.freeze:
+        backbone.encoder.set_layer_scale_folding(model.encoder.options.fold_layer_scale)
+        if freeze:
             backbone.embeddings.requires_grad_(False)
             backbone.encoder.requires_grad_(False)
         return backbone.train(model.training)
 
 
 def _pyramid_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The parameters `up1…up4` of a checkpoint's files; empty if there are none."""
+    """The parameters `up1…up4` of a local checkpoint; empty if there are none."""
     from internvit.checkpoint.files import Checkpoint
-    from internvit.checkpoint.hub import locate
 
-    with Checkpoint(locate(path), with_config=False) as checkpoint:
+    with Checkpoint(Path(path), with_config=False) as checkpoint:
         names = {match[1]: key for key in checkpoint.keys if (match := _PYRAMID.fullmatch(key))}
         return {name: checkpoint.file(checkpoint.keys[key]).read(key).clone() for name, key in names.items()}

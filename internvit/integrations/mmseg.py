@@ -20,13 +20,13 @@ from internvit.dense.backbone import InternViTBackbone
 REGISTRIES = ("mmseg.registry", "mmdet.registry")
 
 
-class ConfiguredBackbone(InternViTBackbone):
+class MMSegInternViT(InternViTBackbone):
     """`InternViTBackbone` made of a config file's values; mmengine's `init_weights` loads the checkpoint.
 
     Args:
         config: the checkpoint's architecture, a published variant's name or a dict for `InternViTConfig.from_dict`.
         pretrained: a checkpoint of any layout, loaded by `init_weights`. `init_cfg=dict(type="Pretrained",
-            checkpoint=...)`, mmengine's way, means the same.
+            checkpoint=...)`, as mmengine spells it, means the same.
         image_size, patch_size, drop_path_rate: of the model to build, where they are not `config`'s; the checkpoint's
             embeddings are resampled to them.
         patch_resampling: see `internvit.checkpoint.resample.resample_patch_embedding`.
@@ -85,10 +85,10 @@ class ConfiguredBackbone(InternViTBackbone):
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    found = None if name is None else getattr(torch, name, None)
-    if name is not None and not isinstance(found, torch.dtype):
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype: expected a name such as 'bfloat16', got {name!r}")
-    return found
+    return dtype
 
 
 def register() -> list[str]:
@@ -97,19 +97,19 @@ def register() -> list[str]:
     Raises:
         ImportError: neither mmseg nor mmdet is installed.
     """
-    found = []
+    registered = []
     for name in REGISTRIES:
         try:
             registry = importlib.import_module(name)
         except ImportError:
             continue
-        registry.MODELS.register_module(name="InternViTBackbone", module=ConfiguredBackbone, force=True)
-        found.append(name)
-    if not found:
+        registry.MODELS.register_module(name="InternViTBackbone", module=MMSegInternViT, force=True)
+        registered.append(name)
+    if not registered:
         raise ImportError(
             "internvit.integrations.mmseg: neither mmseg nor mmdet is installed (mmseg.registry, mmdet.registry)"
         )
-    return found
+    return registered
 
 
 register()

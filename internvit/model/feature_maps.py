@@ -4,12 +4,11 @@ Source: timm 1.0, VisionTransformer.forward_intermediates and feature_take_indic
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from internvit.model.vit import InternViT
+from internvit.geometry import feature_map
 
 OUTPUT_FORMATS = ("NCHW", "NLC")
 
@@ -26,14 +25,14 @@ def take_indices(layers: int, indices: int | Sequence[int] | None) -> tuple[int,
         if not 0 < indices <= layers:
             raise ValueError(f"indices: expected the last 1 to {layers} blocks, got {indices}")
         return tuple(range(layers - indices, layers))
-    found = tuple(i + layers if i < 0 else i for i in indices)
-    if not found or any(not 0 <= i < layers for i in found):
+    blocks = tuple(i + layers if i < 0 else i for i in indices)
+    if not blocks or any(not 0 <= i < layers for i in blocks):
         raise ValueError(f"indices: expected numbers of blocks from {-layers} to {layers - 1}, got {tuple(indices)}")
-    return found
+    return blocks
 
 
 def forward_intermediates(
-    model: "InternViT",
+    model: Any,
     x: Tensor,
     indices: int | Sequence[int] | None = None,
     return_prefix_tokens: bool = False,
@@ -46,7 +45,7 @@ def forward_intermediates(
     """The last hidden state and the outputs of chosen blocks, in the order of the blocks, as timm returns them.
 
     Args:
-        model: an `InternViT`.
+        model: an `InternViT`, or another module with its `config`, `embeddings` and `encoder`.
         x: pixels [B, channels, height, width].
         indices: numbers of blocks, 0 the first; the last n for an int, all for None.
         return_prefix_tokens: also the class token of each, [B, 1, C].
@@ -69,15 +68,13 @@ def forward_intermediates(
     depth = max(taken) + 1 if stop_early else None
     last, hidden_states, _ = model.encoder(model.embeddings(x), indices=taken, depth=depth)
     prefix = [state[:, :1] for state in hidden_states]
-    maps = [state[:, 1:] for state in hidden_states]
-    if output_fmt == "NCHW":
-        patch = model.config.patch_size
-        grid = (x.shape[2] // patch, x.shape[3] // patch)
-        maps = [state.transpose(1, 2).unflatten(2, grid).contiguous() for state in maps]
+    patch = model.config.patch_size
+    grid = (x.shape[2] // patch, x.shape[3] // patch)
+    maps = [feature_map(state, grid) if output_fmt == "NCHW" else state[:, 1:] for state in hidden_states]
     if output_dict:
-        found: dict[str, Any] = {"image_intermediates": maps}
+        features: dict[str, Any] = {"image_intermediates": maps}
         if return_prefix_tokens:
-            found["image_intermediates_prefix"] = prefix
-        return found if intermediates_only else {**found, "image_features": last}
+            features["image_intermediates_prefix"] = prefix
+        return features if intermediates_only else {**features, "image_features": last}
     listed: list[Any] = list(zip(maps, prefix, strict=True)) if return_prefix_tokens else maps
     return listed if intermediates_only else (last, listed)

@@ -1,11 +1,12 @@
-"""Keeps for backward what one cheap pass can rebuild as a recipe, not as a tensor.
+"""Recomputes in backward what one cheap pass can compute again, instead of keeping it.
 
-A Linear saves its input. Where that is a normed tensor or a GELU output, it can be had again from tensors that backward
-keeps anyway: the norm's input, the pre-activation. Saved-tensor hooks store the recipe instead; the Linears, and LoRA
+A Linear saves its input. Where that is a normed tensor or a GELU output, it follows from tensors that backward keeps
+anyway: the norm's input, the pre-activation. Saved-tensor hooks store how to compute it instead; the Linears, and LoRA
 or quantised ones in their place, are untouched. A block leaves 12 units of [N, C] instead of 18, and the gradients are
-the same bits, since a recipe calls the op that made the tensor.
+the same bits, since the op that made the tensor runs again.
 
-Active inside `scope()`, while gradients are on and torch.compile is not tracing (it plans memory by itself).
+Active inside `scope()`, while gradients are on; not while torch.compile is tracing (it plans memory by itself), nor
+under torch.func or forward-mode AD.
 """
 
 import contextlib
@@ -16,13 +17,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to rebuild a tensor: `rebuild()`, valid while `inputs` are unmodified."""
+class Rematerialization:
+    """How to compute a tensor again: `compute()`, valid while `inputs` are unmodified."""
 
-    rebuild: Callable[[], Tensor]
+    compute: Callable[[], Tensor]
     inputs: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
@@ -33,30 +35,31 @@ class Recipe:
                 "call backward before changing parameters or activations"
             )
         with torch.no_grad():
-            return self.rebuild().view(shape)
+            return self.compute().view(shape)
 
 
 class _Scope:
-    """The recipes of live tensors, by the address of their storage."""
+    """How to compute live tensors again, by the address of their storage."""
 
     def __init__(self) -> None:
-        self.recipes: dict[int, tuple[weakref.ref[Tensor], Recipe]] = {}
+        self.entries: dict[int, tuple[weakref.ref[Tensor], int, Rematerialization]] = {}
 
-    def remember(self, tensor: Tensor, recipe: Recipe) -> None:
+    def register(self, tensor: Tensor, rematerialization: Rematerialization) -> None:
         address = tensor.untyped_storage().data_ptr()
         # An address is reused once its tensor dies: the weak reference tells the tensor meant from a later one.
-        self.recipes[address] = (weakref.ref(tensor), recipe)
+        self.entries[address] = (weakref.ref(tensor), tensor._version, rematerialization)
 
-    def pack(self, saved: Tensor) -> Tensor | tuple[Recipe, torch.Size]:
-        entry = self.recipes.get(saved.untyped_storage().data_ptr())
+    def pack(self, saved: Tensor) -> Tensor | tuple[Rematerialization, torch.Size]:
+        entry = self.entries.get(saved.untyped_storage().data_ptr())
         if entry is None:
             return saved
-        meant = entry[0]()
-        whole = meant is not None and saved.numel() == meant.numel() and saved.is_contiguous()
-        return (entry[1], saved.shape) if whole else saved
+        meant, version, rematerialization = entry[0](), *entry[1:]
+        # A tensor written to since (a pre-hook, ReLU(inplace=True) before a Linear) is not what would be recomputed.
+        same = meant is not None and saved.numel() == meant.numel() and saved._version == version
+        return (rematerialization, saved.shape) if same and saved.is_contiguous() else saved
 
     @staticmethod
-    def unpack(packed: Tensor | tuple[Recipe, torch.Size]) -> Tensor:
+    def unpack(packed: Tensor | tuple[Rematerialization, torch.Size]) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed[0].run(packed[1])
 
 
@@ -74,6 +77,22 @@ def _top_hooks() -> tuple[Callable, Callable] | None:
     return None if top is None else top(False)
 
 
+def is_transformed() -> bool:
+    """Whether a compiler, torch.func or forward-mode AD runs the code: hooks cannot see what they save or derive."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or torch._C._are_functorch_transforms_active() or in_forward_ad()
+
+
+def can_checkpoint() -> bool:
+    """Whether `torch.utils.checkpoint` has something to save; torch.func refuses its saved-tensor hooks."""
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
+def in_forward_ad() -> bool:
+    """Whether tangents are propagated, by torch.func.jvp or in a `torch.autograd.forward_ad.dual_level`."""
+    return forward_ad._current_level >= 0
+
+
 @contextlib.contextmanager
 def _open() -> Iterator[None]:
     scope = _Scope()
@@ -86,32 +105,32 @@ def _open() -> Iterator[None]:
 
 
 def scope() -> contextlib.AbstractContextManager[None]:
-    """Recipes given by `remember` inside replace what autograd would save; a null context where they cannot."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _top_hooks() is not None:
+    """What `rematerialize` is given inside is recomputed instead of saved; a null context where it cannot be."""
+    if is_transformed() or not torch.is_grad_enabled() or _top_hooks() is not None:
         return contextlib.nullcontext()
     return _open()
 
 
 def active() -> bool:
-    """Whether `remember` has an effect here: inside a scope, and not inside a checkpoint in it.
+    """Whether `rematerialize` has an effect here: inside a scope, and not inside a checkpoint in it.
 
-    There a recipe would only hold its inputs until the scope ends: 5 units a block for a whole model's forward.
+    There an entry would only hold its inputs until the scope ends: 5 units a block for a whole model's forward.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _active.stack:
+    if not _active.stack or is_transformed() or not torch.is_grad_enabled():
         return False
     hooks = _top_hooks()
     return hooks is None or getattr(hooks[0], "__self__", None) is _active.stack[-1]
 
 
-def remember(tensor: Tensor, rebuild: Callable[[], Tensor], *inputs: Tensor | None) -> Tensor:
-    """Returns `tensor`; where autograd saves it whole in this scope, it keeps `rebuild` instead.
+def rematerialize(tensor: Tensor, compute: Callable[[], Tensor], *inputs: Tensor | None) -> Tensor:
+    """Returns `tensor`; where autograd saves it whole in this scope, backward calls `compute` instead.
 
     Args:
         tensor: contiguous, made by an op just now.
-        rebuild: gives the same bits from `inputs`, under no_grad; it must hold detached tensors only.
-        inputs: what `rebuild` reads; modified in place before backward, they raise a RuntimeError there.
+        compute: gives the same bits from `inputs`, under no_grad; it must hold detached tensors only.
+        inputs: what `compute` reads; modified in place before backward, they raise a RuntimeError there.
     """
     if active() and tensor.requires_grad and tensor.is_contiguous():
         given = tuple(t for t in inputs if t is not None)
-        _active.stack[-1].remember(tensor, Recipe(rebuild, given, tuple(t._version for t in given)))
+        _active.stack[-1].register(tensor, Rematerialization(compute, given, tuple(t._version for t in given)))
     return tensor

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internvit.model.layers import fc1_gelu, for_linears, is_plain, project
+from internvit.model.fused_block import cast_for_linear, fc1_gelu, linear_per_image
+from internvit.model.hooks import is_plain
 from internvit.ops import layer_norm
 
 PS_VERSIONS = ("v1", "v2")
@@ -117,10 +118,10 @@ class InternVLConnector(nn.Module):
         x = pixel_shuffle(x, self.downsample_ratio, self.ps_version).flatten(1, 2)  # [B, N / 4, 4C]
         norm, fc1, fc2 = self.mlp1[0], self.mlp1[1], self.mlp1[3]
         if isinstance(norm, nn.LayerNorm) and is_plain(norm, nn.LayerNorm):
-            x = for_linears(layer_norm(x, norm.weight, norm.bias, eps=norm.eps), norm.weight)
+            x = cast_for_linear(layer_norm(x, norm.weight, norm.bias, eps=norm.eps), norm.weight)
         else:
             x = norm(x)
-        return project(fc2, fc1_gelu(fc1, x))
+        return linear_per_image(fc2, fc1_gelu(fc1, x))
 
     def extract_feature(self, vision_model: nn.Module, pixel_values: Tensor, select_layer: int = -1) -> Tensor:
         """Image tokens of pixels, by the formula of upstream's method of this name.

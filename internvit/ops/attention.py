@@ -75,9 +75,9 @@ def _normed(q: Tensor, k: Tensor, qk_norm: QKNorm | None) -> tuple[Tensor, Tenso
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None) -> tuple[Tensor, Tensor]:
     q_hat, k_hat = _normed(q, k, qk_norm)
     scores = q_hat @ k_hat.transpose(-1, -2) * scale
-    lse = scores.logsumexp(-1)
-    out = (scores - lse.unsqueeze(-1)).exp() @ heads_first(v)
-    return out.transpose(1, 2).to(q.dtype).contiguous(), lse
+    # Not exp(scores - lse): the rounding of a large lse would be a factor of every probability.
+    out = scores.softmax(-1) @ heads_first(v)
+    return out.transpose(1, 2).to(q.dtype).contiguous(), scores.logsumexp(-1)
 
 
 @implements(f"{OP}_backward", "reference")
@@ -86,10 +86,10 @@ def attention_backward_reference(grad_out: Tensor, saved: SavedAttention, grads:
 
     row_dot_q[b, h, n] = sum_d grad_q_hat * q_hat = sum_j dS_ij S_ij, and over i for k: what the gradient of rstd needs.
     """
-    q, k, v, out, lse, scale, qk_norm = saved
+    q, k, v, out, _, scale, qk_norm = saved
     q_hat, k_hat = _normed(q, k, qk_norm)
     values, grad = heads_first(v), heads_first(grad_out)
-    probabilities = (q_hat @ k_hat.transpose(-1, -2) * scale - lse.unsqueeze(-1)).exp()
+    probabilities = (q_hat @ k_hat.transpose(-1, -2) * scale).softmax(-1)
     delta = (grad * heads_first(out)).sum(-1, keepdim=True)
     grad_scores = probabilities * (grad @ values.transpose(-1, -2) - delta) * scale
     grad_q_hat, grad_k_hat = grad_scores @ k_hat, grad_scores.transpose(-1, -2) @ q_hat

@@ -6,6 +6,7 @@ other bits for 257 tokens alone than for two images of 257. One call per image h
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from internvit.ops.core.direct import nothing_watches
@@ -14,7 +15,8 @@ from internvit.ops.core.direct import nothing_watches
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias for x [..., K]; the same bits for an image alone and in any batch."""
     whole = x.device.type != "cpu" or x.dim() < 3 or x.shape[0] < 2
-    if whole or torch.is_autocast_enabled("cpu") or not nothing_watches():
+    # A traced program takes any batch, and forward-mode differentiation does not go through views of `out`.
+    if whole or torch.is_autocast_enabled("cpu") or not nothing_watches() or forward_ad._current_level >= 0:
         return F.linear(x, weight, bias)
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     for image, destination in zip(x, out, strict=True):

@@ -4,8 +4,8 @@
 
 One row of names for each of OpenGVLab's remote code, transformers, and timm (whose names OpenGVLab's mmseg, mmdet and
 classification code shares). A block is known by structure: every part of the row is there, nothing else is, and each
-part is of a class whose arithmetic is the one above. `unfit` says what speaks against a block for good, `busy` what
-does at this moment: a hook, an adapter, a quantised weight, dropout.
+part is of a class whose arithmetic is the one above. `why_unsupported` says what speaks against a block for good,
+`why_not_now` what does at this moment: a hook, an adapter, a quantised weight, dropout.
 """
 
 import sys
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from internvit.model.layers import is_plain_linear
-from internvit.ops import layer_norm, rms_norm
+from internvit.model.fused_block import Norm
+from internvit.model.hooks import is_plain_linear
 
 
 @dataclass(frozen=True)
@@ -120,26 +120,12 @@ _FOREIGN = ("window_size", "rel_pos", "rope")
 _RMS_NORMS = ("InternRMSNorm", "InternVLVisionRMSNorm", "RMSNorm", "RmsNorm", "FusedRMSNorm")
 
 
-class Norm(NamedTuple):
-    """An upstream norm as an op of this library."""
-
-    kind: str
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.kind == "rms_norm":
-            return rms_norm(x, self.weight, eps=self.eps)
-        return layer_norm(x, self.weight, self.bias, eps=self.eps)
-
-
 def part(block: nn.Module, name: str) -> Any:
     """The part of that dotted name, None where it is absent."""
-    found: Any = block
-    for step in name.split("."):
-        found = getattr(found, step, None)
-    return found
+    owner: Any = block
+    for attribute in name.split("."):
+        owner = getattr(owner, attribute, None)
+    return owner
 
 
 def _working_class(module: Any) -> str:
@@ -161,8 +147,8 @@ def norm_of(module: Any) -> Norm | None:
 
 def gamma_of(block: nn.Module, name: str) -> Tensor | None:
     """LayerScale's weight, None for an Identity."""
-    found = part(block, name)
-    return found if isinstance(found, Tensor) else getattr(found, "gamma", None)
+    layer_scale = part(block, name)
+    return layer_scale if isinstance(layer_scale, Tensor) else getattr(layer_scale, "gamma", None)
 
 
 def _is_absent(module: Any) -> bool:
@@ -178,7 +164,7 @@ def layout_of(block: nn.Module) -> Layout | None:
     return None
 
 
-def unfit(block: nn.Module, layout: Layout) -> str | None:
+def why_unsupported(block: nn.Module, layout: Layout) -> str | None:
     """Why the fused ops cannot stand for this block; None when they can."""
     for owner in ("", layout.attention, layout.mlp):
         module = part(block, owner) if owner else block
@@ -199,10 +185,10 @@ def unfit(block: nn.Module, layout: Layout) -> str | None:
     missing += [name for name in layout.gammas if not hasattr(block, name)]
     if missing:
         return f"it has no {missing[0]}"
-    return _unfit_parts(block, layout)
+    return _why_parts_unsupported(block, layout)
 
 
-def _unfit_parts(block: nn.Module, layout: Layout) -> str | None:
+def _why_parts_unsupported(block: nn.Module, layout: Layout) -> str | None:
     for name in layout.norms:
         if norm_of(part(block, name)) is None:
             return f"{name} is a {type(part(block, name)).__name__}, not a LayerNorm or RMSNorm known here"
@@ -216,7 +202,7 @@ def _unfit_parts(block: nn.Module, layout: Layout) -> str | None:
         norms = norm_of(part(block, layout.norms[0]))
         assert norms is not None
         for norm in (q_norm, k_norm):
-            if norm is None or norm.kind != "rms_norm" or norm.weight.shape != norms.weight.shape:
+            if norm is None or norm.norm_type != "rms_norm" or norm.weight.shape != norms.weight.shape:
                 return f"{layout.qk_norms[0]} is not an RMSNorm over the whole width"
         if q_norm is not None and k_norm is not None and q_norm.eps != k_norm.eps:
             return f"{' and '.join(layout.qk_norms)} have different eps"
@@ -233,11 +219,15 @@ def _unfit_parts(block: nn.Module, layout: Layout) -> str | None:
 
 
 class Inner(NamedTuple):
-    """A module inside a block, as it was when the block was found fit."""
+    """A module inside a block, as it was when the block was patched.
+
+    Attributes:
+        path: the parts of its dotted name.
+    """
 
     name: str
-    steps: tuple[str, ...]
-    kind: type
+    path: tuple[str, ...]
+    module_class: type
 
 
 def inner_modules(block: nn.Module, layout: Layout) -> tuple[Inner, ...]:
@@ -250,24 +240,24 @@ def inner_modules(block: nn.Module, layout: Layout) -> tuple[Inner, ...]:
     )
 
 
-def busy(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> str | None:
-    """Why a fit block must run its own forward now.
+def why_not_now(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> str | None:
+    """Why a supported block must run its own forward now.
 
     It runs at each call of each block, so it reads the modules' dictionaries (17 us a block on one Xeon core;
     through nn.Module's __getattr__ it was 147).
     """
-    for name, steps, kind in inner:
+    for name, path, module_class in inner:
         module: Any = block
-        for step in steps:
-            module = module._modules.get(step)
+        for child in path:
+            module = module._modules.get(child)
             if module is None:
                 return f"it has no {name}"
-        found = type(module)
-        if found is not kind:
-            return f"{name} is a {found.__module__}.{found.__qualname__}"
+        present = type(module)
+        if present is not module_class:
+            return f"{name} is a {present.__module__}.{present.__qualname__}"
         if _is_hooked(module):
             return f"{name} has a hook, or attention maps are asked for"
-        is_parameter = kind is not nn.Linear or type(module._parameters.get("weight")) is nn.Parameter
+        is_parameter = module_class is not nn.Linear or type(module._parameters.get("weight")) is nn.Parameter
         if not is_parameter and not is_plain_linear(module):
             return f"{name}.weight is a {type(module.weight).__name__}"
     if block.training:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from internvit.model import recompute
-from internvit.model.layers import fc1_gelu, project
-from internvit.model.vit import InternViTLayer
-from internvit.numerics import relative_error
-from internvit.ops import (
-    layer_scale_residual,
-    layer_scale_residual_norm,
-    qk_norm_attention,
-    qk_norm_attention_qkvpacked,
+from internvit.model.block import InternViTLayer
+from internvit.model.fused_block import (
+    AttentionParts,
+    BlockParts,
+    BranchOutput,
+    attention_output,
+    fc1_gelu,
+    linear_per_image,
+    run_block,
 )
+from internvit.numerics import relative_error
 from internvit.upstream.blocks import (
     Layout,
-    Norm,
-    busy,
     gamma_of,
     has_own_forward,
     inner_modules,
@@ -35,7 +36,8 @@ from internvit.upstream.blocks import (
     mixed,
     norm_of,
     part,
-    unfit,
+    why_not_now,
+    why_unsupported,
 )
 
 
@@ -51,11 +53,21 @@ class FusedBlock:
     def install(self) -> None:
         self.before = self.block.__dict__.get("forward")
         self.block.forward = self.forward
+        self.block._replicate_for_data_parallel = self.replicate  # type: ignore[method-assign]
         self.active = True
+
+    def replicate(self) -> nn.Module:
+        """The block's replica for DataParallel, which runs its own parameters: `forward` is bound to the block."""
+        replica = type(self.block)._replicate_for_data_parallel(self.block)
+        fused = copy.copy(self)
+        fused.block = replica
+        replica.forward, replica._replicate_for_data_parallel = fused.forward, fused.replicate
+        return replica
 
     def remove(self) -> None:
         """Gives the block its own forward back; where someone has wrapped ours meanwhile, ours passes calls on."""
         self.active = False
+        self.block.__dict__.pop("_replicate_for_data_parallel", None)
         if fused_block(self.block) is not self:
             return
         del self.block.forward
@@ -64,14 +76,21 @@ class FusedBlock:
 
     def why_not(self) -> str | None:
         """Why the block would run its own forward if it were called now; None when it would run fused."""
-        return unfit(self.block, self.layout) or busy(self.block, self.layout, self.inner)
+        return why_unsupported(self.block, self.layout) or why_not_now(self.block, self.layout, self.inner)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output of hidden states [B, N, C]; any further argument, as a mask, is for its own forward."""
         block: Any = self.block
         layout = self.layout
         more = any(value is not None and value is not False for value in (*args[1:], *kwargs.values()))
-        if not self.active or not args or more or busy(block, layout, self.inner) or mixed(block, layout, args[0]):
+        fits = (
+            self.active
+            and args
+            and not more
+            and not recompute.in_forward_ad()
+            and not why_not_now(block, layout, self.inner)
+        )
+        if not fits or mixed(block, layout, args[0]):
             return type(block).forward(block, *args, **kwargs)
         hidden_states = args[0]
         if getattr(block, "with_cp", False) and hidden_states.requires_grad:  # mmseg checkpoints inside the block
@@ -83,47 +102,36 @@ class FusedBlock:
 
     def run(self, hidden_states: Tensor) -> Tensor:
         """The block's output [B, N, C], on the fused ops."""
-        block, layout = self.block, self.layout
-        norm1, norm2 = (self._norm(name) for name in layout.norms)
         with recompute.scope():
-            normed = _remember(norm1, hidden_states, norm1(hidden_states))
-            branch = self._attention(normed)
-            gamma, row_scale = gamma_of(block, layout.gammas[0]), self._row_scale(0, branch)
-            hidden_states, normed = layer_scale_residual_norm(
-                *(hidden_states, branch, norm2.weight, norm2.bias, gamma, row_scale),
-                eps=norm2.eps,
-                norm_type=norm2.kind,
-            )
-            _remember(norm2, hidden_states, normed)
-            branch = project(part(block, layout.fc2), fc1_gelu(part(block, layout.fc1), normed))
-            gamma, row_scale = gamma_of(block, layout.gammas[1]), self._row_scale(1, branch)
-            return layer_scale_residual(hidden_states, branch, gamma, row_scale)
+            return run_block(self.parts(), hidden_states, None, None)[0]
 
-    def _norm(self, name: str) -> Norm:
-        norm = norm_of(part(self.block, name))
-        assert norm is not None
-        return norm
-
-    def _attention(self, x: Tensor) -> Tensor:
+    def parts(self) -> BlockParts:
+        """What the block computes with now."""
         block, layout = self.block, self.layout
+        norm1, norm2 = (norm_of(part(block, name)) for name in layout.norms)
+        assert norm1 is not None
+        assert norm2 is not None
         attention = part(block, layout.attention)
-        heads, scale = attention.num_heads, getattr(attention, "scale", None)
-        projected = [project(part(block, name), x) for name in layout.qkv]
-        if len(projected) == 1:
-            qkv = [projected[0].unflatten(-1, (3, heads, -1))]  # [B, N, 3, H, D]
-        else:
-            qkv = [t.unflatten(-1, (heads, -1)) for t in projected]  # 3 of [B, N, H, D], as the Linears wrote them
-        norms = [norm_of(part(block, name)) for name in layout.qk_norms]
-        q_weight, k_weight = (None if norm is None else norm.weight for norm in norms)
-        eps = 1e-6 if norms[0] is None else norms[0].eps
-        function: Any = qk_norm_attention if len(qkv) == 3 else qk_norm_attention_qkvpacked
-        out = function(*qkv, q_weight, k_weight, eps=eps, scale=scale)
-        return project(part(block, layout.proj), out.flatten(2))
+        qkv = tuple(partial(linear_per_image, part(block, name)) for name in layout.qkv)
+        q_norm, k_norm = (norm_of(part(block, name)) for name in layout.qk_norms)
+        scale = getattr(attention, "scale", None)
+        return BlockParts(
+            norm1,
+            partial(attention_output, AttentionParts(qkv, attention.num_heads, q_norm, k_norm, scale)),
+            self._branch_output(0, layout.proj),
+            norm2,
+            partial(fc1_gelu, part(block, layout.fc1)),
+            self._branch_output(1, layout.fc2),
+        )
+
+    def _branch_output(self, branch_index: int, linear: str) -> BranchOutput:
+        gamma = gamma_of(self.block, self.layout.gammas[branch_index])
+        row_scale = partial(self._row_scale, branch_index) if self.layout.drop_paths else None
+        return BranchOutput(partial(linear_per_image, part(self.block, linear)), gamma, row_scale)
 
     def _row_scale(self, branch_index: int, branch: Tensor) -> Tensor | None:
         """DropPath's factor of each image, [B] float32, from the same random numbers as timm's."""
-        names = self.layout.drop_paths
-        drop_path = part(self.block, names[branch_index]) if names else None
+        drop_path = part(self.block, self.layout.drop_paths[branch_index])
         rate = getattr(drop_path, "drop_prob", None)
         if drop_path is None or not rate or not drop_path.training:
             return None
@@ -132,14 +140,6 @@ class FusedBlock:
         kept = torch.empty(branch.shape[0], 1, 1, dtype=dtype, device=branch.device).bernoulli_(1 - rate)
         kept = kept.flatten().float()
         return kept / (1 - rate) if getattr(drop_path, "scale_by_keep", True) and rate < 1 else kept
-
-
-def _remember(norm: Norm, x: Tensor, y: Tensor) -> Tensor:
-    """Notes that y is norm(x), so that backward rebuilds it instead of keeping it."""
-    if not recompute.active():
-        return y
-    x_only, dtype = x.detach(), y.dtype
-    return recompute.remember(y, lambda: norm(x_only).to(dtype), x, norm.weight, norm.bias)
 
 
 def fused_block(block: nn.Module) -> FusedBlock | None:
@@ -241,7 +241,7 @@ def patch(model: nn.Module, *, verify: bool = False) -> PatchHandle:
         layout = layout_of(module)
         if layout is None:
             continue
-        reason = unfit(module, layout)
+        reason = why_unsupported(module, layout)
         if reason is None and not has_own_forward(module):
             reason = "its forward was replaced on the instance"
         if reason is None:

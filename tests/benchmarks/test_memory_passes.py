@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from internvit.benchmarks.harness.cases import BOTH, FORWARD
 from internvit.benchmarks.reports import memory_passes as passes
-from internvit.inference.optimize import _onednn_packs
+from internvit.inference.linear import onednn_packs
 
 COMMITTED = json.loads(passes.BUDGET.read_text())
 CASES = [(where, way) for where, row in COMMITTED.items() for way in row if way.startswith("internvit")]
@@ -18,7 +18,7 @@ CASES = [(where, way) for where, row in COMMITTED.items() for way in row if way.
 def test_no_block_goes_through_memory_more_often(where: str, way: str) -> None:
     name, mode = where.split()
     packed = way.endswith(", packed")
-    if packed and not _onednn_packs():
+    if packed and not onednn_packs():
         pytest.skip("oneDNN packs no bfloat16 weights on this machine")
     dtype = torch.bfloat16 if packed else torch.float32
     width = passes.InternViTConfig.from_name(name).hidden_size

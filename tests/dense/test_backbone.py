@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import internvit.numerics
 from internvit import InternViT, InternViTBackbone, InternViTConfig, convert_state_dict, reference
 from internvit.dense.pyramid import FeaturePyramid
+from internvit.model import encoder
 from tests.support.models import random_weights
 
 SMALL = {"image_size": 56, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -122,10 +123,8 @@ def test_checkpointing_has_the_same_gradients_and_is_off_in_eval(monkeypatch) ->
     backbone = made(config(3), out_indices=(0, 2), with_cp=True)
     pixels = torch.randn(1, 3, 56, 56)
     calls = []
-    import internvit.model.vit as modeling
-
-    right = modeling.checkpoint
-    monkeypatch.setattr(modeling, "checkpoint", lambda *a, **k: calls.append(1) or right(*a, **k))
+    right = encoder.checkpoint
+    monkeypatch.setattr(encoder, "checkpoint", lambda *a, **k: calls.append(1) or right(*a, **k))
 
     def grads() -> tuple[Tensor, ...]:
         used = [p for p in backbone.parameters() if p.requires_grad]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import internvit
-from internvit.inference.optimize import OptimizedInternViT, fold_layer_scale
+from internvit.inference.linear import fold_layer_scale
+from internvit.inference.optimize import OptimizedInternViT
 from internvit.numerics import relative_error
 
 VARIANTS = ("internvit-300m-448px", "internvit-6b-448px-v2.5")
@@ -57,7 +58,7 @@ def test_features_are_as_exact_as_the_models(variant: str, dtype: torch.dtype, p
 @pytest.mark.parametrize("onednn", [True, False])
 def test_an_image_has_the_same_bits_alone_and_in_a_batch(batch: int, onednn: bool, monkeypatch) -> None:
     if not onednn:  # the library's own tiles, where the machine has them
-        monkeypatch.setattr("internvit.inference.optimize._onednn_packs", lambda: False)
+        monkeypatch.setattr("internvit.inference.linear.onednn_packs", lambda: False)
     optimized = internvit.optimize_for_inference(small_model(VARIANTS[0], torch.bfloat16, 0))
     pixels = torch.randn(batch, 3, 112, 112, dtype=torch.bfloat16)
     tokens = optimized.model.embeddings(pixels)
@@ -73,7 +74,7 @@ def test_a_layer_with_a_hook_or_an_adapter_runs_as_it_is() -> None:
     model.encoder.layers[0].register_forward_hook(lambda *_: seen.append(1))
     model.encoder.layers[2].mlp.fc1 = nn.Sequential(model.encoder.layers[2].mlp.fc1)
     optimized = internvit.optimize_for_inference(model)
-    assert "1 of 3 layers folded" in repr(optimized)
+    assert "1 of 3 layers packed" in repr(optimized)
     with torch.no_grad():
         torch.testing.assert_close(optimized(pixels).last_hidden_state, model(pixels).last_hidden_state)
     assert len(seen) == 2
@@ -84,7 +85,7 @@ def test_hooks_on_a_branch_run(part: str) -> None:
     model, seen = small_model(VARIANTS[0], torch.float32, 0), []
     getattr(model.encoder.layers[1], part).register_forward_hook(lambda *_: seen.append(1))
     optimized = internvit.optimize_for_inference(model)
-    assert "2 of 3 layers folded" in repr(optimized)
+    assert "2 of 3 layers packed" in repr(optimized)
     optimized(torch.randn(1, 3, 112, 112))
     assert seen == [1]
 

@@ -10,7 +10,7 @@ from tests.support.models import random_weights
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 hf = pytest.importorskip("internvit.integrations.transformers.model")
-from internvit.integrations.transformers.backbone import InternVisionBackbone  # noqa: E402 (needs transformers)
+from internvit.integrations.transformers.backbone import HFInternViTBackbone  # noqa: E402 (needs transformers)
 
 CONFIG = InternViTConfig(
     image_size=56, hidden_size=32, num_hidden_layers=5, num_attention_heads=2, intermediate_size=64
@@ -21,8 +21,8 @@ def settings(**more) -> "hf.InternVisionConfig":
     return hf.InternVisionConfig(**{k: v for k, v in CONFIG.to_dict().items() if k != "model_type"}, **more)
 
 
-def made(**more) -> InternVisionBackbone:
-    backbone = InternVisionBackbone(settings(**more)).eval()
+def made(**more) -> HFInternViTBackbone:
+    backbone = HFInternViTBackbone(settings(**more)).eval()
     random_weights(backbone)
     return backbone
 
@@ -84,7 +84,7 @@ def test_names_indices_and_states() -> None:
 
 
 def test_layers_have_no_hooks_and_stay_fused() -> None:
-    from internvit.model.vit import is_plain_layer
+    from internvit.model.block import is_plain_layer
 
     assert all(map(is_plain_layer, made(out_indices=[1, 2, 3, 4]).encoder.layers))
 
@@ -94,13 +94,13 @@ def test_loads_an_opengvlab_folder(tmp_path) -> None:
     model = InternViT(CONFIG).eval()
     random_weights(model)
     model.save_pretrained(tmp_path)
-    backbone = InternVisionBackbone.from_pretrained(tmp_path, out_indices=[2, 5]).eval()
-    assert type(transformers.AutoBackbone.from_config(backbone.config)) is InternVisionBackbone
+    backbone = HFInternViTBackbone.from_pretrained(tmp_path, out_indices=[2, 5]).eval()
+    assert type(transformers.AutoBackbone.from_config(backbone.config)) is HFInternViTBackbone
     pixels = torch.randn(1, 3, 70, 56)
     hidden = model(pixels, output_hidden_states=True).hidden_states
     for x, i in zip(backbone(pixels).feature_maps, (2, 5), strict=True):
         assert torch.equal(x, hidden[i][:, 1:].transpose(1, 2).unflatten(2, (5, 4)))
-    with_fpn = InternVisionBackbone.from_pretrained(tmp_path, out_indices=[2, 3, 4, 5], fpn=True)
+    with_fpn = HFInternViTBackbone.from_pretrained(tmp_path, out_indices=[2, 3, 4, 5], fpn=True)
     std = with_fpn.up2[0].weight.std().item()
     assert std == pytest.approx((2 / (4 * 32)) ** 0.5, rel=0.1), "a missing pyramid starts as upstream's does"
 
@@ -119,7 +119,7 @@ def test_upernet_trains_and_is_saved(fpn, tmp_path) -> None:
     model.eval()
     model.save_pretrained(tmp_path)
     again = transformers.UperNetForSemanticSegmentation.from_pretrained(tmp_path).eval()
-    assert type(again.backbone) is InternVisionBackbone
+    assert type(again.backbone) is HFInternViTBackbone
     assert again.config.backbone_config.fpn is fpn
     assert list(again.backbone.out_indices) == [2, 3, 4, 5]
     weights = again.state_dict()
@@ -153,4 +153,4 @@ def test_frozen_keeps_no_graph() -> None:
 )
 def test_bad_settings(more, message) -> None:
     with pytest.raises(ValueError, match=message):
-        InternVisionBackbone(settings(**more))
+        HFInternViTBackbone(settings(**more))

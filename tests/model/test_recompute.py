@@ -1,6 +1,7 @@
-"""What a block leaves for backward, counted by live storages, and that recipes change no bit of any gradient."""
+"""What a block leaves for backward, counted by live storages, and that recomputing changes no bit of any gradient."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import internvit
 from internvit import InternViT
 from internvit.benchmarks.harness.memory import LiveStorages, saved_units
-from internvit.model import recompute
-from internvit.model.vit import InternViTLayer
+from internvit.model import fused_block, recompute
+from internvit.model.block import InternViTLayer
 from tests.support.models import CONFIGS, images, random_weights
 
 blocks = pytest.mark.parametrize("name", ["300m-2-layers", "6b-2-layers"])
@@ -27,17 +29,17 @@ def block(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[InternViTLaye
 @blocks
 def test_a_block_leaves_12_units(name, monkeypatch) -> None:
     layer, x = block(name)
-    with_recipes = saved_units(layer, x)
-    monkeypatch.setattr("internvit.model.vit.recompute.scope", contextlib.nullcontext)
+    recomputing = saved_units(layer, x)
+    monkeypatch.setattr("internvit.model.recompute.scope", contextlib.nullcontext)
     without = saved_units(layer, x)
-    print(f"{name}: {without:.2f} units without recipes, {with_recipes:.2f} with")
+    print(f"{name}: {without:.2f} units kept, {recomputing:.2f} recomputing")
     assert 17.9 < without < 18.2
-    assert with_recipes < 12.1
+    assert recomputing < 12.1
 
 
 def set_mode(layer: InternViTLayer, mode: str) -> None:
-    layer.selective_checkpointing = "selective" in mode
-    layer.fold_layer_scale = "folded" in mode
+    layer.options.checkpointing = "selective" if "selective" in mode else "none"
+    layer.options.fold_layer_scale = "folded" in mode
 
 
 @blocks
@@ -83,7 +85,7 @@ def test_selective_checkpointing_changes_no_bit(name, folded) -> None:
 
 
 @blocks
-def test_recipes_change_no_bit(name, monkeypatch) -> None:
+def test_recomputing_changes_no_bit(name, monkeypatch) -> None:
     layer, x = block(name)
     x = x[:, :129].detach().requires_grad_()
     grad = torch.randn_like(x)
@@ -91,9 +93,9 @@ def test_recipes_change_no_bit(name, monkeypatch) -> None:
     def grads() -> tuple[Tensor, ...]:
         return torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)
 
-    with_recipes = grads()
-    monkeypatch.setattr("internvit.model.vit.recompute.scope", contextlib.nullcontext)
-    assert all(map(torch.equal, with_recipes, grads()))
+    recomputing = grads()
+    monkeypatch.setattr("internvit.model.recompute.scope", contextlib.nullcontext)
+    assert all(map(torch.equal, recomputing, grads()))
 
 
 def tiny(layers: int = 3) -> tuple[InternViT, Tensor]:
@@ -106,30 +108,30 @@ def model_grads(model: InternViT, pixels: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(model(pixels).last_hidden_state.square().mean(), list(model.parameters())))
 
 
-def test_recipes_cross_layer_boundaries_in_the_encoder(monkeypatch) -> None:
+def test_recomputation_crosses_layer_boundaries_in_the_encoder(monkeypatch) -> None:
     model, pixels = tiny()
     rebuilt = []
-    run = recompute.Recipe.run
-    monkeypatch.setattr(recompute.Recipe, "run", lambda self, shape: rebuilt.append(1) or run(self, shape))
+    run = recompute.Rematerialization.run
+    monkeypatch.setattr(recompute.Rematerialization, "run", lambda self, shape: rebuilt.append(1) or run(self, shape))
     expected = model_grads(model, pixels)
     assert len(rebuilt) == 3 * 3, "two norms and one GELU a layer"
-    monkeypatch.setattr("internvit.model.vit.recompute.scope", contextlib.nullcontext)
+    monkeypatch.setattr("internvit.model.recompute.scope", contextlib.nullcontext)
     assert all(map(torch.equal, expected, model_grads(model, pixels)))
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "block"])
 def test_a_model_holds_what_its_blocks_leave(mode, monkeypatch) -> None:
-    """During forward too: a recipe inside a checkpoint would hold the pre-activation until the encoder is through."""
+    """During forward too: an entry made inside a checkpoint would hold the pre-activation until the encoder ends."""
     model, _ = tiny(6)
     x = torch.randn(2, 257, model.config.hidden_size, requires_grad=True)
     model.set_gradient_checkpointing(mode)
-    alive, run = [], InternViTLayer._mlp_branch
+    alive, run = [], fused_block.fc1_gelu
 
-    def counting(layer: InternViTLayer, normed: Tensor) -> tuple:
+    def counting(fc1: nn.Module, normed: Tensor) -> Tensor:
         alive.append(live.bytes())
-        return run(layer, normed)
+        return run(fc1, normed)
 
-    monkeypatch.setattr(InternViTLayer, "_mlp_branch", counting)
+    monkeypatch.setattr("internvit.model.block.fc1_gelu", counting)
     with LiveStorages(model) as live:
         model(pixel_embeds=x)
     a_layer = (alive[-1] - alive[1]) / (len(alive) - 2) / (x.numel() * x.element_size())
@@ -147,7 +149,7 @@ def test_gradient_checkpointing_modes_and_bad_input() -> None:
         grads[mode] = model_grads(model, pixels)
         assert all(map(torch.equal, grads["none"], grads[mode])), mode
     model.encoder.gradient_checkpointing = True  # as transformers does
-    assert not any(layer.selective_checkpointing for layer in model.encoder.layers)
+    assert all(layer.options.checkpointing == "block" for layer in model.encoder.layers)
     with pytest.raises(ValueError, match="mode must be one of 'none', 'selective', 'block', got 'all'"):
         model.set_gradient_checkpointing("all")
 
@@ -253,3 +255,67 @@ def test_retained_graphs_rebuild_twice() -> None:
     loss = model(pixels).last_hidden_state.square().mean()
     first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(loss, list(model.parameters()))))
+
+
+def in_place(x: Tensor) -> Tensor:
+    return x.mul_(2)
+
+
+def edit_before_a_linear(model: nn.Module, edit: str) -> None:
+    """Puts an op that writes into its input in front of a Linear of the first block."""
+    layer = model.encoder.layers[0]
+    owner, name = edit.split()[1].split(".")
+    linear = getattr(getattr(layer, owner), name)
+    if edit.startswith("pre-hook"):
+        linear.register_forward_pre_hook(lambda module, args: (in_place(args[0]),))
+    elif edit.startswith("view"):
+        linear.register_forward_pre_hook(lambda module, args: setattr(module, "seen", in_place(args[0].view(-1)[::2])))
+    elif edit.startswith("relu"):
+        setattr(getattr(layer, owner), name, nn.Sequential(nn.ReLU(inplace=True), linear))
+    else:
+        setattr(getattr(layer, owner), name, nn.Sequential(nn.Dropout(0.5, inplace=True), linear))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    ["pre-hook attn.qkv", "view attn.qkv", "pre-hook mlp.fc1", "pre-hook mlp.fc2", "relu mlp.fc2", "dropout mlp.fc2"],
+)
+@pytest.mark.parametrize("name", ["tiny-rms_norm", "tiny-layer_norm"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_gradients_after_an_edit_in_place(edit, name, mode) -> None:
+    """Backward must use the tensor that the Linear used, not the one that would be computed again."""
+    reference = internvit.reference.InternViT(CONFIGS[name])
+    random_weights(reference)
+    model = InternViT(CONFIGS[name])
+    model.load_state_dict(reference.state_dict())
+    model.set_gradient_checkpointing(mode)
+    pixels = images(model.config, 2)
+    grads = []
+    for m in (model, reference):
+        edit_before_a_linear(m, edit)
+        torch.manual_seed(5)
+        m.train()(pixels).last_hidden_state.square().mean().backward()
+        grads.append({n: p.grad for n, p in m.named_parameters()})
+    for n, gradient in grads[0].items():
+        expected = grads[1][n]
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-7, n
+
+
+def test_what_is_not_edited_is_still_recomputed(monkeypatch) -> None:
+    model, pixels = tiny(1)
+    edit_before_a_linear(model, "pre-hook mlp.fc2")
+    computed = []
+    run = recompute.Rematerialization.run
+    monkeypatch.setattr(recompute.Rematerialization, "run", lambda self, shape: computed.append(1) or run(self, shape))
+    model_grads(model, pixels)
+    assert len(computed) == 2, "the two norms; GELU's output was edited"
+
+
+def test_two_threads_train_two_models() -> None:
+    """Each on its own: what one registers is not the other's."""
+    models = [tiny(2) for _ in range(4)]
+    expected = [model_grads(*each) for each in models]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for ours, theirs in zip(pool.map(lambda each: model_grads(*each), models), expected, strict=True):
+                assert all(map(torch.equal, ours, theirs))

@@ -156,7 +156,7 @@ def test_gradient_checkpointing(name, monkeypatch) -> None:
     model, _ = pair(name, drop_path_rate=0.4)
     pixels = images(model.config, 2)
     calls = []
-    monkeypatch.setattr("internvit.model.vit.checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    monkeypatch.setattr("internvit.model.encoder.checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
 
     def grads() -> list[torch.Tensor]:
         model.zero_grad()
@@ -278,7 +278,7 @@ def test_residual_dtype_is_kept_out_of_everything_else(tmp_path) -> None:
     loaded = InternViT.from_pretrained(tmp_path, residual_dtype=torch.float32, fold_layer_scale=True)
     assert loaded.residual_dtype == torch.float32
     assert loaded.dtype == torch.float16
-    assert all(layer.fold_layer_scale for layer in loaded.encoder.layers)
+    assert all(layer.options.fold_layer_scale for layer in loaded.encoder.layers)
     with pytest.raises(ValueError, match="leaves float16's normal range"):
         loaded(images(model.config, 1).half())
     wide = InternViT(CONFIGS["tiny-rms_norm"]).eval()

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from internvit import ops
 from internvit.numerics import product_violations, relative_error, sample
-from internvit.ops.attention import SavedAttention
+from internvit.ops.attention import SavedAttention, attention_backward_reference, attention_reference
+from internvit.ops.backends import sdpa
 from internvit.ops.backends.registry import BACKENDS
 from tests.ops.cases import backends_here
 
@@ -84,7 +85,7 @@ def test_large_scores_stay_finite(backend, generator) -> None:
 def test_sdpa_backward_where_no_log_sum_exp_is_exposed(monkeypatch, generator) -> None:
     tensors = [t.contiguous().requires_grad_() for t in qkv(9, 2, 8, torch.float64, generator).unbind(2)]
     expected = torch.autograd.grad(ops.attention(*tensors, backend="reference").square().sum(), tensors)
-    monkeypatch.setattr("internvit.ops.backends.sdpa._flash_on", lambda x: False)
+    monkeypatch.setattr("internvit.ops.backends.sdpa._kernels", lambda *_: sdpa._PLAIN)
     actual = torch.autograd.grad(ops.attention(*tensors, backend="sdpa").square().sum(), tensors)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
@@ -189,3 +190,19 @@ def test_bad_input(change, message) -> None:
     heads = {n: torch.ones(2, 3, 2, 8) for n in "qkv"}
     with pytest.raises((ValueError, RuntimeError), match=message):
         ops.attention(**{**heads, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e17, 1e30])
+def test_the_reference_is_normalised_for_any_scores(dtype: torch.dtype, size: float, generator) -> None:
+    """exp(scores - lse) carries lse's rounding: of two equal keys at 1e8 in float32 each would get 1, not 1/2."""
+    q, k = ((torch.randn(2, 10, 2, 8, generator=generator, dtype=dtype) * size**0.5) for _ in range(2))
+    k[:, 1::2] = k[:, ::2]
+    ones = torch.ones_like(q)
+    out, lse = attention_reference(q, k, ones, 0.3, None)
+    torch.testing.assert_close(out, ones)
+    assert lse.isfinite().all()
+    grads = [torch.empty_like(q) for _ in range(3)]
+    attention_backward_reference(ones, SavedAttention(q, k, ones, out, lse, 0.3, None), grads)
+    assert all(g.isfinite().all() for g in grads)
+    torch.testing.assert_close(grads[2].sum(1), torch.full_like(grads[2].sum(1), 10))  # each query gives its 1 away

@@ -359,7 +359,9 @@ def test_verify(name, dtype, monkeypatch) -> None:
     model.to(dtype).train()
     internvit.patch(model, verify=True).undo()
     assert all(m.training for m in model.modules())
-    monkeypatch.setattr("internvit.upstream.patch.layer_scale_residual", lambda x, branch, gamma, row_scale: x + branch)
+    monkeypatch.setattr(
+        "internvit.model.fused_block.layer_scale_residual", lambda x, branch, gamma, row_scale: x + branch
+    )
     with pytest.raises(RuntimeError, match=r"(layers|layer|blocks)\.0 is off by"):
         internvit.patch(model, verify=True)
     assert all("forward" not in m.__dict__ for m in model.modules())

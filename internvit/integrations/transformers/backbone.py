@@ -1,9 +1,9 @@
 """InternViT as a transformers backbone: UperNetForSemanticSegmentation and its like take it as it is.
 
->>> from internvit.integrations.transformers.backbone import InternVisionBackbone
+>>> from internvit.integrations.transformers.backbone import HFInternViTBackbone
 >>> from transformers import UperNetConfig, UperNetForSemanticSegmentation
 >>> hub_id = "OpenGVLab/InternViT-300M-448px-V2_5"
->>> backbone = InternVisionBackbone.from_pretrained(hub_id, out_indices=[8, 12, 16, 24], fpn=True)
+>>> backbone = HFInternViTBackbone.from_pretrained(hub_id, out_indices=[8, 12, 16, 24], fpn=True)
 >>> model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone.config, num_labels=150))
 >>> model.backbone.load_state_dict(backbone.state_dict())
 """
@@ -17,6 +17,7 @@ from transformers import AutoBackbone
 from transformers.modeling_outputs import BackboneOutput
 
 from internvit.dense.pyramid import FeaturePyramid
+from internvit.geometry import feature_map
 from internvit.integrations.transformers.model import InternVisionConfig, InternVisionModel
 
 try:
@@ -25,7 +26,7 @@ except ImportError:  # before transformers 5
     from transformers.utils.backbone_utils import BackboneMixin
 
 
-class InternVisionBackbone(BackboneMixin, InternVisionModel):
+class HFInternViTBackbone(BackboneMixin, InternVisionModel):
     """Maps [B, C, h, w] of an InternViT after chosen blocks, class token dropped; with `config.fpn` a pyramid of four.
 
     `out_indices` counts as transformers does: 0, "stem", is the embeddings; i, "stage{i}", the output of the i-th
@@ -90,7 +91,7 @@ class InternVisionBackbone(BackboneMixin, InternVisionModel):
             chosen = [*([embedded] if 0 in stages else []), *(states or ())]
         patch = self.config.patch_size
         grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
-        maps = tuple(x[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous() for x in chosen)
+        maps: Any = tuple(feature_map(x, grid) for x in chosen)
         if self.config.fpn:
             maps = tuple(self.get_submodule(f"up{i}")(x) for i, x in enumerate(maps, 1))
         output = BackboneOutput(maps, states if output_hidden_states else None, attentions)
@@ -98,4 +99,4 @@ class InternVisionBackbone(BackboneMixin, InternVisionModel):
         return output if use_dict else output.to_tuple()
 
 
-AutoBackbone.register(InternVisionConfig, InternVisionBackbone, exist_ok=True)
+AutoBackbone.register(InternVisionConfig, HFInternViTBackbone, exist_ok=True)

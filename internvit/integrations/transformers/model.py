@@ -4,7 +4,7 @@
 >>> from transformers import AutoModel
 >>> model = AutoModel.from_pretrained("OpenGVLab/InternViT-300M-448px-V2_5")  # no trust_remote_code
 
-`AutoBackbone` gives `InternVisionBackbone`, for UperNetForSemanticSegmentation and its like (transformers 5.24's
+`AutoBackbone` gives `HFInternViTBackbone`, for UperNetForSemanticSegmentation and its like (transformers 5.24's
 `AutoBackbone.from_pretrained` takes hub ids alone: load a folder by the class itself).
 
 The model type is the one in OpenGVLab's repositories, so in transformers 5 an InternVLConfig whose vision_config is an
@@ -28,8 +28,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from internvit.config import InternViTConfig
-from internvit.model.layers import Embeddings
-from internvit.model.vit import InternViT, InternViTLayer
+from internvit.model.block import InternViTLayer
+from internvit.model.embeddings import Embeddings, embed
+from internvit.model.vit import InternViT
 from internvit.names import listed
 from internvit.ops import attention
 
@@ -44,7 +45,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(InternViT
 class InternVisionConfig(BackboneConfigMixin, PretrainedConfig):
     """OpenGVLab's configuration: the fields of `internvit.InternViTConfig`; others are kept and not used.
 
-    For `InternVisionBackbone` also `out_features` or `out_indices` (0, "stem", is the embeddings;
+    For `HFInternViTBackbone` also `out_features` or `out_indices` (0, "stem", is the embeddings;
     i, "stage{i}", the output of the i-th block, counted from 1), `fpn` and `final_norm`.
     """
 
@@ -154,15 +155,13 @@ class InternVisionModel(PreTrainedModel):
 
         output_hidden_states may be the index, or a list of indices, of the states wanted; the others are then None.
         """
-        if (pixel_values is None) == (pixel_embeds is None):
-            raise ValueError(f"give pixel_values or pixel_embeds, got {'neither' if pixel_embeds is None else 'both'}")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         states = len(self.encoder.layers) + 1
         wanted = _indices(output_hidden_states, states)
-        embedded = self.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds
+        embedded = embed(self.embeddings, pixel_values, pixel_embeds)
         last, hidden, maps = self.encoder(embedded, not wanted <= {states - 1}, bool(output_attentions))
         if wanted:
             all_states = hidden or (None,) * (states - 1) + (last,)

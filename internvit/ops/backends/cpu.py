@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from internvit.ops.attention import Heads, QKNorm, QKNormGrads, SavedAttention
-from internvit.ops.backends import native
-from internvit.ops.backends.registry import implements
+from internvit.ops.backends.registry import implements, implements_all
 from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
 
 _NO_QK_NORM = (None, None, None, None)
 
-native.register("internvit_cpu", "cpu", OPS)
+implements_all(torch.ops.internvit_cpu, "cpu", OPS)
 implements("linear_gelu", "cpu")(functools.partial(linear_then_gelu, "cpu"))
 
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from internvit.ops.attention import Heads, QKNorm, SavedAttention
-from internvit.ops.backends import native
-from internvit.ops.backends.registry import BACKENDS, implementation, implements
+from internvit.ops.backends.registry import BACKENDS, implementation, implements, implements_all
 from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
 
-native.register("internvit_cuda", "cuda", OPS)
+implements_all(torch.ops.internvit_cuda, "cuda", OPS)
 implements("linear_gelu", "cuda")(functools.partial(linear_then_gelu, "cuda"))
 
 

@@ -5,13 +5,9 @@ and are built on torch's stable ABI, so that one binary serves every Python and 
 """
 
 import functools
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-
-from internvit.ops.backends.registry import implements
 
 FOLDER = Path(__file__).resolve().parents[2] / "lib"
 
@@ -34,16 +30,3 @@ def _load(library: str) -> str | None:
 
 
 unavailable_reason = _load
-
-
-def register(library: str, backend: str, ops: Iterable[str]) -> None:
-    """Registers as `backend` the raw ops that `library` has of the names `ops`."""
-    _load(library)
-    register_namespace(getattr(torch.ops, library), backend, ops)
-
-
-def register_namespace(namespace: Any, backend: str, ops: Iterable[str]) -> None:
-    """Registers as `backend` the ops of `namespace` that have one of the names `ops`."""
-    for op in ops:
-        if hasattr(namespace, op):
-            implements(op, backend)(getattr(namespace, op).default)

@@ -8,8 +8,9 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ class Backend:
         unavailable_reason: why this backend cannot run on this machine and how to get it; None when it can.
         unsupported_reason: (device type, dtype, head_dim or 0) -> why it cannot take such a tensor; None when it can.
         folds_qk_norm: its `attention` takes QK-norm's weights and statistics.
+        max_channels: the widest rows that its norms take; None for any.
         lse_devices: the device types on which its `attention` returns the log-sum-exp; None for all.
     """
 
@@ -36,10 +38,17 @@ class Backend:
     unavailable_reason: Callable[[], str | None]
     unsupported_reason: Unsupported
     folds_qk_norm: bool = True
+    max_channels: int | None = None
     lse_devices: tuple[str, ...] | None = None
 
     def exposes_lse_on(self, device: str) -> bool:
         return self.lse_devices is None or device in self.lse_devices
+
+    def too_wide(self, channels: int) -> str | None:
+        """Why rows of so many channels are too wide; None where they are not."""
+        if self.max_channels is None or channels <= self.max_channels:
+            return None
+        return f"it takes rows of at most {self.max_channels} channels, got {channels}"
 
     def find(self, op: str) -> Callable | None:
         """The function that runs `op`; None where this backend has none."""
@@ -58,6 +67,13 @@ def implements(op: str, backend: str) -> Callable[[Callable], Callable]:
         return function
 
     return register
+
+
+def implements_all(namespace: Any, backend: str, ops: Iterable[str]) -> None:
+    """Registers as `backend` the ops of a loaded library's `torch.ops` namespace that have one of the names `ops`."""
+    for op in ops:
+        if hasattr(namespace, op):
+            implements(op, backend)(getattr(namespace, op).default)
 
 
 def implementation(op: str, backend: str) -> Callable:
@@ -129,7 +145,18 @@ def _triton_unsupported(device: str, dtype: torch.dtype, head_dim: int) -> str |
         return "it runs on GPU tensors (or on CPU tensors in the interpreter, TRITON_INTERPRET=1), got cpu"
     if head_dim % 8 or head_dim > 128:
         return f"it takes a head dimension that is a multiple of 8 up to 128, got {head_dim}"
-    return _only(("cuda", "cpu"), _FLOATS)(device, dtype, head_dim)
+    reason = _only(("cuda", "cpu"), _FLOATS)(device, dtype, head_dim)
+    return reason or (_triton_fails_on_gpu() if device == "cuda" else None)
+
+
+def _triton_fails_on_gpu() -> str | None:
+    """Why Triton cannot serve the visible GPUs, the least capable of them; None without one, as for fake tensors."""
+    if not torch.cuda.is_available():
+        return None
+    from internvit.kernels.common import launch, target
+
+    reasons = map(target.unsupported_reason, range(torch.cuda.device_count()))
+    return next((reason for reason in reasons if reason), None) or launch.failure_to_start()
 
 
 def _anything(device: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -144,7 +171,9 @@ BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("reference", None, _always, _anything),
-        Backend("sdpa", "internvit.ops.backends.sdpa", _always, _anything, folds_qk_norm=False, lse_devices=("cpu",)),
+        Backend(
+            "sdpa", "internvit.ops.backends.sdpa", _always, _anything, folds_qk_norm=False, lse_devices=("cpu", "cuda")
+        ),
         Backend(
             "flash",
             "internvit.ops.backends.flash",
@@ -157,6 +186,7 @@ BACKENDS: dict[str, Backend] = {
             "internvit.ops.backends.triton",
             _package("triton", "pip install triton (Linux; torch's CUDA builds bring it)"),
             _triton_unsupported,
+            max_channels=8192,
         ),
         Backend("cpu", "internvit.ops.backends.cpu", _library("internvit_cpu"), _only(("cpu",), _FLOATS)),
         Backend(

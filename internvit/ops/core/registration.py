@@ -71,6 +71,8 @@ class Op:
 
     def _dispatch_autograd(self, *args: Any) -> Any:
         register_when_counted()
+        if torch.jit.is_tracing():  # the graph holds the op, which is differentiated when the graph runs
+            return below_autograd(self.overload, *args)
         if transformed(args):
             return self.run(*args[:-1], "reference")
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):

@@ -112,7 +112,15 @@ def resolve(
     `folded` asks for an attention that takes QK-norm's weights and statistics; `caller` is the op that errors name
     where it is another one that the user called.
     """
-    return _resolve(op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested())
+    channels = _channels(caller or op, x)
+    return _resolve(op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested(), channels)
+
+
+def _channels(op: str, x: torch.Tensor) -> int:
+    """The channels of the rows that `op` normalises or scales; 0 where their number does not matter."""
+    if op in ("attention", "gelu", "linear_gelu") or x.dim() == 0:
+        return 0
+    return x.shape[-1] * x.shape[-2] if op.startswith("qk_norm") else x.shape[-1]
 
 
 def _resolve(*key: Any) -> str:
@@ -125,19 +133,26 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _resolve_once(
-    op: str, device: str, dtype: torch.dtype, head_dim: int, folded: bool, caller: str, asked: str, context: str
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    folded: bool,
+    caller: str,
+    asked: str,
+    context: str,
+    channels: int = 0,
 ) -> str:
-    if asked and asked != "auto":
-        return _asked_by_name(op, device, dtype, head_dim, folded, caller, asked)
-    if context != "auto" and not asked and usable(context).find(op) is not None:
-        return _asked_by_name(op, device, dtype, head_dim, folded, caller, context)
+    name = asked or context
+    if name != "auto" and (asked or usable(name).find(op) is not None):
+        return _asked_by_name(op, device, dtype, head_dim, folded, caller, name, channels)
     passed_over: list[str] = []
     for name in AUTO_ORDER.get(device, _AUTO_ORDER_ELSEWHERE):
         candidate = BACKENDS[name]
         reason = candidate.unavailable_reason()
         if reason is None and (candidate.find(op) is None or (folded and not candidate.folds_qk_norm)):
             continue
-        reason = reason or candidate.unsupported_reason(device, dtype, head_dim)
+        reason = reason or candidate.unsupported_reason(device, dtype, head_dim) or candidate.too_wide(channels)
         if reason is None:
             if passed_over:
                 logger.info("%s runs on backend %r: %s", op, name, "; ".join(passed_over))
@@ -147,12 +162,12 @@ def _resolve_once(
 
 
 def _asked_by_name(
-    op: str, device: str, dtype: torch.dtype, head_dim: int, folded: bool, caller: str, name: str
+    op: str, device: str, dtype: torch.dtype, head_dim: int, folded: bool, caller: str, name: str, channels: int
 ) -> str:
     chosen = usable(name)
     if chosen.find(op) is None:
         raise ValueError(f"{caller}: backend {name!r} does not implement this op")
-    reason = chosen.unsupported_reason(device, dtype, head_dim)
+    reason = chosen.unsupported_reason(device, dtype, head_dim) or chosen.too_wide(channels)
     if reason is None and folded and not chosen.folds_qk_norm:
         reason = "its attention has no QK-norm inside; normalise with qk_norm, or call qk_norm_attention"
     if reason is not None:

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvit.ops.backends import native, registry
+from internvit.ops.backends import registry
 from internvit.ops.core.registration import OPS
-from tests.support import ROOT
+from tests.support.building import ROOT, setup_module
 
-SOURCES = ROOT / "csrc" / "cuda"
+SOURCES = ROOT / "csrc"
 HARNESS = ROOT / "tests" / "proofs" / "native" / "cuda"
 UNITS = ("float32", "bfloat16", "bfloat16_float32", "float16", "float16_float32")
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas"]  # `#pragma unroll` is nvcc's
@@ -54,7 +54,7 @@ def compile_objects(folder: Path, sources: list[Path], *extra: str, root: Path =
 
 
 def units(root: Path = SOURCES) -> list[Path]:
-    return [root / f"unit_{name}.cu" for name in UNITS]
+    return [root / "cuda" / "instantiate" / f"{name}.cu" for name in UNITS]
 
 
 def build_library(folder: Path) -> Path:
@@ -65,9 +65,10 @@ def build_library(folder: Path) -> Path:
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         *(f"-isystem{p}" for p in cpp_extension.include_paths()),
     ]
-    names = ["-DINTERNVIT_LIBRARY=internvit_cuda_host", "-DINTERNVIT_DEVICE_KEY=CPU"]
+    names = ["-DINTERNVIT_LIBRARY=internvit_cuda_host", "-DINTERNVIT_DEVICE_KEY=CPU", f"-I{folder}"]
+    setup_module().write_schemas("internvit_cuda", folder / "schemas.h")
     objects = compile_objects(folder, [*units(), HARNESS / "cuda_host.cpp"], "-O2")
-    objects += compile_objects(folder, [SOURCES / "bindings.cpp"], "-O1", *torch_flags, *names)
+    objects += compile_objects(folder, [SOURCES / "cuda" / "torch" / "bindings.cpp"], "-O1", *torch_flags, *names)
     libraries = [f"-L{p}" for p in cpp_extension.library_paths()]
     library = folder / "internvit_cuda_host.so"
     link = ["c++", "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o", str(library)]
@@ -79,7 +80,7 @@ def as_backend(library: Path) -> registry.Backend:
     """Backend `cuda` as it is, but for where its library comes from and the tensors it takes."""
     torch.ops.load_library(str(library))
     importlib.import_module("internvit.ops.backends.cuda")
-    native.register_namespace(torch.ops.internvit_cuda_host, "cuda", OPS)
+    registry.implements_all(torch.ops.internvit_cuda_host, "cuda", OPS)
     return dataclasses.replace(
         registry.BACKENDS["cuda"],
         module=None,

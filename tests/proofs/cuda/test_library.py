@@ -12,22 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import internvit
 from internvit.ops import layer_norm, layer_scale_residual_norm, linear_gelu, qk_norm_attention_qkvpacked, rms_norm
-from internvit.ops.backends import native, registry
+from internvit.ops.backends import native, registry, schemas
 from internvit.ops.backends.registry import implementation
 from internvit.ops.core import select as backends
 from tests.proofs.cuda.static_profile import LIBRARY
 from tests.support.choices import forget_choices
 
-NAMES = (
-    "rms_norm",
-    "layer_norm",
-    "layer_scale_residual",
-    "layer_scale_residual_norm",
-    "qk_norm_stats",
-    "qk_norm",
-    "gelu",
-)
-OPS = [op for name in NAMES for op in (name, f"{name}_backward")]
+OPS = schemas.OPS["internvit_cuda"]
 
 pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None and not LIBRARY.exists(), reason="needs nvcc: internvit_cuda is not built without it"

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from internvit import numerics
-from internvit.kernels.common.launch import INTERPRETER
-from internvit.kernels.common.rows import RowLaunch, persistent_programs
-from internvit.ops.attention import QKNorm, SavedAttention
-from internvit.ops.backends.registry import implementation
-from internvit.ops.core.registration import fill_gradients
+from internvit.kernels.common.rows import RowConfig, persistent_programs
+from internvit.kernels.common.target import INTERPRETER
+from tests.support.implementations import call
 
 GUARD = 64  # elements on either side of every buffer; 128 bytes keep 16-byte alignment
 DTYPES = ("float32", "bfloat16", "float16")
@@ -137,28 +135,12 @@ class Memory:
         assert torch.Tensor.new_empty is new_empty
 
 
-def call(op: str, backend: str, *args: Any) -> Any:
-    """Runs `op` on arguments as in its schema; attention's backward takes grad_q, grad_k, grad_v last."""
-    function = implementation(op, backend)
-    if op == "attention":
-        return function(*args[:4], None if args[4] is None else QKNorm(*args[4:]))
-    if op == "attention_backward":
-        grad_out, *saved = args[:7]
-        qk_norm = None if args[7] is None else QKNorm(*args[7:11])
-        grads = function(grad_out, SavedAttention(*saved, qk_norm), args[11:])
-        return () if grads is None else tuple(grads)
-    outputs = function(*args)
-    if isinstance(outputs, tuple) and any(o is None for o in outputs):
-        return fill_gradients(outputs, args[0])
-    return outputs
-
-
 def run(memory: Memory, op: str, *args: Any) -> tuple[Tensor, ...]:
     """The op's kernels on guarded, poisoned memory."""
     with memory.allocations():
         outputs = call(op, "triton", *args)
     memory.check_guards()
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(torch.empty(0) if t is None else t for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
 def _as(dtype: torch.dtype, value: Any) -> Any:
@@ -210,7 +192,7 @@ def agree(
 
 def addends(rows: int, channels: int) -> int:
     """How many rows a program of the interpreter's target adds one after the other."""
-    choice = RowLaunch.rule(channels)
+    choice = RowConfig.rule(channels)
     return -(-rows // (choice.rows * persistent_programs(rows, choice, INTERPRETER)))
 
 

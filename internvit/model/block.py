@@ -1,0 +1,127 @@
+"""One block of InternViT as a module."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from internvit.config import InternViTConfig
+from internvit.model import recompute
+from internvit.model.fused_block import (
+    BlockParts,
+    BranchOutput,
+    Function,
+    Norm,
+    attention_output,
+    fc1_gelu,
+    identity,
+    linear_or_folded,
+    run_after_attention,
+    run_block,
+)
+from internvit.model.hooks import has_hooks, is_plain_linear
+from internvit.model.layers import MLP, Attention, fusible, is_plain_norm, make_norm
+from internvit.reference import drop_path_scale
+
+
+@dataclass
+class TrainingOptions:
+    """How the blocks of one encoder train. The encoder and its blocks share one object.
+
+    Attributes:
+        checkpointing: "none", "selective" or "block"; see `InternViT.set_gradient_checkpointing`.
+        fold_layer_scale: see `InternViT.set_layer_scale_folding`.
+    """
+
+    checkpointing: str = "none"
+    fold_layer_scale: bool = False
+
+
+class InternViTLayer(nn.Module):
+    """One pre-norm block with LayerScale and DropPath.
+
+    x = x + drop_path(attn(norm1(x)) * ls1);  x = x + drop_path(mlp(norm2(x)) * ls2)
+    """
+
+    def __init__(
+        self,
+        config: InternViTConfig,
+        drop_path_rate: float = 0.0,
+        rounding: str = "fused",
+        options: TrainingOptions | None = None,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.norm1 = make_norm(config, rounding, **factory)
+        self.attn = Attention(config, rounding, **factory)
+        self.norm2 = make_norm(config, rounding, **factory)
+        self.mlp = MLP(config, **factory)
+        self.ls1 = nn.Parameter(torch.full((config.hidden_size,), config.initializer_factor, **factory))
+        self.ls2 = nn.Parameter(torch.full((config.hidden_size,), config.initializer_factor, **factory))
+        self.drop_path_rate = drop_path_rate
+        self.options = TrainingOptions() if options is None else options
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The block's output [B, N, C]."""
+        with recompute.scope():
+            return self.forward_fused(hidden_states, None, None)[0]
+
+    def forward_fused(
+        self, hidden_states: Tensor, normed: Tensor | None, next_norm: Norm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block between two neighbours; see `internvit.model.fused_block.run_block`."""
+        parts = self.parts()
+        if self.options.checkpointing != "selective" or not self.training or not recompute.can_checkpoint():
+            return run_block(parts, hidden_states, normed, next_norm)
+        if normed is None:
+            normed = parts.norm1(hidden_states)
+
+        def after_attention(hidden_states: Tensor, attended: Tensor) -> tuple[Tensor, Any]:
+            return run_after_attention(self.parts(), hidden_states, attended, next_norm)
+
+        # DropPath draws inside, so that its random numbers are replayed.
+        attended = parts.attention(normed)
+        out, next_normed = checkpoint(after_attention, hidden_states, attended, use_reentrant=False)
+        return out, None if next_norm is None else next_norm.rematerialize(out, next_normed)
+
+    def parts(self) -> BlockParts:
+        """What the block computes with now; a branch whose module has hooks or is another one is called as a whole."""
+        fold = self.options.fold_layer_scale
+        row_scale = self._row_scale if self.training and self.drop_path_rate > 0 else None
+        attn, mlp = self.attn, self.mlp
+        attention: Function = attn
+        hidden: Function = mlp
+        proj, fc2 = (BranchOutput(identity, gamma, row_scale) for gamma in (self.ls1, self.ls2))
+        if type(attn) is Attention and not has_hooks(attn):
+            attention, proj = (
+                partial(attention_output, attn.parts()),
+                linear_or_folded(attn.proj, self.ls1, fold, row_scale),
+            )
+        if type(mlp) is MLP and not has_hooks(mlp):
+            hidden, fc2 = partial(fc1_gelu, mlp.fc1), linear_or_folded(mlp.fc2, self.ls2, fold, row_scale)
+        return BlockParts(fusible(self.norm1), attention, proj, fusible(self.norm2), hidden, fc2)
+
+    def _row_scale(self, branch: Tensor) -> Tensor:
+        return drop_path_scale(branch.shape[0], self.drop_path_rate, branch.device)
+
+    def extra_repr(self) -> str:
+        return f"drop_path_rate={self.drop_path_rate:.3g}" if self.drop_path_rate else ""
+
+
+def is_plain_layer(layer: nn.Module) -> bool:
+    """Whether the encoder may run `layer` between its neighbours instead of calling it."""
+    return type(layer) is InternViTLayer and not has_hooks(layer)
+
+
+def is_unmodified(layer: nn.Module) -> TypeGuard[InternViTLayer]:
+    """Whether nothing but InternViT's own forward happens in `layer` and its parts: no hook, adapter or replacement."""
+    if not isinstance(layer, InternViTLayer) or not is_plain_layer(layer):
+        return False
+    attn, mlp = layer.attn, layer.mlp
+    if type(attn) is not Attention or type(mlp) is not MLP or has_hooks(attn) or has_hooks(mlp):
+        return False
+    norms = [layer.norm1, layer.norm2, *((attn.q_norm, attn.k_norm) if attn.qk_normalization else ())]
+    return all(map(is_plain_linear, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))) and all(map(is_plain_norm, norms))

@@ -1,0 +1,55 @@
+"""From pixels to tokens: patch embedding, class token and position embedding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from internvit.config import InternViTConfig
+from internvit.geometry import check_pixels, refuse_symbolic, resize_position_embedding
+
+
+class Embeddings(nn.Module):
+    """The class token and one token per patch, plus the position embedding of the pixels' grid."""
+
+    def __init__(self, config: InternViTConfig, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        width, size = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, width, **factory))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=size, stride=size, **factory)
+        self.position_embedding = nn.Parameter(torch.randn(1, config.num_tokens, width, **factory))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Tokens [B, 1 + patches, C] of pixels [B, channels, height, width], cast to the weights' dtype."""
+        grid = check_pixels(self.config, pixel_values)
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.expand(patches.shape[0], -1, -1).to(patches.dtype)
+        return torch.cat([class_token, patches], dim=1) + self.position_embedding_for(grid)
+
+    def position_embedding_for(self, grid: tuple[int, int]) -> Tensor:
+        """The position embedding [1, 1 + rows * columns, C] of this grid.
+
+        It is resized at each call: no cache can notice a write through `.data`, which EMA and weight synchronisation
+        use. The 300M at 336 x 504, bfloat16, two Zen 4 cores: 11 ms of a forward's 2 s.
+        """
+        return resize_position_embedding(
+            self.position_embedding, self.config.grid_size, grid, self.config.pos_embed_mode
+        )
+
+
+def embed(embeddings: Embeddings, pixel_values: Tensor | None, pixel_embeds: Tensor | None) -> Tensor:
+    """Tokens [B, N, C]: of pixels, or those that are given.
+
+    Raises:
+        ValueError: both or neither input, or tokens of a wrong shape.
+    """
+    refuse_symbolic(pixel_values)
+    if (pixel_values is None) == (pixel_embeds is None):
+        raise ValueError(f"give pixel_values or pixel_embeds, got {'neither' if pixel_embeds is None else 'both'}")
+    if pixel_embeds is None:
+        return embeddings(pixel_values)
+    width = embeddings.config.hidden_size
+    if pixel_embeds.dim() != 3 or pixel_embeds.shape[-1] != width:
+        raise ValueError(f"pixel_embeds: expected [batch, tokens, {width}], got {list(pixel_embeds.shape)}")
+    return pixel_embeds

@@ -1,0 +1,128 @@
+"""The stack of blocks.
+
+The encoder carries the normed tensor over a layer boundary only where neither side has hooks, is checkpointed, wrapped
+or patched; otherwise it calls the layer. Both give the same bits.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from internvit.config import InternViTConfig
+from internvit.model import recompute
+from internvit.model.block import InternViTLayer, TrainingOptions, is_plain_layer
+from internvit.model.fused_block import Norm
+from internvit.model.layers import fusible
+
+CHECKPOINTING = ("none", "selective", "block")
+CHECKPOINT_KWARGS = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
+
+
+class InternViTEncoder(nn.Module):
+    """The stack of blocks.
+
+    Args:
+        depth: only the first blocks are built; DropPath's rates are those of the whole depth. By default all are.
+    """
+
+    def __init__(
+        self, config: InternViTConfig, rounding: str = "fused", depth: int | None = None, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.options = TrainingOptions()
+        self.layers = nn.ModuleList(
+            InternViTLayer(config, rate, rounding, self.options, **factory) for rate in config.drop_path_rates()[:depth]
+        )
+        self._residual_dtype: torch.dtype | None = None
+        self._checkpoint_kwargs: dict[str, Any] = {"use_reentrant": False}
+
+    def set_gradient_checkpointing(self, mode: str, checkpoint_kwargs: Mapping[str, Any] | None = None) -> None:
+        """What backward recomputes while training; see `InternViT.set_gradient_checkpointing`.
+
+        Args:
+            checkpoint_kwargs: further arguments of `torch.utils.checkpoint.checkpoint`, for mode "block".
+        """
+        if mode not in CHECKPOINTING:
+            choices = ", ".join(map(repr, CHECKPOINTING))
+            raise ValueError(f"set_gradient_checkpointing: mode must be one of {choices}, got {mode!r}")
+        given = dict(checkpoint_kwargs or {})
+        unknown = set(given) - CHECKPOINT_KWARGS
+        if unknown:
+            expected = ", ".join(sorted(CHECKPOINT_KWARGS))
+            raise ValueError(f"gradient_checkpointing_kwargs: expected {expected}, got {sorted(unknown)}")
+        self.options.checkpointing = mode
+        self._checkpoint_kwargs = {**given, "use_reentrant": False}
+
+    def set_layer_scale_folding(self, enabled: bool) -> None:
+        """Whether LayerScale rides in the Linears' weights; see `InternViT.set_layer_scale_folding`."""
+        self.options.fold_layer_scale = enabled
+
+    @property
+    def residual_dtype(self) -> torch.dtype | None:
+        """The residual stream's, and so that of every hidden state; None: as it comes from the embeddings."""
+        return self._residual_dtype
+
+    @residual_dtype.setter
+    def residual_dtype(self, dtype: torch.dtype | None) -> None:
+        if dtype not in (None, torch.float32):
+            raise ValueError(f"residual_dtype: expected torch.float32 or None (the weights' dtype), got {dtype!r}")
+        self._residual_dtype = dtype
+
+    def cast_residual(self, embedded: Tensor) -> Tensor:
+        """Embedded tokens [B, N, C] in the residual stream's dtype."""
+        return embedded if self._residual_dtype is None else embedded.to(self._residual_dtype)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """transformers' switch: whether backward recomputes anything; True recomputes whole blocks."""
+        return self.options.checkpointing != "none"
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.set_gradient_checkpointing("block" if enabled else "none")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        indices: Collection[int] = (),
+        depth: int | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """The last hidden state; all L + 1 hidden states and L attention maps where asked for.
+
+        With `indices` the hidden states are the outputs of these blocks alone, in order, and no other is held. Only
+        the first `depth` blocks run; by default all.
+        """
+        hidden_states = self.cast_residual(hidden_states)
+        all_hidden_states, attentions = [hidden_states] if output_hidden_states else [], []
+        normed = None
+        layers: list[Any] = list(self.layers)[:depth]
+        checkpoints = self.options.checkpointing == "block" and self.training and recompute.can_checkpoint()
+        with recompute.scope():
+            for index, layer in enumerate(layers):
+                if output_attentions:
+                    attentions.append(layer.attn.attention_map(layer.norm1(hidden_states)))
+                if checkpoints:
+                    hidden_states = checkpoint(layer, hidden_states, **self._checkpoint_kwargs)
+                elif not is_plain_layer(layer):
+                    hidden_states, normed = layer(hidden_states), None
+                else:
+                    next_norm = first_norm(layers[index + 1]) if index + 1 < len(layers) else None
+                    hidden_states, normed = layer.forward_fused(hidden_states, normed, next_norm)
+                if output_hidden_states or index in indices:
+                    all_hidden_states.append(hidden_states)
+        return (
+            hidden_states,
+            tuple(all_hidden_states) if output_hidden_states or indices else None,
+            tuple(attentions) if output_attentions else None,
+        )
+
+
+def first_norm(layer: Any) -> Norm | None:
+    """The norm that `layer` begins with, where the pass before it may compute it."""
+    norm = fusible(layer.norm1) if is_plain_layer(layer) else None
+    return norm if isinstance(norm, Norm) else None

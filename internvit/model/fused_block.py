@@ -1,0 +1,226 @@
+"""The block on the fused ops: what the model, `internvit.patch` and `internvit.optimize_for_inference` run.
+
+    x = x + row_scale * gamma1 * proj(attention(norm1(x)))
+    x = x + row_scale * gamma2 * fc2(gelu(fc1(norm2(x))))
+
+`BlockParts` says where each of them finds its norms, Linears, LayerScale and DropPath. Between two branches there is
+one pass over memory: `layer_scale_residual_norm` adds a branch and normalises the sum for the next one. Parts are read
+from the modules at each call, so that a replaced parameter is seen.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from internvit.model import recompute
+from internvit.model.hooks import is_plain_linear
+from internvit.ops import (
+    attention,
+    gelu,
+    layer_norm,
+    layer_scale_residual,
+    layer_scale_residual_norm,
+    linear_gelu,
+    linear_layer_scale,
+    qk_norm_attention,
+    qk_norm_attention_qkvpacked,
+    rms_norm,
+)
+from internvit.ops.linear import linear
+from internvit.ops.linear_gelu import linear_gelu_with_pre_activation
+
+Function: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Norm(NamedTuple):
+    """A block norm that the fused ops may compute: the parameters of its module."""
+
+    norm_type: str
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    rounding: str = "fused"
+
+    def compute(self, x: Tensor) -> Tensor:
+        """norm(x), in the dtype that the Linears behind it take."""
+        if self.norm_type == "rms_norm":
+            return cast_for_linear(rms_norm(x, self.weight, eps=self.eps, rounding=self.rounding), self.weight)
+        return cast_for_linear(layer_norm(x, self.weight, self.bias, eps=self.eps), self.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """norm(x), recomputed in backward."""
+        return self.rematerialize(x, self.compute(x))
+
+    def rematerialize(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns y = norm(x); backward recomputes it from x instead of keeping it."""
+        if not recompute.active():
+            return y
+        x_only, dtype = x.detach(), y.dtype
+        return recompute.rematerialize(y, lambda: self.compute(x_only).to(dtype), x, self.weight, self.bias)
+
+
+class AttentionParts(NamedTuple):
+    """Attention up to its last Linear.
+
+    Attributes:
+        qkv: the packed projection [B, N, C] -> [B, N, 3 C], or those of q, k and v.
+        q_norm, k_norm: QK-norm over all heads together; modules that are no plain norm are called; None without.
+        scale: of the scores; None for 1 / sqrt(head_dim).
+        rounding: of the fused QK-norm.
+    """
+
+    qkv: tuple[Function, ...]
+    num_heads: int
+    q_norm: Norm | Function | None = None
+    k_norm: Norm | Function | None = None
+    scale: float | None = None
+    rounding: str = "fused"
+
+
+class BranchOutput(NamedTuple):
+    """The end of a branch: its last Linear, LayerScale and DropPath.
+
+    Attributes:
+        linear: [B, N, K] -> [B, N, C].
+        gamma: [C], LayerScale; None where the Linear's weight holds it, or there is none.
+        row_scale: DropPath's factor per image [B] for a branch [B, N, C], or None.
+        linear_residual: (hidden, residual) -> residual + gamma * linear(hidden), by a GEMM that adds the residual in
+            its epilogue; None where there is no such GEMM.
+    """
+
+    linear: Function
+    gamma: Tensor | None
+    row_scale: Callable[[Tensor], Tensor | None] | None = None
+    linear_residual: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+class BlockParts(NamedTuple):
+    """Where a block finds what it computes with.
+
+    Attributes:
+        norm1, norm2: a `Norm` is fused with the pass before it; anything else is called.
+        attention: `attention_output` with its parts, or a module for the whole branch, with an `identity` as its end.
+        fc1_gelu: gelu(fc1(x)), or a module for the whole branch, with an `identity` as its end.
+        proj, fc2: the ends of the branches.
+    """
+
+    norm1: Norm | Function
+    attention: Function
+    proj: BranchOutput
+    norm2: Norm | Function
+    fc1_gelu: Function
+    fc2: BranchOutput
+
+
+def run_block(
+    parts: BlockParts, x: Tensor, normed: Tensor | None, next_norm: Norm | None
+) -> tuple[Tensor, Tensor | None]:
+    """One block between two neighbours.
+
+    Args:
+        parts: of this block.
+        x: [B, N, C], the residual stream.
+        normed: norm1(x), where the block before has computed it.
+        next_norm: the norm that the next block begins with, computed in this block's last pass.
+
+    Returns:
+        The residual stream after this block, and next_norm of it (None without next_norm).
+    """
+    if normed is None:
+        normed = parts.norm1(x)
+    return run_after_attention(parts, x, parts.attention(normed), next_norm)
+
+
+def run_after_attention(parts: BlockParts, x: Tensor, attended: Tensor, next_norm: Norm | None) -> tuple[Tensor, Any]:
+    """What of `run_block` follows attention's output `attended` [B, N, C]."""
+    x, normed = add_branch(x, attended, parts.proj, parts.norm2)
+    del attended  # or it stays alive during the MLP
+    return add_branch(x, parts.fc1_gelu(normed), parts.fc2, next_norm)
+
+
+def add_branch(x: Tensor, hidden: Tensor, end: BranchOutput, norm: Norm | Function | None) -> tuple[Tensor, Any]:
+    """The residual stream x [B, N, C] with the branch that ends in end.linear(hidden), and `norm` of the sum."""
+    if end.linear_residual is not None and x.dtype == hidden.dtype:
+        x = end.linear_residual(hidden, x)
+        return x, None if norm is None else norm(x)
+    branch = end.linear(hidden)
+    del hidden
+    row_scale = None if end.row_scale is None else end.row_scale(branch)
+    if not isinstance(norm, Norm):
+        out = layer_scale_residual(x, branch, end.gamma, row_scale)
+        return out, None if norm is None else norm(out)
+    out, normed = layer_scale_residual_norm(
+        *(x, branch, norm.weight, norm.bias, end.gamma, row_scale),
+        eps=norm.eps,
+        norm_type=norm.norm_type,
+        rounding=norm.rounding,
+    )
+    return out, norm.rematerialize(out, normed)
+
+
+def attention_output(parts: AttentionParts, x: Tensor) -> Tensor:
+    """Attention's output [B, N, C] for normed tokens x [B, N, C], before its last Linear."""
+    qkv = [project(x) for project in parts.qkv]
+    if len(qkv) == 1:
+        heads = [qkv[0].unflatten(-1, (3, parts.num_heads, -1))]  # [B, N, 3, H, D]
+    else:
+        heads = [t.unflatten(-1, (parts.num_heads, -1)) for t in qkv]  # 3 of [B, N, H, D]
+    q_norm, k_norm = parts.q_norm, parts.k_norm
+    fused: Any = qk_norm_attention_qkvpacked if len(heads) == 1 else qk_norm_attention
+    if q_norm is None and k_norm is None:
+        return fused(*heads, scale=parts.scale).flatten(2)
+    if isinstance(q_norm, Norm) and isinstance(k_norm, Norm):
+        weights, settings = (q_norm.weight, k_norm.weight), {"scale": parts.scale, "rounding": parts.rounding}
+        return fused(*heads, *weights, eps=q_norm.eps, **settings).flatten(2)
+    q, k, v = heads if len(heads) == 3 else heads[0].unbind(2)
+    return attention(*norm_heads(q_norm, k_norm, q, k, v), scale=parts.scale).flatten(2)
+
+
+def norm_heads(q_norm: Any, k_norm: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, N, H, D] with QK-norm over all heads together, in v's dtype."""
+    q_normed = q if q_norm is None else q_norm(q.flatten(2)).view(q.shape).to(v.dtype)
+    k_normed = k if k_norm is None else k_norm(k.flatten(2)).view(k.shape).to(v.dtype)
+    return q_normed, k_normed, v
+
+
+def cast_for_linear(y: Tensor, weight: Tensor) -> Tensor:
+    """A normed float32 stream in the dtype of 16-bit weights, which the Linears behind the norm have too."""
+    return y.to(weight.dtype) if y.dtype == torch.float32 and weight.dtype.itemsize == 2 else y
+
+
+def linear_per_image(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) of a Linear; without gradients, the same bits for an image alone and in any batch."""
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or not is_plain_linear(module):
+        return module(x)
+    return linear(x, module.weight, module.bias)
+
+
+def linear_or_folded(
+    module: nn.Module, gamma: Tensor, fold: bool, row_scale: Callable[[Tensor], Tensor | None] | None
+) -> BranchOutput:
+    """The end of a branch in the Linear `module`; with `fold`, LayerScale is in its weight wherever it is trained."""
+    if fold and torch.is_grad_enabled() and is_plain_linear(module):
+        return BranchOutput(partial(_folded_linear, module, gamma), None, row_scale)
+    return BranchOutput(partial(linear_per_image, module), gamma, row_scale)
+
+
+def _folded_linear(module: nn.Linear, gamma: Tensor, x: Tensor) -> Tensor:
+    return linear_layer_scale(x, module.weight, gamma, module.bias)
+
+
+def fc1_gelu(fc1: nn.Module, x: Tensor) -> Tensor:
+    """gelu(fc1(x)), in one op where fc1 is a plain Linear; backward recomputes it from the pre-activation."""
+    if not is_plain_linear(fc1):
+        return gelu(fc1(x))
+    if not recompute.active():
+        return linear_gelu(x, fc1.weight, fc1.bias)
+    hidden, pre, backend = linear_gelu_with_pre_activation(x, fc1.weight, fc1.bias)
+    return recompute.rematerialize(hidden, lambda: gelu(pre, backend=backend), pre)
+
+
+def identity(x: Tensor) -> Tensor:
+    """The last Linear of a branch whose module has run as a whole."""
+    return x

@@ -1,0 +1,30 @@
+"""Whether a fused op may stand for a module: only while calling the module does nothing but its class's forward."""
+
+from typing import Any, TypeGuard
+
+from torch import Tensor, nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain(module: nn.Module, module_class: type) -> bool:
+    """Whether `module` is exactly a `module_class`, without hooks or a tensor subclass as its weight."""
+    return type(module) is module_class and not has_hooks(module) and _is_plain_tensor(module.weight)
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` is an `nn.Linear` without hooks, adapters, parametrisation or a tensor subclass inside."""
+    return is_plain(module, nn.Linear)
+
+
+def _is_plain_tensor(t: Any) -> bool:
+    return type(t) in (nn.Parameter, Tensor)

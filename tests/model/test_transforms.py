@@ -1,0 +1,189 @@
+"""torch.func, forward-mode AD, torch.jit.trace, torch.export and torch.fx on whole models, patched ones too."""
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.export import Dim
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+
+import internvit
+from internvit import InternViT
+from internvit.numerics import relative_error
+from tests.support.models import CONFIGS, counted, images, random_weights, timm_judge, transformers_judge
+
+both_norms = pytest.mark.parametrize("norm_type", ["layer_norm", "rms_norm"])
+
+
+def pair(norm_type: str, **changes) -> tuple[InternViT, nn.Module]:
+    """A model and the reference with its weights, in float64 for comparisons of derivatives."""
+    config = CONFIGS[f"tiny-{norm_type}"].replace(num_hidden_layers=2, **changes)
+    reference = internvit.reference.InternViT(config).eval()
+    random_weights(reference)
+    model = InternViT(config).eval()
+    model.load_state_dict(reference.state_dict())
+    return model.double(), reference.double()
+
+
+def pixels_for(model: InternViT, batch: int = 2) -> Tensor:
+    return images(model.config, batch).double()
+
+
+def loss_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.tanh(model(x).last_hidden_state).square().mean()
+
+
+@both_norms
+@pytest.mark.parametrize("mode", ["none", "selective", "block"])
+def test_functional_gradients(norm_type, mode) -> None:
+    model, reference = pair(norm_type)
+    model.train().set_gradient_checkpointing(mode)
+    pixels = pixels_for(model)
+    expected = grad(loss_of(reference))(pixels)
+    assert relative_error(grad(loss_of(model))(pixels), expected) < 1e-9
+    _, pullback = vjp(loss_of(model), pixels)
+    assert relative_error(pullback(torch.ones((), dtype=torch.float64))[0], expected) < 1e-9
+    jacobians = [jacrev(lambda x, m=m: m(x).pooler_output[:, :3].sum(0))(pixels) for m in (model, reference)]
+    assert relative_error(*jacobians) < 1e-9
+
+
+@both_norms
+def test_gradients_of_each_image_and_of_parameters(norm_type) -> None:
+    model, reference = pair(norm_type)
+    pixels = pixels_for(model)
+    by_image = [vmap(grad(lambda x, m=m: loss_of(m)(x[None])))(pixels) for m in (model, reference)]
+    assert relative_error(*by_image) < 1e-9
+    parameters = dict(model.named_parameters())
+
+    def loss(m: nn.Module, p: dict[str, Tensor]) -> Tensor:
+        return functional_call(m, p, (pixels,)).last_hidden_state.square().mean()
+
+    ours, theirs = (grad(lambda p, m=m: loss(m, p))(parameters) for m in (model, reference))
+    for name, gradient in ours.items():
+        if not name.endswith("qkv.bias"):  # k's part is zero but for rounding
+            assert relative_error(gradient, theirs[name]) < 1e-8, name
+
+
+@both_norms
+def test_forward_mode_derivatives(norm_type) -> None:
+    model, reference = pair(norm_type)
+    pixels = pixels_for(model)
+    tangent = torch.randn_like(pixels)
+    (value, ours), (_, theirs) = (jvp(loss_of(m), (pixels,), (tangent,)) for m in (model, reference))
+    assert theirs.abs() > 1e-6
+    assert relative_error(ours, theirs) < 1e-9
+    assert torch.allclose(value, loss_of(model)(pixels))
+    expected = jvp(lambda x: reference(x).last_hidden_state, (pixels,), (tangent,))[1]
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = model(forward_ad.make_dual(pixels, tangent)).last_hidden_state
+        assert relative_error(forward_ad.unpack_dual(dual).tangent, expected) < 1e-9
+    name = "encoder.layers.0.norm2.weight"
+    weight = dict(model.named_parameters())[name].detach()
+
+    def by_weight(m: nn.Module) -> Tensor:
+        return jvp(
+            lambda w: functional_call(m, {name: w}, (pixels,)).pooler_output, (weight,), (torch.ones_like(weight),)
+        )[1]
+
+    assert relative_error(by_weight(model), by_weight(reference)) < 1e-9
+
+
+def test_forward_over_reverse_and_jacfwd() -> None:
+    model, reference = pair("layer_norm")
+    pixels = pixels_for(model, 1)
+    tangent = torch.randn_like(pixels)
+    products = [jvp(grad(loss_of(m)), (pixels,), (tangent,))[1] for m in (model, reference)]
+    assert relative_error(*products) < 1e-8
+    along = lambda m: lambda t: loss_of(m)(pixels + (t * tangent[None]).sum(0))  # noqa: E731
+    steps = torch.zeros(3, 1, 1, 1, 1, dtype=torch.float64)
+    assert relative_error(*(jacfwd(along(m))(steps) for m in (model, reference))) < 1e-8
+
+
+@pytest.mark.parametrize("judge", [transformers_judge, timm_judge])
+def test_patched_models(judge) -> None:
+    config = CONFIGS["tiny-layer_norm"]
+    reference = internvit.reference.InternViT(config)
+    random_weights(reference)
+    model = judge(config, reference.state_dict()).double()
+    if hasattr(model, "set_attn_implementation"):  # PyTorch's fused attention has no forward derivative
+        model.set_attn_implementation("eager")
+    for module in model.modules():
+        module.fused_attn = False
+    pixels, tangent = images(config, 2).double(), images(config, 2).double()
+
+    def loss(x: Tensor) -> Tensor:
+        out = model.forward_features(x) if hasattr(model, "forward_features") else model(x).last_hidden_state
+        return torch.tanh(out).square().mean()
+
+    expected = grad(loss)(pixels), jvp(loss, (pixels,), (tangent,))[1]
+    by_image = vmap(grad(lambda x: loss(x[None])))(pixels)
+    with internvit.patch(model), counted() as ran:
+        assert relative_error(grad(loss)(pixels), expected[0]) < 1e-9
+        assert relative_error(vmap(grad(lambda x: loss(x[None])))(pixels), by_image) < 1e-9
+        assert ran
+        ran.clear()
+        assert relative_error(jvp(loss, (pixels,), (tangent,))[1], expected[1]) < 1e-9
+        assert not ran, "the blocks run their own forward under forward-mode AD"
+
+
+@both_norms
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_trace_takes_another_batch_and_keeps_gradients(norm_type, gradients) -> None:
+    model, _ = pair(norm_type)
+    pixels = pixels_for(model, 2)
+    with contextlib.nullcontext() if gradients else torch.no_grad():
+        traced = torch.jit.trace(model, pixels)
+        more = pixels_for(model, 3)
+        expected = model(more).last_hidden_state
+        last, pooled = traced(more)
+        assert relative_error(last, expected) < 1e-9
+        assert torch.equal(pooled, last[:, 0])
+    if gradients:
+        parameters = list(model.parameters())
+        ours = torch.autograd.grad(last.square().mean(), parameters)
+        theirs = torch.autograd.grad(expected.square().mean(), parameters)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a - b).norm() <= 1e-9 * b.norm() + 1e-12
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("mode", ["float32", "param_dtype", "antialias"])
+def test_one_exported_program_takes_every_size(native, mode) -> None:
+    """Exported at the native size or at another; sides of two patches and more (torch specialises on one)."""
+    config = CONFIGS["tiny-rms_norm"].replace(num_hidden_layers=1, pos_embed_mode=mode)
+    model = InternViT(config).eval()
+    random_weights(model)
+    example = torch.randn(2, 3, 56, 56) if native else torch.randn(2, 3, 42, 84)
+    rows, columns = Dim("rows", min=2, max=64), Dim("columns", min=2, max=64)
+    shapes = {"pixel_values": {0: Dim("batch"), 2: 14 * rows, 3: 14 * columns}}
+    program = torch.export.export(model, (example,), dynamic_shapes=shapes).module()
+    with torch.no_grad():
+        for size in ((2, 3, 56, 56), (1, 3, 56, 56), (3, 3, 70, 98), (2, 3, 28, 56), (1, 3, 126, 28)):
+            pixels = torch.randn(size)
+            assert relative_error(program(pixels).last_hidden_state, model(pixels).last_hidden_state) < 1e-6
+
+
+def test_second_derivatives_by_reverse_mode_are_refused() -> None:
+    """Loudly, by whichever way they are asked for: there is no double backward."""
+    model, _ = pair("rms_norm")
+    pixels = pixels_for(model, 1)
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
+        grad(lambda x: grad(loss_of(model))(x).square().sum())(pixels)
+    pixels.requires_grad_()
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
+        grad(loss_of(model))(pixels).square().sum().backward()
+    (first,) = torch.autograd.grad(loss_of(model)(pixels), pixels, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
+        first.square().sum().backward()
+
+
+def test_torch_fx_is_told_what_works() -> None:
+    model, _ = pair("layer_norm")
+    with pytest.raises(TypeError, match=r"cannot be traced symbolically.*model\.forward_intermediates\(pixels"):
+        torch.fx.symbolic_trace(model)
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    with pytest.raises(TypeError, match="register forward hooks"):
+        feature_extraction.create_feature_extractor(model, ["encoder.layers.0"])
