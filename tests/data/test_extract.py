@@ -21,7 +21,6 @@ from internvit import InternViT, InternViTConfig
 from internvit.data import parts
 from internvit.data.extract import extract
 from internvit.data.images import find_images, load_pixels, open_photo
-from internvit.data.pca import pca_map
 from internvit.files import locked
 from tests.support import ROOT
 from tests.support.models import random_weights
@@ -397,10 +396,3 @@ def test_too_many_images_are_refused_before_the_first(model, tmp_path) -> None:
         extract(model, [Path("x" * 200)] * 400_000, tmp_path / "out", (28, 28))
     with pytest.raises(ValueError, match="each once"):
         extract(model, [], tmp_path / "out", (28, 28), layers=(0, 0))
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1)])
-def test_a_picture_of_few_patches_is_finite(grid) -> None:
-    picture = pca_map(torch.randn(1 + grid[0] * grid[1], 8), grid)
-    assert picture.shape == (*grid, 3)
-    assert picture.isfinite().all()
