@@ -125,21 +125,31 @@ def _lock(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Holds a lock of the folder: one writer alone, or any number of readers. Waits for it.
+def locked(folder: Path, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Holds a lock of the folder: one writer alone, or any number of readers.
+
+    Args:
+        folder: that is there.
+        shared: as a reader.
+        wait: until others have given the lock back.
 
     The lock binds only those who ask for it, and holds nothing where the file system has no locks.
+
+    Raises:
+        ValueError: somebody else has the lock, and `wait` is False.
     """
-    if fcntl is None:
+    with contextlib.ExitStack() as stack:
+        # A file system without locks, a folder that may be entered and not read: go on without.
+        with contextlib.suppress(OSError):
+            if fcntl is not None:
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                try:
+                    fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ValueError(f"{folder}: another process is writing there") from error
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _fsync(path: Path) -> None:

@@ -40,6 +40,22 @@ def cpu_name(cpuinfo: str | None = None) -> str:
     return f"{name} ({generation})" if generation and "Zen" not in name else name
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of this name, if a tensor can be made on it.
+
+    Raises:
+        ValueError: no such device, no driver for it, or "meta", which holds no data.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError("device: 'meta' holds no data")
+    return device
+
+
 def info() -> dict[str, Any]:
     """Versions, devices, CPU, and the backends with the reason where one does not run."""
     from internvit import __version__

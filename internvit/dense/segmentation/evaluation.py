@@ -44,7 +44,7 @@ class Testing:
 
 
 @torch.no_grad()
-def classes_of(model: Segmenter, image: np.ndarray, how: Testing, patch_size: int) -> Tensor:
+def predict_classes(model: Segmenter, image: np.ndarray, how: Testing, patch_size: int) -> Tensor:
     """The class [H, W] of each pixel of an image [H, W, 3] uint8."""
     photo = Image.fromarray(image)
     width, height = photo.size
@@ -55,10 +55,10 @@ def classes_of(model: Segmenter, image: np.ndarray, how: Testing, patch_size: in
     def network(x: Tensor) -> Tensor:
         return slide_inference(model, x, (how.crop,) * 2, (how.stride,) * 2, patch_size, how.batch)
 
-    found = predict(network, pixels, how.flip)
-    if found.shape[-2:] != image.shape[:2]:
-        found = F.interpolate(found, size=image.shape[:2], mode="bilinear", align_corners=False)
-    return found[0].argmax(0).cpu()
+    probabilities = predict(network, pixels, how.flip)
+    if probabilities.shape[-2:] != image.shape[:2]:
+        probabilities = F.interpolate(probabilities, size=image.shape[:2], mode="bilinear", align_corners=False)
+    return probabilities[0].argmax(0).cpu()
 
 
 def evaluate(model: Segmenter, pairs: Iterable[Pair], num_classes: int, how: Testing, patch_size: int) -> Scores:
@@ -69,7 +69,7 @@ def evaluate(model: Segmenter, pairs: Iterable[Pair], num_classes: int, how: Tes
     def predictions() -> Iterator[tuple[Tensor, Tensor]]:
         for pair in pairs:
             image, classes = read_pair(pair, num_classes, how.reduce_zero_label)
-            yield classes_of(model, image, how, patch_size), torch.from_numpy(classes.astype(np.int64))
+            yield predict_classes(model, image, how, patch_size), torch.from_numpy(classes.astype(np.int64))
 
     try:
         return score(predictions(), num_classes)
