@@ -299,6 +299,8 @@ def _intermediate_size(hidden_size: Any, mlp_ratio: Any) -> int:
 
 def _tower_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that describe the vision tower, out of a whole model's configuration or timm's."""
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"InternViTConfig: expected a mapping of fields, got {type(fields).__name__}")
     fields = dict(fields)
     while fields.get("vision_config") is not None:
         if not isinstance(fields["vision_config"], Mapping):

@@ -130,16 +130,14 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
 
     The lock binds only those who ask for it, and holds nothing where the file system has no locks.
     """
-    if fcntl is None:
+    with contextlib.ExitStack() as stack:
+        # A file system without locks, a folder that may be entered and not read: go on without.
+        with contextlib.suppress(OSError):
+            if fcntl is not None:
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _fsync(path: Path) -> None:

@@ -262,6 +262,28 @@ def test_overwriting_keeps_the_rest_of_an_internvl(tmp_path, shard: str) -> None
     assert names(tmp_path / "one") == {"model.safetensors"}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "internvl_chat", "vision_config": PLAIN.to_dict(), "llm_config": {}},
+        {"model_type": "qwen2", "hidden_size": 896},
+        {"model_type": "internvl"},
+    ],
+)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_the_configuration_of_another_model_stays(tmp_path, fields: dict, overwrite: bool) -> None:
+    """Its weights may be files that a save does not touch, such as pytorch_model.bin, or lie elsewhere."""
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "consolidated.00.pth").write_bytes(b"the language model")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"config\.json is that of another model"):
+        save_pretrained(make_model(PLAIN), tmp_path, overwrite=overwrite)
+    assert contents(tmp_path) == before
+    for text in ("{", "[]", json.dumps(PLAIN.to_dict()), json.dumps(PLAIN.to_dict("transformers"))):
+        (tmp_path / "config.json").write_text(text)
+        save_pretrained(make_model(PLAIN), tmp_path, overwrite=True)
+
+
 @pytest.mark.parametrize("index", ["precious", "broken", "dots"])
 def test_overwriting_removes_only_shards_of_ours(tmp_path, index: str) -> None:
     (tmp_path / "precious.txt").write_text("mine")
