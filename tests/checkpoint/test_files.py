@@ -179,8 +179,9 @@ def test_threads_that_save_and_load_at_once(tmp_path, sizes: tuple[str, str]) ->
 
 
 @pytest.mark.parametrize("form", ["shards", "one file", "pth"])
-def test_a_file_replaced_while_it_is_read(tmp_path, monkeypatch, form: str) -> None:
-    """Another process saves after the first tensor has been copied; every later one comes from the same file."""
+@pytest.mark.parametrize("moment", ["before the first copy", "after it"])
+def test_a_file_replaced_while_it_is_read(tmp_path, monkeypatch, form: str, moment: str) -> None:
+    """Another process saves meanwhile; every tensor comes from the files that were there at the start."""
     old, new = random_weights(PLAIN, seed=1), random_weights(PLAIN, seed=2)
 
     def write(weights: dict) -> None:
@@ -193,16 +194,22 @@ def test_a_file_replaced_while_it_is_read(tmp_path, monkeypatch, form: str) -> N
             save_pretrained(model, tmp_path, max_shard_size="600KB" if form == "shards" else "5GB", overwrite=True)
 
     write(old)
-    copies, real = [], loading._copy
+    copies, real, compare = [], loading._copy, loading.compare_shapes
 
     def copy(item, *arguments):
         item.file.unmap()
-        if len(copies) == 1:
-            write(new)
         copies.append(item)
+        if moment == "after it" and len(copies) == 2:
+            write(new)
         return real(item, *arguments)
 
+    def compare_shapes(*arguments, **named):
+        compare(*arguments, **named)
+        if moment != "after it" and not copies:
+            write(new)
+
     monkeypatch.setattr(loading, "_copy", copy)
+    monkeypatch.setattr(loading, "compare_shapes", compare_shapes)
     path = tmp_path / "model.pth" if form == "pth" else tmp_path
     assert_loaded(load_pretrained(InternViT, path), old)
     assert_loaded(load_pretrained(InternViT, path), new)
