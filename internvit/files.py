@@ -22,7 +22,7 @@ _MAX_JSON_BYTES = 64 * 2**20  # the index of a 1000B model has about 10 MB
 
 
 class Staging:
-    """Files on their way into a folder; see `staging`."""
+    """Files that are to be moved into a folder; see `staging`."""
 
     def __init__(self, folder: Path, place: Path, mode: int) -> None:
         self._folder, self._place, self._mode = folder, place, mode

@@ -116,7 +116,7 @@ def _load(
 
 
 class _Copy(NamedTuple):
-    """One stored tensor on its way into a parameter."""
+    """One stored tensor and the parameter that it belongs to."""
 
     file: TensorFile
     piece: Piece

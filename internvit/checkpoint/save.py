@@ -160,8 +160,11 @@ def _keys_of(path: Path) -> list[str]:
 
 
 def _keys_of_index(path: Path) -> list[str]:
-    with suppress(ValueError, FileNotFoundError):
-        return list(read_index(path))
+    """The keys of an index, whatever it calls their files; none if there is none, or a broken one."""
+    with suppress(ValueError, OSError):
+        index = read_json(path)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        return list(names) if isinstance(names, dict) else []
     return []
 
 

@@ -261,6 +261,14 @@ def test_overwriting_keeps_the_rest_of_an_internvl(tmp_path, shard: str) -> None
     with pytest.raises(FileExistsError, match=r"holds more than an InternViT.*: language_model\.lm_head\.weight;"):
         save_pretrained(model, folder, max_shard_size=shard, overwrite=True)
     assert contents(folder) == before
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = {"weight_map": {key: f"shards/{name}" for key, name in index.items()}}
+    (tmp_path / "elsewhere" / "model.safetensors.index.json").write_text(json.dumps(elsewhere))
+    before = contents(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=r"holds more than an InternViT"):
+        save_pretrained(model, tmp_path / "elsewhere", max_shard_size=shard, overwrite=True)
+    assert contents(tmp_path / "elsewhere") == before
     whole = {"vision_model.a": torch.ones(1), "language_model.lm_head.weight": torch.ones(3)}
     (tmp_path / "one").mkdir()
     save_file(whole, tmp_path / "one" / "model.safetensors")
