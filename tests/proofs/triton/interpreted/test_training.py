@@ -10,6 +10,7 @@ from internvit.ops import (
     layer_scale_residual,
     layer_scale_residual_norm,
     linear_gelu,
+    qk_norm_attention_qkvpacked,
     rms_norm,
 )
 
