@@ -5,7 +5,7 @@ become stale, or is verified at each call, is derived from them:
 
 * On a CPU with bfloat16 matrix instructions, each block's Linears have packed copies of their weights, LayerScale
   folded in. Each forward reads every weight once and compares row checksums (`internvit.inference.linear`); a block
-  whose weights have changed is packed again. 0.6 GB for InternViT-300M, 25 ms of one Zen 5 core beside a forward of
+  whose weights have changed is packed again. 0.6 GB for InternViT-300M, 34 ms of one EPYC core beside a forward of
   0.8 s on two. A layer with hooks, adapters or replaced parts runs as it is.
 * On a GPU, CUDA graphs read the weights where they lie. Each forward checks that modules, hooks, settings and addresses
   are those of the capture; if not, the graphs are captured again, or the blocks run without.
@@ -176,7 +176,7 @@ def optimize_for_inference(model: InternViT, pack: bool = True, cuda_graph: bool
 
     On a CPU the four Linears of each bfloat16 block get packed copies of their weights, LayerScale folded into proj and
     fc2 in float64, beside the originals: 0.6 GB for InternViT-300M, 11 GB for 6B. Each forward verifies them by reading
-    every weight once (25 ms of one Zen 5 core for the 300M) and packs again what has changed. A layer with hooks,
+    every weight once (34 ms of one EPYC core for the 300M) and packs again what has changed. A layer with hooks,
     adapters or replaced parts runs as it is, whenever they came. Elsewhere nothing is derived from the weights.
 
     Args:

@@ -22,6 +22,12 @@ class Embeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Tokens [B, 1 + patches, C] of pixels [B, channels, height, width], cast to the weights' dtype."""
+        if self.position_embedding.dim() != 3:
+            expected, shape = [1, self.config.num_tokens, self.config.hidden_size], list(self.position_embedding.shape)
+            raise ValueError(
+                f"position_embedding: expected shape {expected}, got {shape}; parameters that DeepSpeed's ZeRO-3 has "
+                "partitioned are whole inside its engine and deepspeed.zero.GatheredParameters"
+            )
         grid = check_pixels(self.config, pixel_values)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         class_token = self.class_embedding.expand(patches.shape[0], -1, -1).to(patches.dtype)
