@@ -1,5 +1,7 @@
 """What a model is called with and what it returns: pixels of every kind, outputs by name, switches, threads."""
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 
 import internvit
 from internvit import InternViT
-from tests.support.models import CONFIGS, images, random_weights
+from tests.support.models import CONFIGS, images, random_weights, replicate
 
 
 def tiny(norm_type: str = "layer_norm") -> InternViT:
@@ -142,3 +144,26 @@ def test_sixteen_threads_at_many_sizes(norm_type) -> None:
         for _ in range(4):
             assert all(map(torch.equal, pool.map(run, inputs), expected))
             assert all(map(torch.equal, pool.map(grads, inputs), gradients))
+
+
+@pytest.mark.parametrize("norm_type", ["layer_norm", "rms_norm"])
+def test_replicas_and_copies_run_their_own_parameters(norm_type) -> None:
+    model = tiny(norm_type)
+    pixels = images(model.config, 2)
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in scaled.parameters():
+            parameter.mul_(1.25)
+    assert not torch.equal(scaled(pixels).last_hidden_state, model(pixels).last_hidden_state)
+    out = replicate(model, 1.25)(pixels).last_hidden_state
+    torch.testing.assert_close(out, scaled(pixels).last_hidden_state)
+    out.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_copies_have_options_of_their_own() -> None:
+    model = tiny()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.set_gradient_checkpointing("selective")
+        assert {layer.options.checkpointing for layer in other.encoder.layers} == {"selective"}
+        assert {layer.options.checkpointing for layer in model.encoder.layers} == {"none"}

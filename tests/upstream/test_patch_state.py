@@ -11,7 +11,16 @@ from torch import Tensor, nn
 import internvit
 from internvit import PatchHandle
 from internvit.numerics import relative_error
-from tests.support.models import CONFIGS, counted, features, images, random_weights, timm_judge, transformers_judge
+from tests.support.models import (
+    CONFIGS,
+    counted,
+    features,
+    images,
+    random_weights,
+    replicate,
+    timm_judge,
+    transformers_judge,
+)
 
 JUDGES = {"timm": timm_judge, "transformers": transformers_judge}
 each_judge = pytest.mark.parametrize("name", JUDGES)
@@ -24,19 +33,6 @@ def patched(name: str) -> tuple[nn.Module, Tensor]:
     model = JUDGES[name](config, reference.state_dict())
     internvit.patch(model)
     return model, images(config, 2)
-
-
-def replicate(model: nn.Module, change: float) -> nn.Module:
-    """As torch.nn.parallel.replicate does, without a GPU; the parameters are `change` times those here."""
-    modules = list(model.modules())
-    index = {module: i for i, module in enumerate(modules)}
-    replicas = [module._replicate_for_data_parallel() for module in modules]
-    for module, replica in zip(modules, replicas, strict=True):
-        for key, child in module._modules.items():
-            setattr(replica, key, None if child is None else replicas[index[child]])
-        for key, parameter in module._parameters.items():
-            setattr(replica, key, None if parameter is None else parameter * change)
-    return replicas[0]
 
 
 @each_judge
