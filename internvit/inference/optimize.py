@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from internvit.config import InternViTConfig
 from internvit.inference.cuda_graph import CaptureGuard, GraphedFunction
 from internvit.inference.packed_block import PackedBlock, can_pack
+from internvit.model import recompute
 from internvit.model.block import is_unmodified
 from internvit.model.embeddings import embed
 from internvit.model.encoder import InternViTEncoder, first_norm
@@ -78,11 +79,14 @@ class OptimizedInternViT(nn.Module):
         return output if return_dict else output.to_tuple()
 
     def _replaces_forward(self) -> bool:
-        """Whether there is something faster than the model's own forward, which may stand for it now."""
-        if not self._packed and self._graphs is None:
+        """Whether there is something faster than the model's own forward, which may stand for it now.
+
+        Not in a program that is traced, which would keep packed weights for good, nor for derivatives.
+        """
+        if recompute.is_transformed() or (not self._packed and self._graphs is None):
             return False
         model, encoder = self.model, self.model.encoder
-        if torch.compiler.is_compiling() or has_hooks(model) or has_hooks(encoder):
+        if has_hooks(model) or has_hooks(encoder):
             return False
         return type(model).forward is InternViT.forward and type(encoder) is InternViTEncoder
 
@@ -150,6 +154,12 @@ class OptimizedInternViT(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads weights into the model; the next forward computes with them."""
         return self.model.load_state_dict(state_dict, strict, assign)
+
+    def _replicate_for_data_parallel(self) -> "OptimizedInternViT":
+        """A replica lives for one forward: it runs the model's own."""
+        replica = super()._replicate_for_data_parallel()
+        replica._packed, replica._graphs = {}, None
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the model: packed weights are one machine's, graphs one process's."""

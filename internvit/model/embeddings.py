@@ -48,6 +48,7 @@ def embed(embeddings: Embeddings, pixel_values: Tensor | None, pixel_embeds: Ten
     """Tokens [B, N, C]: of pixels, or those that are given.
 
     Raises:
+        TypeError: no tensor, or pixels that are not floating-point.
         ValueError: both or neither input, or tokens of a wrong shape.
     """
     refuse_symbolic(pixel_values)
@@ -56,6 +57,8 @@ def embed(embeddings: Embeddings, pixel_values: Tensor | None, pixel_embeds: Ten
     if pixel_embeds is None:
         return embeddings(pixel_values)
     width = embeddings.config.hidden_size
+    if not isinstance(pixel_embeds, Tensor):
+        raise TypeError(f"pixel_embeds: expected a torch.Tensor [batch, tokens, {width}], got {type(pixel_embeds)}")
     if pixel_embeds.dim() != 3 or pixel_embeds.shape[-1] != width:
         raise ValueError(f"pixel_embeds: expected [batch, tokens, {width}], got {list(pixel_embeds.shape)}")
     return pixel_embeds
