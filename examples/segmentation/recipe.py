@@ -226,7 +226,7 @@ def build(recipe: Recipe, num_classes: int, device: str) -> Segmenter:
         settings.out_indices,
         fpn=settings.fpn,
         freeze=settings.freeze,
-        with_cp=settings.with_cp,
+        gradient_checkpointing="block" if settings.with_cp else "none",
         dtype=dtype,
         image_size=settings.image_size,
         patch_size=settings.patch_size,

@@ -47,7 +47,7 @@ class InternViTBackbone(nn.Module):
         fpn: end in `FeaturePyramid`: four levels of 4, 2, 1 and 1/2 times the map; needs four indices.
         final_norm: a LayerNorm at the end of each level of the pyramid.
         freeze: the tower's parameters take no gradient and its forward keeps no graph; it stays in eval mode.
-        with_cp: each block is computed again in backward; off in eval mode.
+        gradient_checkpointing: "none", "selective" or "block"; see `InternViT.set_gradient_checkpointing`.
         out_dtype: of the maps; by default the tower's. Upstream returns float32.
         rounding, device, dtype: as in `InternViT`. The pyramid has the same dtype.
 
@@ -66,7 +66,7 @@ class InternViTBackbone(nn.Module):
         fpn: bool = False,
         final_norm: bool = False,
         freeze: bool = False,
-        with_cp: bool = False,
+        gradient_checkpointing: str = "none",
         out_dtype: torch.dtype | None = None,
         rounding: str = "fused",
         device: torch.device | str | None = None,
@@ -88,7 +88,7 @@ class InternViTBackbone(nn.Module):
         if dtype is not None:
             self.to(dtype)
         self.out_dtype, self.freeze = out_dtype, freeze
-        self.encoder.gradient_checkpointing = with_cp
+        self.encoder.set_gradient_checkpointing(gradient_checkpointing)
         if freeze:
             self.embeddings.requires_grad_(False)
             self.encoder.requires_grad_(False)
@@ -140,7 +140,7 @@ class InternViTBackbone(nn.Module):
         fpn: bool = False,
         final_norm: bool = False,
         freeze: bool = False,
-        with_cp: bool = False,
+        gradient_checkpointing: str = "none",
         out_dtype: torch.dtype | None = None,
         rounding: str = "fused",
         *,
@@ -184,7 +184,9 @@ class InternViTBackbone(nn.Module):
             patch_resampling=patch_resampling,
             prefix=prefix,
         )
-        return cls.from_model(model, path, out_indices, fpn, final_norm, freeze, with_cp, out_dtype, rounding)
+        return cls.from_model(
+            model, path, out_indices, fpn, final_norm, freeze, gradient_checkpointing, out_dtype, rounding
+        )
 
     @classmethod
     def from_model(
@@ -195,7 +197,7 @@ class InternViTBackbone(nn.Module):
         fpn: bool = False,
         final_norm: bool = False,
         freeze: bool = False,
-        with_cp: bool = False,
+        gradient_checkpointing: str = "none",
         out_dtype: torch.dtype | None = None,
         rounding: str = "fused",
     ) -> "InternViTBackbone":
@@ -208,9 +210,8 @@ class InternViTBackbone(nn.Module):
             pyramid: a local checkpoint that may hold the pyramid's parameters.
             out_indices to rounding: as in the constructor.
         """
-        backbone = cls(
-            model.config, out_indices, fpn, final_norm, freeze, with_cp, out_dtype, rounding, torch.device("meta")
-        )
+        settings = out_indices, fpn, final_norm, freeze, gradient_checkpointing, out_dtype, rounding
+        backbone = cls(model.config, *settings, device="meta")
         expected = backbone.state_dict()
         weights = {k: v for k, v in model.state_dict(keep_vars=True).items() if k in expected}
         if fpn:

@@ -78,7 +78,7 @@ def row_checksums(tensors: Iterable[Tensor | None]) -> Tensor:
     """The sum of each row of each tensor, its bits taken as integers; of a vector, its elements.
 
     Reads every bit, so that a write is noticed whatever wrote: autograd's version counters do not see `.data`, and
-    inference tensors have none. Writes within one row whose differences add up to zero pass. 24 GB/s a core (Zen 5).
+    inference tensors have none. Writes within one row whose differences add up to zero pass. 24 GB/s a core (EPYC).
     """
     return torch.cat([_row_sums(t.detach()) for t in tensors if t is not None])
 

@@ -5,7 +5,7 @@ become stale, or is verified at each call, is derived from them:
 
 * On a CPU with bfloat16 matrix instructions, each block's Linears have packed copies of their weights, LayerScale
   folded in. Each forward reads every weight once and compares row checksums (`internvit.inference.linear`); a block
-  whose weights have changed is packed again. 0.6 GB for InternViT-300M, 25 ms of one Zen 5 core beside a forward of
+  whose weights have changed is packed again. 0.6 GB for InternViT-300M, 34 ms of one EPYC core beside a forward of
   0.8 s on two. A layer with hooks, adapters or replaced parts runs as it is.
 * On a GPU, CUDA graphs read the weights where they lie. Each forward checks that modules, hooks, settings and addresses
   are those of the capture; if not, the graphs are captured again, or the blocks run without.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from internvit.config import InternViTConfig
 from internvit.inference.cuda_graph import CaptureGuard, GraphedFunction
 from internvit.inference.packed_block import PackedBlock, can_pack
+from internvit.model import recompute
 from internvit.model.block import is_unmodified
 from internvit.model.embeddings import embed
 from internvit.model.encoder import InternViTEncoder, first_norm
@@ -78,11 +79,14 @@ class OptimizedInternViT(nn.Module):
         return output if return_dict else output.to_tuple()
 
     def _replaces_forward(self) -> bool:
-        """Whether there is something faster than the model's own forward, which may stand for it now."""
-        if not self._packed and self._graphs is None:
+        """Whether there is something faster than the model's own forward, which may stand for it now.
+
+        Not in a program that is traced, which would keep packed weights for good, nor for derivatives.
+        """
+        if recompute.is_transformed() or (not self._packed and self._graphs is None):
             return False
         model, encoder = self.model, self.model.encoder
-        if torch.compiler.is_compiling() or has_hooks(model) or has_hooks(encoder):
+        if has_hooks(model) or has_hooks(encoder):
             return False
         return type(model).forward is InternViT.forward and type(encoder) is InternViTEncoder
 
@@ -151,6 +155,12 @@ class OptimizedInternViT(nn.Module):
         """Loads weights into the model; the next forward computes with them."""
         return self.model.load_state_dict(state_dict, strict, assign)
 
+    def _replicate_for_data_parallel(self) -> "OptimizedInternViT":
+        """A replica lives for one forward: it runs the model's own."""
+        replica = super()._replicate_for_data_parallel()
+        replica._packed, replica._graphs = {}, None
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the model: packed weights are one machine's, graphs one process's."""
         return {**self.__dict__, "_packed": {}, "_guard": None, "_graphs": self._graphs is not None}
@@ -176,7 +186,7 @@ def optimize_for_inference(model: InternViT, pack: bool = True, cuda_graph: bool
 
     On a CPU the four Linears of each bfloat16 block get packed copies of their weights, LayerScale folded into proj and
     fc2 in float64, beside the originals: 0.6 GB for InternViT-300M, 11 GB for 6B. Each forward verifies them by reading
-    every weight once (25 ms of one Zen 5 core for the 300M) and packs again what has changed. A layer with hooks,
+    every weight once (34 ms of one EPYC core for the 300M) and packs again what has changed. A layer with hooks,
     adapters or replaced parts runs as it is, whenever they came. Elsewhere nothing is derived from the weights.
 
     Args:

@@ -9,7 +9,7 @@ A config file holds plain values, so the architecture is a name or a dict here, 
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class MMSegInternViT(InternViTBackbone):
             embeddings are resampled to them.
         patch_resampling: see `internvit.checkpoint.resample.resample_patch_embedding`.
         dtype, out_dtype: names, such as "bfloat16".
-        settings: as in `InternViTBackbone`.
+        with_cp: mmseg's name for gradient_checkpointing="block".
+        out_indices, fpn, final_norm, freeze, rounding, device: as in `InternViTBackbone`.
 
     Raises:
         ValueError: no such variant, type of initialisation or dtype.
@@ -48,7 +49,13 @@ class MMSegInternViT(InternViTBackbone):
         patch_resampling: str = "bicubic",
         dtype: str | None = None,
         out_dtype: str | None = "float32",
-        **settings: Any,
+        with_cp: bool = False,
+        out_indices: Sequence[int] = (7, 11, 15, 23),
+        fpn: bool = False,
+        final_norm: bool = False,
+        freeze: bool = False,
+        rounding: str = "fused",
+        device: str | None = None,
     ) -> None:
         made = InternViTConfig.from_name(config) if isinstance(config, str) else InternViTConfig.from_dict(config)
         patch = patch_size or made.patch_size
@@ -58,7 +65,18 @@ class MMSegInternViT(InternViTBackbone):
             patch_size=patch,
             drop_path_rate=made.drop_path_rate if drop_path_rate is None else drop_path_rate,
         )
-        super().__init__(architecture, dtype=_dtype(dtype), out_dtype=_dtype(out_dtype), **settings)
+        super().__init__(
+            architecture,
+            out_indices,
+            fpn,
+            final_norm,
+            freeze,
+            gradient_checkpointing="block" if with_cp else "none",
+            out_dtype=_dtype(out_dtype),
+            rounding=rounding,
+            device=device,
+            dtype=_dtype(dtype),
+        )
         self.pretrained_config = made
         if init_cfg is not None and init_cfg.get("type") != "Pretrained":
             raise ValueError(f"init_cfg: expected type 'Pretrained', got {init_cfg.get('type')!r}")

@@ -16,6 +16,7 @@ from internvit.model.fused_block import (
     Function,
     Norm,
     attention_output,
+    call_module,
     fc1_gelu,
     identity,
     linear_or_folded,
@@ -92,8 +93,8 @@ class InternViTLayer(nn.Module):
         fold = self.options.fold_layer_scale
         row_scale = self._row_scale if self.training and self.drop_path_rate > 0 else None
         attn, mlp = self.attn, self.mlp
-        attention: Function = attn
-        hidden: Function = mlp
+        attention: Function = partial(call_module, attn)
+        hidden: Function = partial(call_module, mlp)
         proj, fc2 = (BranchOutput(identity, gamma, row_scale) for gamma in (self.ls1, self.ls2))
         if type(attn) is Attention and not has_hooks(attn):
             attention, proj = (

@@ -22,6 +22,12 @@ class Embeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Tokens [B, 1 + patches, C] of pixels [B, channels, height, width], cast to the weights' dtype."""
+        if self.position_embedding.dim() != 3:
+            expected, shape = [1, self.config.num_tokens, self.config.hidden_size], list(self.position_embedding.shape)
+            raise ValueError(
+                f"position_embedding: expected shape {expected}, got {shape}; parameters that DeepSpeed's ZeRO-3 has "
+                "partitioned are whole inside its engine and deepspeed.zero.GatheredParameters"
+            )
         grid = check_pixels(self.config, pixel_values)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         class_token = self.class_embedding.expand(patches.shape[0], -1, -1).to(patches.dtype)
@@ -42,6 +48,7 @@ def embed(embeddings: Embeddings, pixel_values: Tensor | None, pixel_embeds: Ten
     """Tokens [B, N, C]: of pixels, or those that are given.
 
     Raises:
+        TypeError: no tensor, or pixels that are not floating-point.
         ValueError: both or neither input, or tokens of a wrong shape.
     """
     refuse_symbolic(pixel_values)
@@ -50,6 +57,8 @@ def embed(embeddings: Embeddings, pixel_values: Tensor | None, pixel_embeds: Ten
     if pixel_embeds is None:
         return embeddings(pixel_values)
     width = embeddings.config.hidden_size
+    if not isinstance(pixel_embeds, Tensor):
+        raise TypeError(f"pixel_embeds: expected a torch.Tensor [batch, tokens, {width}], got {type(pixel_embeds)}")
     if pixel_embeds.dim() != 3 or pixel_embeds.shape[-1] != width:
         raise ValueError(f"pixel_embeds: expected [batch, tokens, {width}], got {list(pixel_embeds.shape)}")
     return pixel_embeds

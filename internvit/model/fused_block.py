@@ -191,10 +191,15 @@ def cast_for_linear(y: Tensor, weight: Tensor) -> Tensor:
     return y.to(weight.dtype) if y.dtype == torch.float32 and weight.dtype.itemsize == 2 else y
 
 
+def call_module(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x); a pre-hook may edit x, so that backward must not compute it again."""
+    return module(recompute.keep(x) if module._forward_pre_hooks else x)
+
+
 def linear_per_image(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) of a Linear; without gradients, the same bits for an image alone and in any batch."""
     if torch.is_grad_enabled() or torch.jit.is_tracing() or not is_plain_linear(module):
-        return module(x)
+        return call_module(module, x)
     return linear(x, module.weight, module.bias)
 
 
@@ -214,7 +219,7 @@ def _folded_linear(module: nn.Linear, gamma: Tensor, x: Tensor) -> Tensor:
 def fc1_gelu(fc1: nn.Module, x: Tensor) -> Tensor:
     """gelu(fc1(x)), in one op where fc1 is a plain Linear; backward recomputes it from the pre-activation."""
     if not is_plain_linear(fc1):
-        return gelu(fc1(x))
+        return gelu(call_module(fc1, x))
     if not recompute.active():
         return linear_gelu(x, fc1.weight, fc1.bias)
     hidden, pre, backend = linear_gelu_with_pre_activation(x, fc1.weight, fc1.bias)

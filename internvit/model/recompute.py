@@ -6,7 +6,8 @@ or quantised ones in their place, are untouched. A block leaves 12 units of [N, 
 the same bits, since the op that made the tensor runs again.
 
 Active inside `scope()`, while gradients are on; not while torch.compile is tracing (it plans memory by itself), nor
-under torch.func or forward-mode AD.
+under torch.func or forward-mode AD. What is edited in place before a Linear saves it is kept: version counters tell,
+and since they do not count edits through `.data`, so is what a forward pre-hook gets.
 """
 
 import contextlib
@@ -133,4 +134,11 @@ def rematerialize(tensor: Tensor, compute: Callable[[], Tensor], *inputs: Tensor
     if active() and tensor.requires_grad and tensor.is_contiguous():
         given = tuple(t for t in inputs if t is not None)
         _active.stack[-1].register(tensor, Rematerialization(compute, given, tuple(t._version for t in given)))
+    return tensor
+
+
+def keep(tensor: Tensor) -> Tensor:
+    """Returns `tensor`, which autograd saves as usual from here on."""
+    if active():
+        _active.stack[-1].entries.pop(tensor.untyped_storage().data_ptr(), None)
     return tensor

@@ -7,8 +7,10 @@ from torch.nn import functional as F
 
 import internvit.numerics
 from internvit import InternViT, InternViTBackbone, InternViTConfig, convert_state_dict, reference
+from internvit.checkpoint import load
 from internvit.dense.pyramid import FeaturePyramid
 from internvit.model import encoder
+from internvit.model.block import InternViTLayer
 from tests.support.models import random_weights
 
 SMALL = {"image_size": 56, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -120,7 +122,7 @@ def test_frozen_keeps_no_graph_and_the_pyramid_learns() -> None:
 
 
 def test_checkpointing_has_the_same_gradients_and_is_off_in_eval(monkeypatch) -> None:
-    backbone = made(config(3), out_indices=(0, 2), with_cp=True)
+    backbone = made(config(3), out_indices=(0, 2), gradient_checkpointing="block")
     pixels = torch.randn(1, 3, 56, 56)
     calls = []
     right = encoder.checkpoint
@@ -131,10 +133,10 @@ def test_checkpointing_has_the_same_gradients_and_is_off_in_eval(monkeypatch) ->
         return torch.autograd.grad(sum(x.square().mean() for x in backbone(pixels)), used)
 
     backbone.train()
-    with_cp = grads()
+    checkpointed = grads()
     assert len(calls) == 3
     backbone.encoder.gradient_checkpointing = False
-    assert all(torch.equal(a, b) for a, b in zip(with_cp, grads(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(checkpointed, grads(), strict=True))
     backbone.encoder.gradient_checkpointing = True
     backbone.eval()
     grads()
@@ -159,6 +161,22 @@ def test_mmseg_checkpoints_load_with_their_pyramid(tmp_path, wrapper) -> None:
     torch.save({wrapper: {f"{prefix}{k}": v for k, v in keys.items()}}, tmp_path / "broken.pth")
     with pytest.raises(ValueError, match=r"up2\.0\.bias"):
         InternViTBackbone.from_pretrained(tmp_path / "broken.pth", (0, 1, 2, 3), fpn=True, config=cfg)
+
+
+def test_a_hub_checkpoint_is_located_once_with_its_revision_and_token(tmp_path, monkeypatch) -> None:
+    InternViT(config(4)).save_pretrained(tmp_path)
+    asked, locate = [], load.locate
+    monkeypatch.setattr(load, "locate", lambda *args: asked.append(args) or locate(tmp_path, *args[1:]))
+    InternViTBackbone.from_pretrained("some/model", (0, 1, 2, 3), fpn=True, revision="abc", token="secret")
+    assert asked[0] == ("some/model", "abc", None, "secret", False)
+    assert all(args[0] == tmp_path for args in asked[1:]), "then the files that were found"
+
+
+def test_a_backbone_is_built_once(monkeypatch) -> None:
+    built, init = [], InternViTLayer.__init__
+    monkeypatch.setattr(InternViTLayer, "__init__", lambda *args, **kw: built.append(1) or init(*args, **kw))
+    InternViTBackbone(config(6), out_indices=(0, 2))
+    assert len(built) == 3
 
 
 def test_a_pyramid_that_is_not_there_is_logged(tmp_path, caplog) -> None:

@@ -160,20 +160,81 @@ def test_one_graph_per_shape_dtype_backend_and_autocast_and_no_more_than_the_lim
     assert len(FakeGraph.made) == before + 3
 
 
-def test_undo_frees_the_graphs_and_changed_weights_are_refused(fake_cuda):
+def test_undo_frees_the_graphs(fake_cuda):
     network = model()
     fast, pixels = graphed(network), torch.randn(1, 3, 56, 56)
     with torch.inference_mode():
         fast(pixels)
     fast(pixels)  # the graph made in inference mode serves outside it
     assert len(FakeGraph.made) == 1
-    with torch.no_grad():
-        network.encoder.layers[0].ls1.mul_(2)
-    with pytest.raises(RuntimeError, match="the weights have changed"):
-        fast(pixels)
     assert fast.undo() is network
     assert not FakeGraph.made[0].ops
     assert len(fast._graphs) == 0
+
+
+def changes():
+    """What is done to a model after capture -> whether the graph can go on as it is."""
+
+    def in_place(network):
+        with torch.no_grad():
+            network.encoder.layers[0].ls1.mul_(2)
+
+    def by_data(network):
+        network.encoder.layers[1].mlp.fc1.weight.data.mul_(1.5)
+
+    def moved(network):
+        network.encoder.layers[0].attn.proj.weight.data = torch.randn(64, 64)
+
+    def replaced(network):
+        network.encoder.layers[1].norm2.weight = torch.nn.Parameter(torch.rand(64))
+
+    def replaced_module(network):
+        network.encoder.layers[0].mlp.fc2 = torch.nn.Linear(128, 64)
+
+    def rounding(network):
+        network.bfloat16().set_rounding("reference")
+
+    def shorter(network):
+        del network.encoder.layers[1:]
+
+    def loaded(network):
+        network.load_state_dict({k: v * 1.1 for k, v in network.state_dict().items()})
+
+    return [(in_place, True), (by_data, True), (loaded, True)] + [
+        (change, False) for change in (moved, replaced, replaced_module, rounding, shorter)
+    ]
+
+
+@pytest.mark.parametrize(("change", "kept"), changes(), ids=lambda value: getattr(value, "__name__", None))
+def test_a_graph_computes_with_the_model_as_it_is(change, kept, fake_cuda):
+    network = model()
+    fast, pixels = graphed(network), torch.randn(1, 3, 56, 56)
+    before = fast(pixels).last_hidden_state
+    change(network)
+    with torch.no_grad():
+        expected = network(pixels).last_hidden_state
+    after = fast(pixels).last_hidden_state
+    assert torch.equal(after, expected)
+    assert not torch.equal(after.float(), before.float())
+    assert len(FakeGraph.made) == (1 if kept else 2)
+
+
+@pytest.mark.parametrize("name", ["", "layers.0", "layers.1.attn", "layers.0.mlp.fc1", "layers.1.attn.q_norm"])
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward"])
+def test_hooks_added_after_capture_run(name, kind, fake_cuda):
+    network = model()
+    fast, pixels, calls = graphed(network), torch.randn(1, 3, 56, 56), []
+    expected = fast(pixels).last_hidden_state
+    module = network.encoder.get_submodule(name)
+    if kind == "forward":
+        own = module.forward
+        module.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
+    else:
+        register = module.register_forward_hook if kind == "hook" else module.register_forward_pre_hook
+        register(lambda *_: calls.append(1))
+    for count in (1, 2):
+        assert torch.allclose(fast(pixels).last_hidden_state, expected, atol=1e-5)
+        assert len(calls) == count
 
 
 def test_no_graph_inside_a_capture_nor_of_nothing(fake_cuda, monkeypatch):

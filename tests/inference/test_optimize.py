@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 import internvit
-from internvit.inference.linear import fold_layer_scale
-from internvit.inference.optimize import OptimizedInternViT
+from internvit.inference.linear import fold_layer_scale, packed_linear_class
 from internvit.numerics import relative_error
 
+packs = pytest.mark.skipif(
+    packed_linear_class(torch.zeros(8, 8, dtype=torch.bfloat16)) is None, reason="this CPU packs no bfloat16 Linear"
+)
 VARIANTS = ("internvit-300m-448px", "internvit-6b-448px-v2.5")
 
 
@@ -67,8 +69,9 @@ def test_an_image_has_the_same_bits_alone_and_in_a_batch(batch: int, onednn: boo
     assert relative_error(together, truth_of(optimized.model, pixels)) < 0.05
 
 
+@packs
 def test_a_layer_with_a_hook_or_an_adapter_runs_as_it_is() -> None:
-    model = small_model(VARIANTS[0], torch.float32, 0)
+    model = small_model(VARIANTS[0], torch.bfloat16, 0)
     pixels = torch.randn(1, 3, 112, 112)
     seen = []
     model.encoder.layers[0].register_forward_hook(lambda *_: seen.append(1))
@@ -76,13 +79,14 @@ def test_a_layer_with_a_hook_or_an_adapter_runs_as_it_is() -> None:
     optimized = internvit.optimize_for_inference(model)
     assert "1 of 3 layers packed" in repr(optimized)
     with torch.no_grad():
-        torch.testing.assert_close(optimized(pixels).last_hidden_state, model(pixels).last_hidden_state)
+        assert relative_error(optimized(pixels).last_hidden_state, model(pixels).last_hidden_state) < 0.02
     assert len(seen) == 2
 
 
+@packs
 @pytest.mark.parametrize("part", ["attn", "mlp"])
 def test_hooks_on_a_branch_run(part: str) -> None:
-    model, seen = small_model(VARIANTS[0], torch.float32, 0), []
+    model, seen = small_model(VARIANTS[0], torch.bfloat16, 0), []
     getattr(model.encoder.layers[1], part).register_forward_hook(lambda *_: seen.append(1))
     optimized = internvit.optimize_for_inference(model)
     assert "2 of 3 layers packed" in repr(optimized)
@@ -90,17 +94,11 @@ def test_hooks_on_a_branch_run(part: str) -> None:
     assert seen == [1]
 
 
-def test_changed_weights_and_wrong_arguments_are_clear_errors() -> None:
-    model = small_model(VARIANTS[0], torch.float32, 0)
-    optimized = internvit.optimize_for_inference(model)
-    with torch.no_grad():
-        model.encoder.layers[1].ls1.mul_(2)
-    with pytest.raises(RuntimeError, match="weights have changed"):
-        optimized(torch.randn(1, 3, 112, 112))
+def test_wrong_arguments_are_clear_errors() -> None:
     with pytest.raises(ValueError, match="must be an InternViT, got Linear"):
         internvit.optimize_for_inference(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="eval mode"):
-        internvit.optimize_for_inference(model.train())
+        internvit.optimize_for_inference(small_model(VARIANTS[0], torch.float32, 0).train())
 
 
 def test_a_model_made_in_inference_mode() -> None:
@@ -111,17 +109,19 @@ def test_a_model_made_in_inference_mode() -> None:
         assert relative_error(optimized(pixels).last_hidden_state, model(pixels).last_hidden_state) < 0.02
 
 
-def test_float16_refuses_what_would_leave_its_normal_range() -> None:
-    weight, bias = torch.full((4, 4), 0.01, dtype=torch.float16), torch.ones(4, dtype=torch.float16)
-    assert fold_layer_scale(weight, bias, torch.full((4,), 1e-3)) is None
-    assert fold_layer_scale(weight, bias, torch.full((4,), 1e7)) is None
-    folded = fold_layer_scale(weight, bias, torch.full((4,), 0.5))
-    assert folded is not None
-    assert torch.equal(folded[0], weight / 2)
+def test_float16_computes_what_the_model_does() -> None:
+    """Nothing is folded where nothing is packed: gamma * weight would leave float16's normal range."""
     model = small_model(VARIANTS[0], torch.float16, 0)
     model.encoder.layers[0].ls1.data.fill_(1e-4)
-    optimized = internvit.optimize_for_inference(model)
-    assert isinstance(optimized, OptimizedInternViT)
     pixels = torch.randn(1, 3, 112, 112).half()
-    truth = truth_of(model, pixels)
-    assert relative_error(optimized(pixels).last_hidden_state, truth) < 2e-3
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+    assert torch.equal(internvit.optimize_for_inference(model)(pixels).last_hidden_state, expected)
+    assert relative_error(expected, truth_of(model, pixels)) < 2e-3
+
+
+def test_folding_rounds_once() -> None:
+    weight, bias, gamma = torch.randn(8, 4).bfloat16(), torch.randn(8).bfloat16(), torch.rand(8).bfloat16()
+    folded, folded_bias = fold_layer_scale(weight, bias, gamma)
+    assert torch.equal(folded, (weight.double() * gamma.double()[:, None]).bfloat16())
+    assert torch.equal(folded_bias, (bias.double() * gamma.double()).bfloat16())

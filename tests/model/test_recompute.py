@@ -268,8 +268,11 @@ def edit_before_a_linear(model: nn.Module, edit: str) -> None:
     linear = getattr(getattr(layer, owner), name)
     if edit.startswith("pre-hook"):
         linear.register_forward_pre_hook(lambda module, args: (in_place(args[0]),))
+    elif edit.startswith("data"):
+        linear.register_forward_pre_hook(lambda module, args: setattr(module, "seen", in_place(args[0].data)))
     elif edit.startswith("view"):
-        linear.register_forward_pre_hook(lambda module, args: setattr(module, "seen", in_place(args[0].view(-1)[::2])))
+        hook = lambda module, args: setattr(module, "seen", in_place(args[0].view(-1)[::2]))  # noqa: E731
+        linear.register_forward_pre_hook(hook)
     elif edit.startswith("relu"):
         setattr(getattr(layer, owner), name, nn.Sequential(nn.ReLU(inplace=True), linear))
     else:
@@ -278,7 +281,17 @@ def edit_before_a_linear(model: nn.Module, edit: str) -> None:
 
 @pytest.mark.parametrize(
     "edit",
-    ["pre-hook attn.qkv", "view attn.qkv", "pre-hook mlp.fc1", "pre-hook mlp.fc2", "relu mlp.fc2", "dropout mlp.fc2"],
+    [
+        *(
+            "pre-hook attn.qkv",
+            "view attn.qkv",
+            "data attn.qkv",
+            "pre-hook mlp.fc1",
+            "data mlp.fc1",
+            "pre-hook mlp.fc2",
+        ),
+        *("data mlp.fc2", "relu mlp.fc2", "dropout mlp.fc2"),
+    ],
 )
 @pytest.mark.parametrize("name", ["tiny-rms_norm", "tiny-layer_norm"])
 @pytest.mark.parametrize("mode", ["none", "selective"])
@@ -299,6 +312,21 @@ def test_gradients_after_an_edit_in_place(edit, name, mode) -> None:
     for n, gradient in grads[0].items():
         expected = grads[1][n]
         assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-7, n
+
+
+@pytest.mark.parametrize("branch", ["attn", "mlp"])
+def test_gradients_after_a_branch_is_edited_through_data(branch) -> None:
+    reference = internvit.reference.InternViT(CONFIGS["tiny-layer_norm"]).train()
+    random_weights(reference)
+    model = InternViT(reference.config)
+    model.load_state_dict(reference.state_dict())
+    pixels = images(model.config, 2)
+    for m in (model, reference):
+        hook = lambda module, args: setattr(module, "seen", in_place(args[0].data))  # noqa: E731
+        getattr(m.encoder.layers[1], branch).register_forward_pre_hook(hook)
+    ours, theirs = model_grads(model, pixels), model_grads(reference, pixels)
+    for (n, _), a, b in zip(model.named_parameters(), ours, theirs, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7, n
 
 
 def test_what_is_not_edited_is_still_recomputed(monkeypatch) -> None:

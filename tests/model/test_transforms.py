@@ -180,6 +180,57 @@ def test_second_derivatives_by_reverse_mode_are_refused() -> None:
         first.square().sum().backward()
 
 
+def test_a_trace_of_a_patched_model() -> None:
+    config = CONFIGS["tiny-layer_norm"]
+    reference = internvit.reference.InternViT(config)
+    random_weights(reference)
+    model = timm_judge(config, reference.state_dict())
+    more = images(config, 3)
+    expected = model.forward_features(more)
+    model.forward = model.forward_features
+    with internvit.patch(model), counted() as ran:
+        traced = torch.jit.trace(model, images(config, 2))
+        assert ran
+    assert relative_error(traced(more), expected) < 1e-5
+
+
+def test_exported_backbones_take_every_size_too() -> None:
+    model = InternViT(CONFIGS["tiny-layer_norm"].replace(num_hidden_layers=2)).eval()
+    backbone = internvit.InternViTBackbone.from_model(model, out_indices=(0, 1))
+    rows, columns = Dim("rows", min=2, max=64), Dim("columns", min=2, max=64)
+    shapes = {"pixel_values": {0: Dim("batch"), 2: 14 * rows, 3: 14 * columns}}
+    program = torch.export.export(backbone, (torch.randn(2, 3, 56, 56),), dynamic_shapes=shapes).module()
+    pixels = torch.randn(1, 3, 70, 98)
+    for ours, theirs in zip(program(pixels), backbone(pixels), strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_optimised_model_is_its_model_where_code_is_transformed(dtype) -> None:
+    """Packed weights must not be baked into programs, and have no derivatives."""
+    config = CONFIGS["tiny-layer_norm"].replace(num_hidden_layers=2)
+    model = InternViT(config, dtype=dtype).eval()
+    random_weights(model)
+    fast, pixels, more = (
+        internvit.optimize_for_inference(model),
+        images(config, 2).to(dtype),
+        images(config, 3).to(dtype),
+    )
+    with torch.no_grad():
+        expected = model(more).last_hidden_state
+    assert relative_error(torch.jit.trace(fast, pixels)(more)[0], expected) < 0.02
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(more).last_hidden_state, expected) < 0.02
+    program = torch.export.export(fast, (more,)).module()
+    model.encoder.layers[0].mlp.fc1.weight.data.mul_(1.5)
+    program.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()}, strict=True)
+    assert relative_error(program(more).last_hidden_state, model(more).last_hidden_state) < 0.02
+    tangents = [jvp(lambda x, m=m: m(x).pooler_output.float(), (pixels,), (pixels,))[1] for m in (fast, model)]
+    assert torch.equal(*tangents)
+    assert tangents[0].any()
+
+
 def test_torch_fx_is_told_what_works() -> None:
     model, _ = pair("layer_norm")
     with pytest.raises(TypeError, match=r"cannot be traced symbolically.*model\.forward_intermediates\(pixels"):

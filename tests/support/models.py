@@ -135,3 +135,16 @@ def counted() -> Iterator[list[nn.Module]]:
         yield ran
     finally:
         FusedBlock.run = run
+
+
+def replicate(model: nn.Module, change: float) -> nn.Module:
+    """As torch.nn.parallel.replicate does, without a GPU; the parameters are `change` times those here."""
+    modules = list(model.modules())
+    index = {module: i for i, module in enumerate(modules)}
+    replicas = [module._replicate_for_data_parallel() for module in modules]
+    for module, replica in zip(modules, replicas, strict=True):
+        for key, child in module._modules.items():
+            setattr(replica, key, None if child is None else replicas[index[child]])
+        for key, parameter in module._parameters.items():
+            setattr(replica, key, None if parameter is None else parameter * change)
+    return replicas[0]
