@@ -230,13 +230,14 @@ def test_attention_backward_of_large_scores_that_differ_little(unit: str, dtype,
     check_attention_backward(q, k, v, grad_out, 0.125, dtype)
 
 
-@each_dtype
-@pytest.mark.parametrize("size", [1e4, 1e7, 1e9])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(dtype, size) for dtype in DTYPES for size in (1e4, 1e7, 1e9) if dtype != torch.float16 or size < 1e9],
+    ids=str,
+)
 @pytest.mark.parametrize("scale", [0.125, -0.125])
 def test_attention_backward_of_large_scores(unit: str, dtype, size: float, scale: float, generator) -> None:
     """A softmax of one key each, where its gradient is what is left of a difference of huge numbers."""
-    if dtype == torch.float16 and size > 1e7:
-        pytest.skip("float16 does not hold such q and k")
     q, k, v = sample((2, 70, 3, 2, 64), "normal", dtype, generator).unbind(2)
     q, k = ((t.double() * size**0.5).to(dtype) for t in (q, k))
     grad_out = sample(tuple(q.shape), "normal", dtype, generator)
