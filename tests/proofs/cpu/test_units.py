@@ -325,13 +325,13 @@ def test_the_same_bits_for_any_number_of_threads(unit: str, generator) -> None:
     for count in (1, 2, 3, 5):
         torch.set_num_threads(count)
         mean, rstd = x.float().mean(-1), torch.rsqrt(x.float().var(-1) + 1e-6)
-        seam = cpu.layer_scale_residual_norm_backward(
+        fused = cpu.layer_scale_residual_norm_backward(
             grad, grad, x, branch, weight, None, weight, mean, rstd, "layer_norm", [True] * 5
         )
         out, lse = cpu.attention(q, k, v, 0.2, *weights)
         packed = torch.empty(2, 70, 3, 2, 40, dtype=torch.bfloat16)
         sums = cpu.attention_backward(out, q, k, v, out, lse, 0.2, *weights, *packed.unbind(2))
-        results.append([*seam, out, lse, packed, *sums])
+        results.append([*fused, out, lse, packed, *sums])
     torch.set_num_threads(before)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):

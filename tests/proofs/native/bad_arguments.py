@@ -41,9 +41,9 @@ class Made:
         if "Tensor" in kind:
             return self.tensor(name)
         plain = {"eps": 1e-6, "scale": 0.3, "rounding": "fused", "branch_dtype": self.dtype, "dtype": self.dtype}
-        plain |= {"kind": "layer_norm", "norm_type": "layer_norm", "output_mask": [True] * 5, "gelu": False}
-        plain |= {"out_features": OUT, "name": "generic", "rounds": 1, "threads": 1}
-        return plain[name] if name != "output_mask" else [True] * OUTPUTS[self.op]
+        plain |= {"kind": "layer_norm", "norm_type": "layer_norm", "output_mask": [True] * OUTPUTS.get(self.op, 0)}
+        plain |= {"gelu": False, "out_features": OUT, "name": "generic", "rounds": 1, "threads": 1}
+        return plain[name]
 
     def tensor(self, name: str) -> Tensor:
         if self.op == "pack_weight":
