@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from internvit.ops.attention import SavedAttention
 from internvit.ops.backends import sdpa
 
 KERNELS = {
@@ -33,16 +34,15 @@ class Calls(TorchDispatchMode):
 def calls_of(monkeypatch, choice, dtype, head_dim=64):
     """The aten ops that forward and backward call when SDPA would take `choice`."""
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: choice.value)
-    none = (None,) * 4
     with FakeTensorMode(), Calls() as calls:
         q, k, v = torch.empty(2, 1025, 3, 4, head_dim, device="cuda", dtype=dtype).unbind(2)
         grads = torch.empty(2, 1025, 3, 4, head_dim, device="cuda", dtype=dtype).unbind(2)
-        out, lse = sdpa.attention(q, k, v, 0.1, *none)
+        out, lse = sdpa.attention(q, k, v, 0.1)
         assert out.shape == q.shape
         assert out.is_contiguous()
         assert lse.shape == (2, 4, 1025)
         assert lse.dtype == torch.float32
-        sdpa.attention_backward(out, q, k, v, out, lse, 0.1, *none, *grads)
+        sdpa.attention_backward(out, SavedAttention(q, k, v, out, lse, 0.1, None), grads)
     return calls.shapes
 
 
