@@ -17,6 +17,7 @@
 #include "cuda/kernels.h"
 #include "cuda_host.h"
 
+using namespace internvit;
 using namespace internvit::cuda;
 
 namespace {
