@@ -68,7 +68,7 @@ def info() -> dict[str, Any]:
             versions[package] = "not installed"
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     device = "cuda" if devices else "cpu"
-    x = torch.empty(1, dtype=torch.bfloat16, device=device)
+    x = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
     chosen = {name: resolve(spec.implemented_as, x, head_dim=64) for name, spec in SPECS.items()}
     return {
         "versions": versions,
