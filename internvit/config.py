@@ -6,13 +6,16 @@ backbones and of timm. Keys that do not describe the vision tower are ignored, a
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvit.files import read_json
+from internvit.names import CONFIG_DEFAULTS, CONFIG_FIELDS, LAYOUTS, TIMM_ARCHITECTURES, TRANSFORMERS_FIELDS
+
+_TIMM_ARGUMENTS = ("embed_dim", "depth", "num_heads", "in_chans", "init_values")
 NORM_TYPES = ("rms_norm", "layer_norm")
 POS_EMBED_MODES = ("float32", "param_dtype", "antialias", "static")
 
@@ -72,6 +75,7 @@ class InternViTConfig:
         self._require("num_hidden_layers", _is_int(self.num_hidden_layers, 0), "an int >= 0")
         for field in ("layer_norm_eps", "drop_path_rate", "initializer_factor", "initializer_range"):
             self._require(field, _is_number(getattr(self, field)), "a finite number")
+            object.__setattr__(self, field, float(getattr(self, field)))  # JSON writers give 1 for 1.0
         self._require("qk_norm_eps", self.qk_norm_eps is None or _is_number(self.qk_norm_eps), "a number >= 0 or None")
         for field in ("qkv_bias", "qk_normalization"):
             self._require(field, isinstance(getattr(self, field), bool), "True or False")
@@ -79,7 +83,9 @@ class InternViTConfig:
         self._require("norm_type", self.norm_type in NORM_TYPES, f"one of {', '.join(NORM_TYPES)}")
         self._require("pos_embed_mode", self.pos_embed_mode in POS_EMBED_MODES, f"one of {', '.join(POS_EMBED_MODES)}")
         self._require("layer_norm_eps", self.layer_norm_eps >= 0, "a number >= 0")
-        self._require("qk_norm_eps", self.qk_norm_eps is None or self.qk_norm_eps >= 0, "a number >= 0 or None")
+        if self.qk_norm_eps is not None:
+            self._require("qk_norm_eps", self.qk_norm_eps >= 0, "a number >= 0 or None")
+            object.__setattr__(self, "qk_norm_eps", float(self.qk_norm_eps))
         self._require("drop_path_rate", 0 <= self.drop_path_rate < 1, "in [0, 1)")
         self._require("initializer_range", self.initializer_range >= 0, "a number >= 0")
         heads = self.num_attention_heads
@@ -162,40 +168,53 @@ class InternViTConfig:
         return dataclasses.replace(self, **{**({"name": None} if changes else {}), **changes})
 
     def to_dict(self, spelling: str = "opengvlab") -> dict[str, Any]:
-        """The configuration under OpenGVLab's or transformers' keys, as JSON can hold it; `from_dict` reads it back.
+        """The configuration under an upstream's keys, as JSON can hold it; `from_dict` reads it back.
 
         What transformers has no key for (drop path, how the position embedding is resized) goes along under ours,
-        which it keeps and does not use.
+        which it keeps and does not use. timm and mmseg get a file that names no model type of transformers, which
+        would take the weights for its own and start with random ones.
+
+        Args:
+            spelling: "opengvlab", "transformers", "timm" or "mmseg".
 
         Raises:
             ValueError: another spelling, or QK-norm with an eps other than the 1e-6 which transformers always takes.
         """
+        if spelling not in LAYOUTS:
+            raise ValueError(f"InternViTConfig: spelling must be one of {', '.join(LAYOUTS)}, got {spelling!r}")
         fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         if isinstance(self.image_size, tuple):
             fields["image_size"] = list(self.image_size)
         if spelling == "opengvlab":
-            return {
-                "model_type": "intern_vit_6b",
-                "architectures": ["InternVisionModel"],
-                "hidden_act": "gelu",
-                **fields,
-            }
-        if spelling != "transformers":
-            raise ValueError(f"InternViTConfig: spelling must be opengvlab or transformers, got {spelling!r}")
+            names = {"model_type": "intern_vit_6b", "architectures": ["InternVisionModel"], "hidden_act": "gelu"}
+            return {**names, **fields}
+        if spelling == "mmseg":
+            return {"layout": "mmseg", "internvit": fields}
+        if spelling == "timm":
+            return {**self._timm_fields(), "internvit": fields}
         if self.qk_normalization and self.effective_qk_norm_eps != 1e-6:
             raise ValueError(
                 f"InternViTConfig: qk_norm_eps must be 1e-6 for transformers, got {self.effective_qk_norm_eps}"
             )
-        renames = {ours: theirs for theirs, ours in _TRANSFORMERS_RENAMES.items()}
+        renames = {ours: theirs for theirs, ours in TRANSFORMERS_FIELDS.items()}
         fields = {renames.get(key, key): value for key, value in fields.items()}
         fields["image_size"] = list(self.image_hw)
         fields["patch_size"] = [self.patch_size, self.patch_size]
+        names = {"model_type": "internvl_vision", "architectures": ["InternVLVisionModel"], "hidden_act": "gelu"}
+        return {**names, "qk_norm_eps": None, **fields}
+
+    def _timm_fields(self) -> dict[str, Any]:
+        """What `timm.create_model("local-dir:FOLDER")` reads."""
+        arguments = {theirs: getattr(self, ours) for theirs, ours in CONFIG_FIELDS.items() if theirs in _TIMM_ARGUMENTS}
+        arguments |= {"img_size": list(self.image_hw), "mlp_ratio": self.intermediate_size / self.hidden_size}
+        arguments |= {"patch_size": self.patch_size, "qkv_bias": self.qkv_bias, "final_norm": False}
+        described = {"tag": "", "input_size": [self.num_channels, *self.image_hw], "fixed_input_size": True}
         return {
-            "model_type": "internvl_vision",
-            "architectures": ["InternVLVisionModel"],
-            "hidden_act": "gelu",
-            "qk_norm_eps": None,
-            **fields,
+            "architecture": next(iter(TIMM_ARCHITECTURES)),
+            "num_classes": 0,
+            "global_pool": "token",
+            "model_args": arguments,
+            "pretrained_cfg": {**described, "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"},
         }
 
     @classmethod
@@ -217,13 +236,13 @@ class InternViTConfig:
         Raises:
             ValueError: not a JSON object, or an impossible value; the message names the file.
         """
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"InternViTConfig: {path} is not valid JSON: {error}") from error
+        fields = read_json(path)
         if not isinstance(fields, dict):
-            raise ValueError(f"InternViTConfig: {path} must hold a JSON object, got {type(fields).__name__}")
-        return cls.from_dict(fields)
+            raise ValueError(f"{path}: InternViTConfig must be a JSON object, got {type(fields).__name__}")
+        try:
+            return cls.from_dict(fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "InternViTConfig":
@@ -233,30 +252,22 @@ class InternViTConfig:
             ValueError: a feature that InternViT does not have here (dropout, per-head QK-norm, a final norm, another
                 activation), or an impossible value; the message names the key.
         """
-        fields = dict(fields)
-        while isinstance(fields.get("vision_config"), Mapping):
-            fields = dict(fields["vision_config"])
-        if "architecture" in fields:  # the config.json of timm's hub repositories
-            architecture = fields["architecture"]
-            if architecture not in _TIMM_ARCHITECTURES:
-                known_architectures = ", ".join(_TIMM_ARCHITECTURES)
-                raise ValueError(
-                    f"InternViTConfig: architecture must be one of {known_architectures}, got {architecture!r}"
-                )
-            fields = {**_TIMM_ARCHITECTURES[architecture], **(fields.get("model_args") or {})}
+        fields = _tower_fields(fields)
         spelling = _spelling_of(fields)
         _refuse_unsupported(fields, spelling)
         known = {f.name for f in dataclasses.fields(cls)}
-        renamed = {_RENAMES.get(key, key): value for key, value in fields.items()}
+        renamed = {CONFIG_FIELDS.get(key, key): value for key, value in fields.items()}
         given = {k: v for k, v in renamed.items() if k in known and (v is not None or k == "qk_norm_eps")}
-        values = {**_DEFAULTS[spelling], **given}
+        values = {**CONFIG_DEFAULTS[spelling], **given}
         if spelling in ("mmseg", "timm") and "intermediate_size" not in given:
-            values["intermediate_size"] = int(values.get("hidden_size", 3200) * fields.get("mlp_ratio", 4))
-        if isinstance(values.get("patch_size"), list | tuple):
-            sides = set(values["patch_size"])
-            if len(sides) != 1:
-                raise ValueError(f"InternViTConfig: patch_size must be square, got {values['patch_size']!r}")
-            values["patch_size"] = sides.pop()
+            values["intermediate_size"] = _intermediate_size(
+                values.get("hidden_size", 3200), fields.get("mlp_ratio", 4)
+            )
+        patch = values.get("patch_size")
+        if isinstance(patch, list | tuple):
+            if not patch or any(side != patch[0] for side in patch):
+                raise ValueError(f"InternViTConfig: patch_size must be square, got {patch!r}")
+            values["patch_size"] = patch[0]
         if not isinstance(values.get("name"), str):  # not ours: a stray key
             values.pop("name", None)
         return cls(**values)
@@ -267,64 +278,44 @@ def _is_int(value: Any, least: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
 
 
-_TRANSFORMERS_RENAMES = {
-    "attention_bias": "qkv_bias",
-    "use_qk_norm": "qk_normalization",
-    "layer_scale_init_value": "initializer_factor",
-}
-_RENAMES = {
-    **_TRANSFORMERS_RENAMES,
-    # the mmseg/mmdet backbones and timm's VisionTransformer
-    "embed_dim": "hidden_size",
-    "depth": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "in_chans": "num_channels",
-    "img_size": "image_size",
-    "init_values": "initializer_factor",
-    "eps": "layer_norm_eps",
-}
+def _intermediate_size(hidden_size: Any, mlp_ratio: Any) -> int:
+    if not _is_number(mlp_ratio) or mlp_ratio <= 0:
+        raise ValueError(f"InternViTConfig: mlp_ratio must be a positive number, got {mlp_ratio!r}")
+    if not _is_int(hidden_size, 1) or not _is_number(hidden_size):
+        raise ValueError(f"InternViTConfig: hidden_size must be a positive int, got {hidden_size!r}")
+    product = hidden_size * mlp_ratio
+    if not _is_number(product):
+        raise ValueError(f"InternViTConfig: mlp_ratio must be a number whose MLP has a finite width, got {mlp_ratio!r}")
+    return int(product)
 
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "opengvlab": {},
-    "transformers": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "norm_type": "layer_norm",
-        "image_size": 448,
-        "qkv_bias": False,
-        "qk_normalization": False,
-        "qk_norm_eps": 1e-6,
-        "pos_embed_mode": "param_dtype",
-    },
-    "mmseg": {"pos_embed_mode": "static"},
-    "timm": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "patch_size": 16,
-        "norm_type": "layer_norm",
-        "qkv_bias": True,
-        "qk_normalization": False,
-        "pos_embed_mode": "antialias",
-    },
-}
 
-_TIMM_ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "vit_intern300m_patch14_448": {
-        "img_size": 448,
-        "patch_size": 14,
-        "embed_dim": 1024,
-        "depth": 24,
-        "num_heads": 16,
-        "init_values": 0.1,
-    },
-}
+def _tower_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that describe the vision tower, out of a whole model's configuration or timm's."""
+    fields = dict(fields)
+    while fields.get("vision_config") is not None:
+        if not isinstance(fields["vision_config"], Mapping):
+            got = type(fields["vision_config"]).__name__
+            raise ValueError(f"InternViTConfig: vision_config must be a mapping, got {got}")
+        fields = dict(fields["vision_config"])
+    if isinstance(fields.get("internvit"), Mapping):  # ours, beside what timm reads
+        return dict(fields["internvit"])
+    if "architecture" not in fields:
+        return fields
+    architecture, arguments = fields["architecture"], fields.get("model_args") or {}  # timm's hub repositories
+    if not isinstance(architecture, str) or architecture not in TIMM_ARCHITECTURES:
+        known = ", ".join(TIMM_ARCHITECTURES)
+        raise ValueError(f"InternViTConfig: architecture must be one of {known}, got {architecture!r}")
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"InternViTConfig: model_args must be a mapping, got {type(arguments).__name__}")
+    return {**TIMM_ARCHITECTURES[architecture], **arguments}
 
 
 def _spelling_of(fields: Mapping[str, Any]) -> str:
@@ -338,7 +329,7 @@ def _spelling_of(fields: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(fields: Mapping[str, Any], spelling: str) -> None:
     model_type = str(fields.get("model_type") or "intern_vit_6b")
-    if not model_type.startswith(("intern_vit", "internvl")):
+    if not model_type.startswith(("intern_vit", "internvl_vision")):
         raise ValueError(
             f"InternViTConfig: model_type must be intern_vit_6b or internvl_vision, or a whole model's with its "
             f"vision_config, got {model_type!r}"

@@ -1,7 +1,7 @@
 """What each variant costs: parameters, FLOPs and memory, and which one to take for a task.
 
 The byte counts follow the tensors that this library's ops leave, in units of one [N, C] tensor of a batch (see
-`ops/recompute.py`), and agree with a measured run within 5 % (tests/test_cost.py).
+`model/recompute.py`), and agree with a measured run within 5 % (tests/test_cost.py).
 """
 
 from dataclasses import asdict, dataclass
@@ -78,7 +78,7 @@ def cost(config: InternViTConfig, size: tuple[int, int], batch: int, dtype: torc
     kept = (8 + inner) * unit + statistics
     # One block's backward: GELU's output and gradient, the pre-activation's gradient, and gradients of the stream.
     working = (2 * inner + 2) * unit
-    # Recomputed in a checkpoint, where nothing is left as a recipe: proj's output, the stream between, its norm, the
+    # Recomputed in a checkpoint, where nothing is rematerialized: proj's output, the stream between, its norm, the
     # pre-activation, GELU and fc2's output, when GELU's gradient and those of the stream are there.
     recomputed = (3 * inner + 5) * unit
     parameters = config.num_parameters()

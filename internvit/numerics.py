@@ -61,7 +61,7 @@ def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def layer_norm_terms(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
-    """What float32 rounds on the way to a LayerNorm's output, per element in float64: `magnitude` of `norm_failures`.
+    """What float32 rounds on the way to a LayerNorm's output, per element in float64: `magnitude` of `norm_violations`.
 
     (|x| + |mean| + mean|x - mean|) * rstd * |weight| + |bias|: the mean's error is one of the whole row's values, which
     an element next to the mean has none of.
@@ -81,7 +81,7 @@ def _failures(actual: Tensor, truth: Tensor) -> Iterator[str]:
         yield f"{int((~actual.isfinite()).sum())} of {actual.numel()} elements are not finite"
 
 
-def norm_failures(
+def norm_violations(
     actual: Tensor,
     truth: Tensor,
     eager: Tensor | None = None,
@@ -130,7 +130,7 @@ def norm_failures(
     return failures
 
 
-def product_failures(actual: Tensor, truth: Tensor, emulation: Tensor, factor: float | None = None) -> list[str]:
+def product_violations(actual: Tensor, truth: Tensor, emulation: Tensor, factor: float | None = None) -> list[str]:
     """What an attention- or GEMM-type result breaks of the contract; empty when it keeps it.
 
     Args:

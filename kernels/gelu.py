@@ -6,22 +6,26 @@
 The bias belongs to the GEMM, whose epilogue adds it in registers (torch's addmm). In tensors [N, M] moved, the GEMM's
 output included: forward 3 (z written and read, y written), backward 3. With the bias in this pass instead it is 3 and 3
 as well if backward adds it again to the saved product, and 4 and 3 if the pass writes z for it: it saves nothing. And
-the product would be rounded to 16 bit before the bias instead of after: z, which recipes and other backends share,
-would be nowhere, or rounded twice, sqrt(2) times the error that the contract allows.
+the product would be rounded to 16 bit before the bias instead of after: z, which rematerialization and other backends
+share, would be nowhere, or rounded twice, sqrt(2) times the error that the contract allows.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
+from internvit.kernels.common.target import Target
 
 
 @dataclass(frozen=True)
-class GeluLaunch:
+class GeluConfig:
     """Attributes:
     block: elements of a program, 8 a thread: one 16-byte load in bf16.
     warps: warps of a program.
@@ -49,21 +53,28 @@ def gelu_backward_kernel(p_grad_y, p_z, p_grad, count, BLOCK: tl.constexpr):
     tl.store(p_grad + o, (b_grad_y * (b_cdf + b_z * b_pdf)).to(p_grad.dtype.element_ty), mask=o < count)
 
 
-def _launch(kernel: object, name: str, *tensors: Tensor) -> None:
-    choice = launch.choose(GeluLaunch, name, "", launch.target_of(tensors[0]), GeluLaunch)
+def elementwise(config: GeluConfig, kernel: Any, *tensors: Tensor) -> None:
     count = tensors[0].numel()
-    launch.run(kernel, (triton.cdiv(count, choice.block),), *tensors, count, BLOCK=choice.block, num_warps=choice.warps)
+    launch.run(kernel, (triton.cdiv(count, config.block),), *tensors, count, BLOCK=config.block, num_warps=config.warps)
+
+
+@functools.cache
+def gelu_config(kernel: str, target: Target) -> GeluConfig:
+    return configs.choose(GeluConfig, kernel, "", target, GeluConfig)
 
 
 def gelu(pre_activation: Tensor) -> Tensor:
     y = pre_activation.new_empty(pre_activation.shape)
-    _launch(gelu_kernel, "gelu", pre_activation.contiguous(), y)
+    config = gelu_config("gelu", launch.target_of(y))
+    configs.call("gelu", "", config, elementwise, gelu_kernel, pre_activation.contiguous(), y)
     return y
 
 
 def gelu_backward(grad_y: Tensor, pre_activation: Tensor) -> Tensor:
     grad = grad_y.new_empty(grad_y.shape)
-    _launch(gelu_backward_kernel, "gelu_backward", grad_y.contiguous(), pre_activation.contiguous(), grad)
+    config = gelu_config("gelu_backward", launch.target_of(grad))
+    inputs = grad_y.contiguous(), pre_activation.contiguous()
+    configs.call("gelu_backward", "", config, elementwise, gelu_backward_kernel, *inputs, grad)
     return grad
 
 

@@ -6,24 +6,28 @@
 residual, branch [M, C]; gamma [C] or None; row_scale [B] or None, one factor for every M / B rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.common import launch
+from internvit.kernels.common import launch, rows
 from internvit.kernels.common.rows import (
+    RowConfig,
     as_rows,
+    columns,
+    contiguous,
     load_tile,
     load_vector,
     persistent_programs,
-    row_launch,
     row_tile,
     store_partial,
     store_tile,
+    stride_unit,
     sum_partials,
 )
-from internvit.ops.core.registration import Mask, empty_grad
 
 OP = "layer_scale_residual"
 
@@ -63,7 +67,7 @@ def add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_
     return b_out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
 def layer_scale_residual_kernel(
     p_residual,  # [M, C]
     p_branch,  # [M, C]
@@ -75,17 +79,19 @@ def layer_scale_residual_kernel(
     stride_branch,
     rows_per_image,
     C: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    o_rows, o_cols, m_rows, m_tile = row_tile(tl.program_id(0), M, C, ROWS, BLOCK_C)
-    b_residual = load_tile(p_residual, o_rows, stride_residual, o_cols, m_tile)
-    b_branch = load_tile(p_branch, o_rows, stride_branch, o_cols, m_tile)
+    o_cols = columns(BLOCK_C, p_residual.dtype.element_ty, p_branch.dtype.element_ty)
+    o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
+    b_residual = load_tile(p_residual, o_rows, tl.cast(stride_residual, tl.int64) * STRIDE_UNIT, o_cols, m_tile)
+    b_branch = load_tile(p_branch, o_rows, tl.cast(stride_branch, tl.int64) * STRIDE_UNIT, o_cols, m_tile)
     b_out = add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C)
     store_tile(p_out, o_rows, C, o_cols, m_tile, b_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
 def layer_scale_residual_backward_kernel(
     p_grad,  # [M, C]
     p_branch,  # [M, C], for gamma's gradient
@@ -98,15 +104,18 @@ def layer_scale_residual_backward_kernel(
     stride_branch,
     rows_per_image,
     C: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     GAMMA_SUM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     o_cols = tl.arange(0, BLOCK_C)
+    stride_grad = tl.cast(stride_grad, tl.int64) * STRIDE_UNIT
+    stride_branch = tl.cast(stride_branch, tl.int64) * STRIDE_UNIT
     b_gamma = load_gamma(p_gamma, o_cols, C)
     b_gamma_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-        o_rows, o_cols, m_rows, m_tile = row_tile(i_tile, M, C, ROWS, BLOCK_C)
+        o_rows, m_rows, m_tile = row_tile(i_tile, M, o_cols, C, ROWS)
         # both loads before the store: 72 registers at C = 3200 on sm_100; with the sum first, Triton 3.9 spilled one
         b_grad = load_tile(p_grad, o_rows, stride_grad, o_cols, m_tile)
         if GAMMA_SUM:
@@ -120,30 +129,67 @@ def layer_scale_residual_backward_kernel(
         store_partial(p_partials, 0, b_gamma_sum, o_cols, C)
 
 
-def contiguous(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
+def rows_per_image(row_count: int, row_scale: Tensor | None) -> int:
+    return 1 if row_scale is None else row_count // max(1, row_scale.numel())
 
 
-def rows_per_image(rows: int, row_scale: Tensor | None) -> int:
-    return 1 if row_scale is None else rows // max(1, row_scale.numel())
+def add_scaled_branch(
+    config: RowConfig, residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None
+) -> Tensor:
+    residual_rows, branch_rows = as_rows(residual), as_rows(branch)
+    M, C = residual_rows.shape
+    out = residual.new_empty(residual.shape)
+    strides = residual_rows.stride(0), branch_rows.stride(0)
+    unit = stride_unit(*strides)
+    launch.run(
+        layer_scale_residual_kernel,
+        (triton.cdiv(M, config.rows),),
+        *(residual_rows, branch_rows, contiguous(gamma), contiguous(row_scale), out),
+        *(M, *(s // unit for s in strides), rows_per_image(M, row_scale)),
+        C=C,
+        STRIDE_UNIT=unit,
+        ROWS=config.rows,
+        BLOCK_C=triton.next_power_of_2(C),
+        num_warps=config.warps,
+    )
+    return out
+
+
+def branch_gradients(
+    config: RowConfig,
+    grad_out: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    branch_dtype: torch.dtype,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_rows = as_rows(grad_out)
+    branch_rows = None if branch is None or not output_mask[1] else as_rows(branch)
+    M, C = grad_rows.shape
+    programs = persistent_programs(M, config, launch.target_of(grad_out))
+    grad_branch = grad_out.new_empty(grad_out.shape, dtype=branch_dtype) if output_mask[0] else None
+    partials = grad_out.new_empty((int(output_mask[1]), programs, C), dtype=torch.float32)
+    strides = grad_rows.stride(0), 0 if branch_rows is None else branch_rows.stride(0)
+    unit = stride_unit(*strides)
+    launch.run(
+        layer_scale_residual_backward_kernel,
+        (programs if any(output_mask) else 0,),
+        *(grad_rows, branch_rows, contiguous(gamma), contiguous(row_scale), grad_branch, partials),
+        *(M, *(s // unit for s in strides), rows_per_image(M, row_scale)),
+        C=C,
+        STRIDE_UNIT=unit,
+        GAMMA_SUM=output_mask[1],
+        ROWS=config.rows,
+        BLOCK_C=triton.next_power_of_2(C),
+        num_warps=config.warps,
+    )
+    (grad_gamma,) = sum_partials(partials, gamma if output_mask[1] else None)
+    return grad_branch, grad_gamma
 
 
 def layer_scale_residual(residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:
-    residual_rows, branch_rows = as_rows(residual), as_rows(branch)
-    M, C = residual_rows.shape
-    choice = row_launch(OP, C, launch.target_of(residual))
-    out = residual.new_empty(residual.shape)
-    launch.run(
-        layer_scale_residual_kernel,
-        (triton.cdiv(M, choice.rows),),
-        *(residual_rows, branch_rows, contiguous(gamma), contiguous(row_scale), out),
-        *(M, residual_rows.stride(0), branch_rows.stride(0), rows_per_image(M, row_scale)),
-        C=C,
-        ROWS=choice.rows,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=choice.warps,
-    )
-    return out
+    return rows.call(OP, residual.shape[-1], residual, add_scaled_branch, residual, branch, gamma, row_scale)
 
 
 def layer_scale_residual_backward(
@@ -152,29 +198,7 @@ def layer_scale_residual_backward(
     gamma: Tensor | None,
     row_scale: Tensor | None,
     branch_dtype: torch.dtype,
-    output_mask: Mask,
-) -> tuple[Tensor, Tensor]:
-    grad_rows = as_rows(grad_out)
-    branch_rows = None if branch is None or not output_mask[1] else as_rows(branch)
-    M, C = grad_rows.shape
-    target = launch.target_of(grad_out)
-    choice = row_launch(f"{OP}_backward", C, target)
-    programs = persistent_programs(M, choice, target)
-    grad_branch = grad_out.new_empty(grad_out.shape, dtype=branch_dtype) if output_mask[0] else None
-    partials = grad_out.new_empty((int(output_mask[1]), programs, C), dtype=torch.float32)
-    launch.run(
-        layer_scale_residual_backward_kernel,
-        (programs if any(output_mask) else 0,),
-        *(grad_rows, branch_rows, contiguous(gamma), contiguous(row_scale), grad_branch, partials),
-        *(M, grad_rows.stride(0), 0 if branch_rows is None else branch_rows.stride(0), rows_per_image(M, row_scale)),
-        C=C,
-        GAMMA_SUM=output_mask[1],
-        ROWS=choice.rows,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=choice.warps,
-    )
-    grad_gamma = sum_partials(partials, *[gamma] * output_mask[1] if gamma is not None else [])
-    return (
-        empty_grad(grad_out) if grad_branch is None else grad_branch,
-        grad_gamma[0] if grad_gamma else empty_grad(grad_out),
-    )
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    args = (grad_out, branch, gamma, row_scale, branch_dtype, output_mask)
+    return rows.call(f"{OP}_backward", grad_out.shape[-1], grad_out, branch_gradients, *args)

@@ -1,4 +1,4 @@
-"""The seam between two branches on a GPU, in one pass.
+"""The fused residual add and norm between two branches on a GPU, in one pass.
 
     residual_out = residual + row_scale[b] * gamma * branch
     normed       = norm(residual_out) * weight (+ bias)              reads 2, writes 2, and one or two float32 a row
@@ -9,31 +9,35 @@
 All [M, C]. The statistics are those of residual_out as rounded to its dtype.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.common import launch
+from internvit.kernels.common import launch, rows
 from internvit.kernels.common.rows import (
+    RowConfig,
     as_rows,
+    columns,
+    contiguous,
     load_tile,
     load_vector,
     persistent_programs,
-    row_launch,
     row_tile,
     store_partial,
     store_tile,
+    stride_unit,
     sum_partials,
 )
-from internvit.kernels.layer_scale_residual import add_branch, contiguous, load_gamma, load_row_scale, rows_per_image
+from internvit.kernels.layer_scale_residual import add_branch, load_gamma, load_row_scale, rows_per_image
 from internvit.kernels.norm import load_x_hat, norm_backward, scale_and_shift, standardize
-from internvit.ops.core.registration import Mask, empty_grad
 
 OP = "layer_scale_residual_norm"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
 def layer_scale_residual_norm_kernel(
     p_residual,  # [M, C]
     p_branch,  # [M, C]
@@ -43,7 +47,7 @@ def layer_scale_residual_norm_kernel(
     p_bias,  # [C] or None
     p_residual_out,  # [M, C]
     p_normed,  # [M, C]
-    p_mean,  # [M], LayerNorm
+    p_mean,  # [M] or None, LayerNorm
     p_rstd,  # [M]
     M,
     stride_residual,
@@ -51,27 +55,29 @@ def layer_scale_residual_norm_kernel(
     rows_per_image,
     eps,
     C: tl.constexpr,
-    CENTRED: tl.constexpr,
-    ROUND_FIRST: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    NORM_TYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    o_rows, o_cols, m_rows, m_tile = row_tile(tl.program_id(0), M, C, ROWS, BLOCK_C)
-    b_residual = load_tile(p_residual, o_rows, stride_residual, o_cols, m_tile)
-    b_branch = load_tile(p_branch, o_rows, stride_branch, o_cols, m_tile)
+    o_cols = columns(BLOCK_C, p_residual.dtype.element_ty, p_branch.dtype.element_ty)
+    o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
+    b_residual = load_tile(p_residual, o_rows, tl.cast(stride_residual, tl.int64) * STRIDE_UNIT, o_cols, m_tile)
+    b_branch = load_tile(p_branch, o_rows, tl.cast(stride_branch, tl.int64) * STRIDE_UNIT, o_cols, m_tile)
     b_weight = load_vector(p_weight, o_cols, C)
     dtype = p_residual_out.dtype.element_ty
     b_sum = add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C).to(dtype)
     store_tile(p_residual_out, o_rows, C, o_cols, m_tile, b_sum)
-    b_x_hat, b_mean, b_rstd = standardize(b_sum.to(tl.float32), m_tile, eps, C, CENTRED)
-    b_normed = scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, dtype, C, ROUND_FIRST)
+    b_x_hat, b_mean, b_rstd = standardize(b_sum.to(tl.float32), m_tile, eps, C, NORM_TYPE)
+    b_normed = scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, dtype, C, ROUNDING)
     store_tile(p_normed, o_rows, C, o_cols, m_tile, b_normed)
     tl.store(p_rstd + o_rows, b_rstd, mask=m_rows)
-    if CENTRED:
+    if NORM_TYPE == "layer_norm":
         tl.store(p_mean + o_rows, b_mean, mask=m_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
 def layer_scale_residual_norm_backward_kernel(
     p_grad_residual_out,  # [M, C] or None
     p_grad_normed,  # [M, C]
@@ -80,7 +86,7 @@ def layer_scale_residual_norm_backward_kernel(
     p_gamma,  # [C] or None
     p_row_scale,  # [B] or None
     p_weight,  # [C]
-    p_mean,  # [M], LayerNorm
+    p_mean,  # [M] or None, LayerNorm
     p_rstd,  # [M]
     p_grad_residual,  # [M, C] or None
     p_grad_branch,  # [M, C] or None
@@ -92,29 +98,34 @@ def layer_scale_residual_norm_backward_kernel(
     stride_branch,
     rows_per_image,
     C: tl.constexpr,
-    CENTRED: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    NORM_TYPE: tl.constexpr,
     GAMMA_SUM: tl.constexpr,
     WEIGHT_SUM: tl.constexpr,
     BIAS_SUM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    o_cols = tl.arange(0, BLOCK_C)
+    o_cols = columns(BLOCK_C, p_residual_out.dtype.element_ty, p_grad_normed.dtype.element_ty)
+    stride_grad_residual_out = tl.cast(stride_grad_residual_out, tl.int64) * STRIDE_UNIT
+    stride_grad_normed = tl.cast(stride_grad_normed, tl.int64) * STRIDE_UNIT
+    stride_residual_out = tl.cast(stride_residual_out, tl.int64) * STRIDE_UNIT
+    stride_branch = tl.cast(stride_branch, tl.int64) * STRIDE_UNIT
     b_weight = load_vector(p_weight, o_cols, C)
     b_gamma_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     b_weight_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     b_bias_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-        o_rows, o_cols, m_rows, m_tile = row_tile(i_tile, M, C, ROWS, BLOCK_C)
+        o_rows, m_rows, m_tile = row_tile(i_tile, M, o_cols, C, ROWS)
         b_grad_normed = load_tile(p_grad_normed, o_rows, stride_grad_normed, o_cols, m_tile)
         b_x_hat, b_rstd = load_x_hat(
-            p_residual_out, p_mean, p_rstd, o_rows, m_rows, stride_residual_out, o_cols, m_tile, CENTRED
+            p_residual_out, p_mean, p_rstd, o_rows, m_rows, stride_residual_out, o_cols, m_tile, NORM_TYPE
         )
         if WEIGHT_SUM:
             b_weight_sum += b_grad_normed * b_x_hat
         if BIAS_SUM:
             b_bias_sum += b_grad_normed
-        b_grad = norm_backward(b_grad_normed, b_x_hat, b_weight, b_rstd, C, CENTRED)
+        b_grad = norm_backward(b_grad_normed, b_x_hat, b_weight, b_rstd, C, NORM_TYPE)
         if p_grad_residual_out is not None:
             b_grad += load_tile(p_grad_residual_out, o_rows, stride_grad_residual_out, o_cols, m_tile)
         if p_grad_residual is not None:
@@ -135,6 +146,87 @@ def layer_scale_residual_norm_backward_kernel(
         store_partial(p_partials, (1 if GAMMA_SUM else 0) + (1 if WEIGHT_SUM else 0), b_bias_sum, o_cols, C)
 
 
+def add_and_normalize(
+    config: RowConfig,
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    norm_type: str,
+    rounding: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    residual_rows, branch_rows = as_rows(residual), as_rows(branch)
+    M, C = residual_rows.shape
+    residual_out = residual.new_empty(residual.shape)
+    normed = branch.new_empty(branch.shape)
+    rstd = residual.new_empty(residual.shape[:-1], dtype=torch.float32)
+    mean = torch.empty_like(rstd) if norm_type == "layer_norm" else None
+    strides = residual_rows.stride(0), branch_rows.stride(0)
+    unit = stride_unit(*strides)
+    launch.run(
+        layer_scale_residual_norm_kernel,
+        (triton.cdiv(M, config.rows),),
+        *(residual_rows, branch_rows, contiguous(gamma), contiguous(row_scale), weight.contiguous(), contiguous(bias)),
+        *(residual_out, normed, mean, rstd),
+        *(M, *(s // unit for s in strides), rows_per_image(M, row_scale), eps),
+        C=C,
+        STRIDE_UNIT=unit,
+        NORM_TYPE=norm_type,
+        ROUNDING=rounding if norm_type == "rms_norm" else "fused",
+        ROWS=config.rows,
+        BLOCK_C=triton.next_power_of_2(C),
+        num_warps=config.warps,
+    )
+    return residual_out, normed, mean, rstd
+
+
+def add_and_normalize_gradients(
+    config: RowConfig,
+    grad_residual_out: Tensor | None,
+    grad_normed: Tensor,
+    residual_out: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    norm_type: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    grad_rows = None if grad_residual_out is None else as_rows(grad_residual_out)
+    branch_rows = None if branch is None or not output_mask[2] else as_rows(branch)
+    grad_normed_rows, x_rows = as_rows(grad_normed), as_rows(residual_out)
+    M, C = x_rows.shape
+    programs = persistent_programs(M, config, launch.target_of(residual_out))
+    grad_residual = residual_out.new_empty(residual_out.shape) if output_mask[0] else None
+    grad_branch = grad_normed.new_empty(grad_normed.shape) if output_mask[1] else None
+    partials = residual_out.new_empty((sum(output_mask[2:]), programs, C), dtype=torch.float32)
+    strides = [0 if t is None else t.stride(0) for t in (grad_rows, grad_normed_rows, x_rows, branch_rows)]
+    unit = stride_unit(*strides)
+    launch.run(
+        layer_scale_residual_norm_backward_kernel,
+        (programs if any(output_mask) else 0,),
+        *(grad_rows, grad_normed_rows, x_rows, branch_rows, contiguous(gamma), contiguous(row_scale)),
+        *(weight.contiguous(), contiguous(mean), rstd.contiguous(), grad_residual, grad_branch, partials),
+        *(M, *(s // unit for s in strides), rows_per_image(M, row_scale)),
+        C=C,
+        STRIDE_UNIT=unit,
+        NORM_TYPE=norm_type,
+        GAMMA_SUM=output_mask[2],
+        WEIGHT_SUM=output_mask[3],
+        BIAS_SUM=output_mask[4],
+        ROWS=config.rows,
+        BLOCK_C=triton.next_power_of_2(C),
+        num_warps=config.warps,
+    )
+    parameters = zip((gamma, weight, weight), output_mask[2:], strict=True)
+    return grad_residual, grad_branch, *sum_partials(partials, *(p if asked else None for p, asked in parameters))
+
+
 def layer_scale_residual_norm(
     residual: Tensor,
     branch: Tensor,
@@ -143,31 +235,11 @@ def layer_scale_residual_norm(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    kind: str,
+    norm_type: str,
     rounding: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    centred = kind == "layer_norm"
-    residual_rows, branch_rows = as_rows(residual), as_rows(branch)
-    M, C = residual_rows.shape
-    choice = row_launch(OP, C, launch.target_of(residual))
-    residual_out = residual.new_empty(residual.shape)
-    normed = branch.new_empty(branch.shape)
-    rstd = residual.new_empty(residual.shape[:-1], dtype=torch.float32)
-    mean = torch.empty_like(rstd) if centred else empty_grad(residual)
-    launch.run(
-        layer_scale_residual_norm_kernel,
-        (triton.cdiv(M, choice.rows),),
-        *(residual_rows, branch_rows, contiguous(gamma), contiguous(row_scale), weight.contiguous(), contiguous(bias)),
-        *(residual_out, normed, mean, rstd),
-        *(M, residual_rows.stride(0), branch_rows.stride(0), rows_per_image(M, row_scale), eps),
-        C=C,
-        CENTRED=centred,
-        ROUND_FIRST=rounding == "reference" and not centred,
-        ROWS=choice.rows,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=choice.warps,
-    )
-    return residual_out, normed, mean, rstd
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    args = (residual, branch, gamma, row_scale, weight, bias, eps, norm_type, rounding)
+    return rows.call(OP, residual.shape[-1], residual, add_and_normalize, *args)
 
 
 def layer_scale_residual_norm_backward(
@@ -180,43 +252,18 @@ def layer_scale_residual_norm_backward(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    kind: str,
-    output_mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_rows = None if grad_residual_out is None else as_rows(grad_residual_out)
-    branch_rows = None if branch is None or not output_mask[2] else as_rows(branch)
-    grad_normed_rows, rows = as_rows(grad_normed), as_rows(residual_out)
-    M, C = rows.shape
-    target = launch.target_of(residual_out)
-    choice = row_launch(f"{OP}_backward", C, target)
-    programs = persistent_programs(M, choice, target)
-    grad_residual = residual_out.new_empty(residual_out.shape) if output_mask[0] else None
-    grad_branch = grad_normed.new_empty(grad_normed.shape) if output_mask[1] else None
-    partials = residual_out.new_empty((sum(output_mask[2:]), programs, C), dtype=torch.float32)
-    launch.run(
-        layer_scale_residual_norm_backward_kernel,
-        (programs if any(output_mask) else 0,),
-        *(grad_rows, grad_normed_rows, rows, branch_rows, contiguous(gamma), contiguous(row_scale)),
-        *(weight.contiguous(), mean.contiguous(), rstd.contiguous(), grad_residual, grad_branch, partials),
-        *(M, 0 if grad_rows is None else grad_rows.stride(0), grad_normed_rows.stride(0), rows.stride(0)),
-        *(0 if branch_rows is None else branch_rows.stride(0), rows_per_image(M, row_scale)),
-        C=C,
-        CENTRED=kind == "layer_norm",
-        GAMMA_SUM=output_mask[2],
-        WEIGHT_SUM=output_mask[3],
-        BIAS_SUM=output_mask[4],
-        ROWS=choice.rows,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=choice.warps,
-    )
-    parameters = (gamma, weight, weight)
-    asked = [p for p, wanted in zip(parameters, output_mask[2:], strict=True) if wanted and p is not None]
-    summed = iter(sum_partials(partials, *asked))
-    grad_gamma, grad_weight, grad_bias = (next(summed) if m else empty_grad(rstd) for m in output_mask[2:])
-    return (
-        empty_grad(rstd) if grad_residual is None else grad_residual,
-        empty_grad(rstd) if grad_branch is None else grad_branch,
-        grad_gamma,
-        grad_weight,
-        grad_bias,
+    norm_type: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    args = (grad_residual_out, grad_normed, residual_out, branch, gamma, row_scale, weight)
+    return rows.call(
+        f"{OP}_backward",
+        residual_out.shape[-1],
+        residual_out,
+        add_and_normalize_gradients,
+        *args,
+        mean if norm_type == "layer_norm" else None,
+        rstd,
+        norm_type,
+        output_mask,
     )

@@ -3,32 +3,35 @@
     x_hat = (x - mean) * rstd,  rstd = 1 / sqrt(mean((x - mean)^2) + eps),  y = x_hat * weight + bias
     grad_x = rstd * (g - x_hat * mean(g * x_hat) - mean(g)),  g = grad_y * weight
 
-RMSNorm takes mean = 0 and drops mean(g). The device functions here are also the norm of
-`layer_scale_residual_norm` and `qk_norm`.
+RMSNorm takes mean = 0 and drops mean(g). Forward reads x once and writes y and one or two float32 a row. The device
+functions here are also the norm of `layer_scale_residual_norm` and `qk_norm`. A gradient that is not asked for is None.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.common import launch
+from internvit.kernels.common import launch, rows
 from internvit.kernels.common.rows import (
+    RowConfig,
     as_rows,
+    contiguous,
     load_tile,
     load_vector,
     persistent_programs,
-    row_launch,
     row_tile,
     store_partial,
     store_tile,
+    stride_unit,
     sum_partials,
 )
-from internvit.ops.core.registration import Mask, empty_grad
 
 
 @triton.jit
-def standardize(b_x, m_tile, eps, C: tl.constexpr, CENTRED: tl.constexpr):
+def standardize(b_x, m_tile, eps, C: tl.constexpr, NORM_TYPE: tl.constexpr):
     """x_hat [ROWS, BLOCK_C], mean [ROWS] and rstd [ROWS] of rows held whole.
 
     Squares are divided by C before they are summed, so that |x| up to 1e18 stays finite in float32. What rounding left
@@ -36,7 +39,7 @@ def standardize(b_x, m_tile, eps, C: tl.constexpr, CENTRED: tl.constexpr):
     14 ulp in bfloat16 without it.
     """
     b_mean = tl.sum(b_x, 1) / C
-    if CENTRED:
+    if NORM_TYPE == "layer_norm":
         b_x = tl.where(m_tile, b_x - b_mean[:, None], 0.0)
         b_rest = tl.sum(b_x, 1) / C
         b_x = tl.where(m_tile, b_x - b_rest[:, None], 0.0)
@@ -46,71 +49,75 @@ def standardize(b_x, m_tile, eps, C: tl.constexpr, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, dtype, C: tl.constexpr, ROUND_FIRST: tl.constexpr):
-    """x_hat * weight + bias; ROUND_FIRST rounds x_hat to `dtype` before, and the product after, as upstream does."""
-    if ROUND_FIRST:
-        return (b_x_hat.to(dtype).to(tl.float32) * b_weight[None, :]).to(dtype).to(tl.float32)
-    b_y = b_x_hat * b_weight[None, :]
-    if p_bias is not None:
-        b_y += load_vector(p_bias, o_cols, C)[None, :]
+def scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, dtype, C: tl.constexpr, ROUNDING: tl.constexpr):
+    """x_hat * weight + bias; ROUNDING "reference" rounds x_hat to `dtype` first and the product after, as upstream's
+    RMSNorm does, which has no bias."""
+    if ROUNDING == "reference":
+        b_y = (b_x_hat.to(dtype).to(tl.float32) * b_weight[None, :]).to(dtype).to(tl.float32)
+    else:
+        b_y = b_x_hat * b_weight[None, :]
+        if p_bias is not None:
+            b_y += load_vector(p_bias, o_cols, C)[None, :]
     return b_y
 
 
 @triton.jit
-def norm_backward(b_grad_y, b_x_hat, b_weight, b_rstd, C: tl.constexpr, CENTRED: tl.constexpr):
+def norm_backward(b_grad_y, b_x_hat, b_weight, b_rstd, C: tl.constexpr, NORM_TYPE: tl.constexpr):
     """grad_x [ROWS, BLOCK_C]; masked columns of grad_y and x_hat hold 0."""
     b_g = b_grad_y * b_weight[None, :]
     b_inner = b_g - b_x_hat * (tl.sum(b_g * b_x_hat, 1) / C)[:, None]
-    if CENTRED:
+    if NORM_TYPE == "layer_norm":
         b_inner -= (tl.sum(b_g, 1) / C)[:, None]
     return b_inner * b_rstd[:, None]
 
 
 @triton.jit
-def load_x_hat(p_x, p_mean, p_rstd, o_rows, m_rows, stride, o_cols, m_tile, CENTRED: tl.constexpr):
+def load_x_hat(p_x, p_mean, p_rstd, o_rows, m_rows, stride, o_cols, m_tile, NORM_TYPE: tl.constexpr):
     """x_hat [ROWS, BLOCK_C] from saved statistics, and rstd [ROWS]."""
     b_x = load_tile(p_x, o_rows, stride, o_cols, m_tile)
     b_rstd = tl.load(p_rstd + o_rows, mask=m_rows, other=0.0)
-    if CENTRED:
+    if NORM_TYPE == "layer_norm":
         b_mean = tl.load(p_mean + o_rows, mask=m_rows, other=0.0)
         b_x = tl.where(m_tile, b_x - b_mean[:, None], 0.0)
     return b_x * b_rstd[:, None], b_rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def norm_kernel(
     p_x,  # [M, C]
     p_weight,  # [C]
     p_bias,  # [C] or None
     p_y,  # [M, C]
-    p_mean,  # [M], LayerNorm
+    p_mean,  # [M] or None, LayerNorm
     p_rstd,  # [M]
     M,
     stride_x,
     eps,
     C: tl.constexpr,
-    CENTRED: tl.constexpr,
-    ROUND_FIRST: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    NORM_TYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    o_rows, o_cols, m_rows, m_tile = row_tile(tl.program_id(0), M, C, ROWS, BLOCK_C)
+    o_cols = tl.arange(0, BLOCK_C)
+    o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
     b_weight = load_vector(p_weight, o_cols, C)
-    b_x = load_tile(p_x, o_rows, stride_x, o_cols, m_tile)
-    b_x_hat, b_mean, b_rstd = standardize(b_x, m_tile, eps, C, CENTRED)
-    b_y = scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, p_x.dtype.element_ty, C, ROUND_FIRST)
+    b_x = load_tile(p_x, o_rows, tl.cast(stride_x, tl.int64) * STRIDE_UNIT, o_cols, m_tile)
+    b_x_hat, b_mean, b_rstd = standardize(b_x, m_tile, eps, C, NORM_TYPE)
+    b_y = scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, p_x.dtype.element_ty, C, ROUNDING)
     store_tile(p_y, o_rows, C, o_cols, m_tile, b_y)
     tl.store(p_rstd + o_rows, b_rstd, mask=m_rows)
-    if CENTRED:
+    if NORM_TYPE == "layer_norm":
         tl.store(p_mean + o_rows, b_mean, mask=m_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def norm_backward_kernel(
     p_grad_y,  # [M, C]
     p_x,  # [M, C]
     p_weight,  # [C]
-    p_mean,  # [M], LayerNorm
+    p_mean,  # [M] or None, LayerNorm
     p_rstd,  # [M]
     p_grad_x,  # [M, C] or None
     p_partials,  # [sums, programs, C] float32: weight's, then bias's
@@ -118,22 +125,25 @@ def norm_backward_kernel(
     stride_grad_y,
     stride_x,
     C: tl.constexpr,
-    CENTRED: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    NORM_TYPE: tl.constexpr,
     WEIGHT_SUM: tl.constexpr,
     BIAS_SUM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     o_cols = tl.arange(0, BLOCK_C)
+    stride_grad_y = tl.cast(stride_grad_y, tl.int64) * STRIDE_UNIT
+    stride_x = tl.cast(stride_x, tl.int64) * STRIDE_UNIT
     b_weight = load_vector(p_weight, o_cols, C)
     b_weight_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     b_bias_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-        o_rows, o_cols, m_rows, m_tile = row_tile(i_tile, M, C, ROWS, BLOCK_C)
+        o_rows, m_rows, m_tile = row_tile(i_tile, M, o_cols, C, ROWS)
         b_grad_y = load_tile(p_grad_y, o_rows, stride_grad_y, o_cols, m_tile)
-        b_x_hat, b_rstd = load_x_hat(p_x, p_mean, p_rstd, o_rows, m_rows, stride_x, o_cols, m_tile, CENTRED)
+        b_x_hat, b_rstd = load_x_hat(p_x, p_mean, p_rstd, o_rows, m_rows, stride_x, o_cols, m_tile, NORM_TYPE)
         if p_grad_x is not None:
-            b_grad_x = norm_backward(b_grad_y, b_x_hat, b_weight, b_rstd, C, CENTRED)
+            b_grad_x = norm_backward(b_grad_y, b_x_hat, b_weight, b_rstd, C, NORM_TYPE)
             store_tile(p_grad_x, o_rows, C, o_cols, m_tile, b_grad_x)
         if WEIGHT_SUM:
             b_weight_sum += b_grad_y * b_x_hat
@@ -146,58 +156,84 @@ def norm_backward_kernel(
 
 
 def norm(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, rounding: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean (empty for RMSNorm), rstd."""
-    rows = as_rows(x)
-    M, C = rows.shape
-    choice = row_launch(op, C, launch.target_of(x))
+    config: RowConfig, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm_type: str, rounding: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y, mean (None for RMSNorm), rstd."""
+    x_rows = as_rows(x)
+    M, C = x_rows.shape
     y = x.new_empty(x.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    mean = torch.empty_like(rstd) if centred else empty_grad(x)
+    mean = torch.empty_like(rstd) if norm_type == "layer_norm" else None
+    unit = stride_unit(x_rows.stride(0))
     launch.run(
         norm_kernel,
-        (triton.cdiv(M, choice.rows),),
-        *(rows, weight.contiguous(), None if bias is None else bias.contiguous(), y, mean, rstd),
-        *(M, rows.stride(0), eps),
+        (triton.cdiv(M, config.rows),),
+        *(x_rows, weight.contiguous(), contiguous(bias), y, mean, rstd),
+        *(M, x_rows.stride(0) // unit, eps),
         C=C,
-        CENTRED=centred,
-        ROUND_FIRST=rounding == "reference",
-        ROWS=choice.rows,
+        STRIDE_UNIT=unit,
+        NORM_TYPE=norm_type,
+        ROUNDING=rounding,
+        ROWS=config.rows,
         BLOCK_C=triton.next_power_of_2(C),
-        num_warps=choice.warps,
+        num_warps=config.warps,
     )
     return y, mean, rstd
 
 
 def norm_gradients(
-    op: str, grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, centred: bool, output_mask: Mask
-) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_x, grad_weight, grad_bias; `output_mask` says which are wanted."""
-    grad_rows, rows = as_rows(grad_y), as_rows(x)
-    M, C = rows.shape
-    target = launch.target_of(x)
-    choice = row_launch(f"{op}_backward", C, target)
-    programs = persistent_programs(M, choice, target)
-    sums = output_mask[1] + output_mask[2]
+    config: RowConfig,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    norm_type: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """grad_x, grad_weight, grad_bias; None where `output_mask` is False."""
+    grad_rows, x_rows = as_rows(grad_y), as_rows(x)
+    M, C = x_rows.shape
+    programs = persistent_programs(M, config, launch.target_of(x))
     grad_x = x.new_empty(x.shape) if output_mask[0] else None
-    partials = x.new_empty((sums, programs, C), dtype=torch.float32)
+    partials = x.new_empty((output_mask[1] + output_mask[2], programs, C), dtype=torch.float32)
+    unit = stride_unit(grad_rows.stride(0), x_rows.stride(0))
     launch.run(
         norm_backward_kernel,
         (programs if any(output_mask) else 0,),
-        *(grad_rows, rows, weight.contiguous(), mean, rstd.contiguous(), grad_x, partials),
-        *(M, grad_rows.stride(0), rows.stride(0)),
+        *(grad_rows, x_rows, weight.contiguous(), contiguous(mean), rstd.contiguous(), grad_x, partials),
+        *(M, grad_rows.stride(0) // unit, x_rows.stride(0) // unit),
         C=C,
-        CENTRED=centred,
+        STRIDE_UNIT=unit,
+        NORM_TYPE=norm_type,
         WEIGHT_SUM=output_mask[1],
         BIAS_SUM=output_mask[2],
-        ROWS=choice.rows,
+        ROWS=config.rows,
         BLOCK_C=triton.next_power_of_2(C),
-        num_warps=choice.warps,
+        num_warps=config.warps,
     )
-    summed = iter(sum_partials(partials, *[weight] * sums))
-    return (
-        empty_grad(x) if grad_x is None else grad_x,
-        next(summed) if output_mask[1] else empty_grad(x),
-        next(summed) if output_mask[2] else empty_grad(x),
-    )
+    grad_weight, grad_bias = sum_partials(partials, *(weight if asked else None for asked in output_mask[1:]))
+    return grad_x, grad_weight, grad_bias
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, rounding: str) -> tuple[Tensor, Tensor]:
+    y, _, rstd = rows.call("rms_norm", x.shape[-1], x, norm, x, weight, None, eps, "rms_norm", rounding)
+    return y, rstd
+
+
+def rms_norm_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    args = (grad_y, x, weight, None, rstd, "rms_norm", (*output_mask, False))
+    return rows.call("rms_norm_backward", x.shape[-1], x, norm_gradients, *args)[:2]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return rows.call("layer_norm", x.shape[-1], x, norm, x, weight, bias, eps, "layer_norm", "fused")
+
+
+def layer_norm_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    args = (grad_y, x, weight, mean, rstd, "layer_norm", output_mask)
+    return rows.call("layer_norm_backward", x.shape[-1], x, norm_gradients, *args)

@@ -297,8 +297,8 @@ def test_transformers_spelling_refuses_another_qk_norm_eps() -> None:
     with pytest.raises(ValueError, match="qk_norm_eps must be 1e-6 for transformers, got 1e-05"):
         config.to_dict("transformers")
     assert InternViTConfig.from_dict(config.to_dict("opengvlab")) == config
-    with pytest.raises(ValueError, match="spelling must be opengvlab or transformers, got 'timm'"):
-        config.to_dict("timm")
+    with pytest.raises(ValueError, match=r"spelling must be one of opengvlab, .*, mmseg, got 'hf'"):
+        config.to_dict("hf")
 
 
 @given(configs(), st.dictionaries(st.sampled_from(["num_experts", "use_moe", "torch_dtype", "_x"]), st.integers()))
@@ -308,5 +308,7 @@ def test_round_trip(config: InternViTConfig, stray: dict) -> None:
     assert InternViTConfig.from_dict({"model_type": "internvl_chat", "vision_config": fields}) == config
     assert pickle.loads(pickle.dumps(config)) == config
     assert hash(config.replace()) == hash(config)
+    for spelling in ("timm", "mmseg"):
+        assert InternViTConfig.from_dict(json.loads(json.dumps(config.to_dict(spelling)))) == config
     if not config.qk_normalization or config.effective_qk_norm_eps == 1e-6:
         assert InternViTConfig.from_dict(json.loads(json.dumps(config.to_dict("transformers")))) == config

@@ -5,18 +5,14 @@ import torch
 
 from internvit import numerics
 from internvit.ops import (
-    attention,
     backend,
     layer_norm,
-    layer_scale_residual,
     layer_scale_residual_norm,
-    linear_gelu,
-    qk_norm,
-    qk_norm_attention,
-    qk_norm_stats,
+    qk_norm_attention_qkvpacked,
     rms_norm,
 )
-from internvit.ops.core.select import BACKENDS
+from internvit.ops.backends.registry import BACKENDS, backends_for
+from internvit.ops.core.spec import SPECS, Inputs, Size, converted, differentiable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,9 +26,9 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(params=["triton", "cuda"])
 def name(request):
-    missing = BACKENDS[request.param].missing()
-    if missing is not None:
-        pytest.skip(missing)
+    reason = BACKENDS[request.param].unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
     return request.param
 
 
@@ -50,24 +46,13 @@ def gradients(function, inputs):
     return (*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, grads))
 
 
-def operations(heads, head_dim, kind):
-    C = heads * head_dim
-    row_scale = torch.tensor([0.0, 1.25], device="cuda")
-    norm = {"rms_norm": lambda x, w, b: rms_norm(x, w) + 0 * b, "layer_norm": layer_norm}[kind]
-    rows, vector, packed = (2, 1025, C), (C,), (2, 1025, 3, heads, head_dim)
-    return {
-        kind: (norm, (rows, vector, vector)),
-        "layer_scale_residual": (lambda r, b, g: layer_scale_residual(r, b, g, row_scale), (rows, rows, vector)),
-        "layer_scale_residual_norm": (
-            lambda r, b, g, w: layer_scale_residual_norm(r, b, g, row_scale, w, kind=kind),
-            (rows, rows, vector, vector),
-        ),
-        "qk_norm_stats": (lambda p: qk_norm_stats(*p.unbind(2)[:2]), (packed,)),
-        "qk_norm": (lambda p, a, b: qk_norm(*p.unbind(2)[:2], a, b), (packed, vector, vector)),
-        "attention": (lambda p: attention(*p.unbind(2)), (packed,)),
-        "qk_norm_attention": (lambda p, a, b: qk_norm_attention(p, None, None, a, b), (packed, vector, vector)),
-        "linear_gelu": (linear_gelu, (rows, (2 * C, C), (2 * C,))),
-    }
+def operations(heads, head_dim, dtype):
+    """(name, spec, arguments) of every op at a model's size, without what float16 or the backend refuses."""
+    inputs = Inputs(Size(2, 1025, heads, head_dim), torch.Generator().manual_seed(0), dtype, "cuda")
+    for spec in SPECS.values():
+        for variant, example in spec.examples.items():
+            if (spec.name, dtype) != ("linear_layer_scale", torch.float16):
+                yield f"{spec.name} {variant}", spec, example(inputs)
 
 
 def is_torchs(name, op):
@@ -75,19 +60,26 @@ def is_torchs(name, op):
     return name == "cuda" and "attention" in op
 
 
+def with_gradients(spec, arguments, backend):
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in differentiable(arguments).items()}
+    outs = spec.run({**arguments, **leaves}, backend)
+    g = torch.Generator().manual_seed(1)
+    grads = [torch.randn(o.shape, generator=g).to(o) for o in outs]
+    return (*(o.detach() for o in outs), *torch.autograd.grad(outs, list(leaves.values()), grads))
+
+
 @dtypes
 @models
 def test_contract_and_determinism(name, model, dtype):
-    for op, (function, shapes) in operations(*model).items():
-        inputs = tensors(*shapes, dtype=dtype)
-        with backend(name):
-            actual = gradients(function, inputs)
-            for _ in range(0 if is_torchs(name, op) else 2):
-                again = gradients(function, inputs)
-                assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True)), f"{op}: not deterministic"
-        with backend("reference"):
-            truth = gradients(function, [t.double() for t in inputs])
-            eager = gradients(function, inputs)
+    for op, spec, arguments in operations(*model[:2], dtype):
+        if name not in backends_for(spec.implemented_as, "cuda", dtype, model[1], folded=op == "attention qk_norm"):
+            continue
+        actual = with_gradients(spec, arguments, name)
+        for _ in range(0 if is_torchs(name, op) else 2):
+            again = with_gradients(spec, arguments, name)
+            assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True)), f"{op}: not deterministic"
+        truth = with_gradients(spec, converted(arguments, torch.float64), "reference")
+        eager = with_gradients(spec, arguments, "reference")
         for i, (a, t, e) in enumerate(zip(actual, truth, eager, strict=True)):
             error, allowed = numerics.relative_error(a, t), 2 * numerics.relative_error(e, t)
             assert error <= max(allowed, 2 * torch.finfo(dtype).eps), f"{op}, result {i}: {error:.2e} > {allowed:.2e}"
@@ -125,10 +117,10 @@ def test_batch_invariance(name, model, tokens):
     weight = torch.ones(C, device="cuda", dtype=torch.bfloat16)
 
     def seam(x):
-        return layer_scale_residual_norm(x, x, weight, None, weight, kind=kind, backend=name)[1]
+        return layer_scale_residual_norm(x, x, weight, gamma=weight, norm_type=kind, backend=name)[1]
 
     def attend(qkv):
-        return qk_norm_attention(qkv, None, None, weight, weight, backend=name)
+        return qk_norm_attention_qkvpacked(qkv, weight, weight, backend=name)
 
     for function, t in ((seam, x), (attend, qkv)):
         if is_torchs(name, function.__name__.replace("attend", "attention")):
@@ -167,8 +159,8 @@ def test_cuda_graph(name):
     x, qkv, weight = tensors((2, 1025, 1024), (1, 1025, 3, 16, 64), (1024,), dtype=torch.bfloat16)
 
     def run():
-        normed = layer_scale_residual_norm(x, x, weight, None, weight, backend=name)[1]
-        return normed, qk_norm_attention(qkv, None, None, weight, weight, backend=name)
+        normed = layer_scale_residual_norm(x, x, weight, gamma=weight, backend=name)[1]
+        return normed, qk_norm_attention_qkvpacked(qkv, weight, weight, backend=name)
 
     expected = run()
     graph = torch.cuda.CUDAGraph()

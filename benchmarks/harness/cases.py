@@ -1,9 +1,10 @@
-"""What a benchmark file states: one piece of work, every way there is to do it, and how to tell a right result.
+"""Benchmark cases: inputs, the implementations that are timed on them, and the check of a result before it is timed.
 
-A `bench_NAME.py` has a function `works(setting)` that returns its pieces; `run.py` times them, `conftest.py` makes
-pytest-benchmark cases of them.
+A `bench_NAME.py` has a function `cases(setting)`; `run.py` times what it returns, `conftest.py` makes pytest-benchmark
+cases of it. An op's cases follow from its `OpSpec`.
 """
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internvit.numerics import norm_failures, product_failures, relative_error
-from internvit.ops.core.select import BACKENDS
+from internvit.numerics import relative_error
+from internvit.ops.backends.registry import backends_for
+from internvit.ops.core.spec import SPECS, Inputs, OpSpec, Size, cost
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS = "internvit"
@@ -36,13 +38,13 @@ class MissingPeerError(Exception):
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way to do the work.
+class Implementation:
+    """One implementation of what a case computes.
 
     Attributes:
         name: as the table prints it; ours start with "internvit".
-        build: makes the callable that takes the work's inputs; raises MissingPeerError where the peer is not to be had.
-        trains: False for ways that have no backward.
+        build: makes the callable that takes the case's inputs; raises MissingPeerError where the peer is not to be had.
+        trains: False for those that have no backward.
     """
 
     name: str
@@ -55,16 +57,16 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Work:
-    """One piece of work.
+class BenchmarkCase:
+    """One computation at one size and dtype.
 
     Attributes:
         bench: the file's name without `bench_`; an op's name for ops.
         shape, dtype: as the table prints them.
         inputs: fresh random inputs on the device; `None`s stand for absent ones.
-        variants: the ways to do it, ours first.
-        judge: (result, inputs) -> what the result breaks of the numerics contract.
-        judge_gradients: the same for the gradients of the inputs, in order, with the gradient that came in last.
+        implementations: ours first.
+        violations: (result, inputs) -> what the result breaks of the numerics contract.
+        gradient_violations: the same for the gradients of the inputs, in order, with the gradient that came in last.
         bytes, flops: the least that a forward must move and multiply, and of a forward and backward.
         sizes: numbers that plots are drawn over, such as tokens and batch.
     """
@@ -73,16 +75,16 @@ class Work:
     shape: str
     dtype: torch.dtype
     inputs: Callable[[], tuple[Any, ...]]
-    variants: tuple[Variant, ...]
-    judge: Callable[[Any, tuple[Any, ...]], list[str]]
-    judge_gradients: Callable[[Any, tuple[Any, ...], Any], list[str]] | None = None
+    implementations: tuple[Implementation, ...]
+    violations: Callable[[Any, tuple[Any, ...]], list[str]]
+    gradient_violations: Callable[[Any, tuple[Any, ...], Any], list[str]] | None = None
     bytes: Mapping[str, float] = field(default_factory=dict)
     flops: Mapping[str, float] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return (FORWARD,) if self.judge_gradients is None else (FORWARD, BOTH)
+        return (FORWARD,) if self.gradient_violations is None else (FORWARD, BOTH)
 
     @property
     def dtype_name(self) -> str:
@@ -121,25 +123,46 @@ def compiled(function: Callable) -> Callable[[], Callable]:
     return build
 
 
-def vector(width: int, generator: torch.Generator, offset: float = 0.0) -> Tensor:
-    """A parameter [C] as trained ones are: not all alike."""
-    return offset + 0.3 * torch.randn(width, generator=generator)
-
-
-def tokens_of(setting: Setting) -> tuple[tuple[str, int, int, int], ...]:
-    """(norm, images, tokens, width) that row ops are timed at: the 300M's and the 6B's at 448 px."""
+def row_sizes(setting: Setting, norm: str | None = None) -> list[tuple[str, Size]]:
+    """(norm, size) that row ops are timed at: the 300M's LayerNorm and the 6B's RMSNorm at 448 px."""
+    batches: dict[str, tuple[int, ...]] = {"layer_norm": (8,), "rms_norm": (1,)}
     if setting.quick:
-        return ("layer_norm", 1, 257, 1024), ("rms_norm", 1, 257, 3200)
+        batches = dict.fromkeys(batches, (1,))
+    elif setting.device.startswith("cuda"):
+        batches = dict.fromkeys(batches, (1, 8, 64))
+    tokens, heads = 257 if setting.quick else 1025, {"layer_norm": (16, 64), "rms_norm": (25, 128)}
+    names = [norm] if norm else list(batches)
+    return [(name, Size(batch, tokens, *heads[name])) for name in names for batch in batches[name]]
+
+
+def gemm_sizes(setting: Setting) -> list[tuple[Size, torch.dtype]]:
+    """Sizes and dtypes that GEMMs are timed at: on a CPU one image, and no float32 at the 6B's width.
+
+    That takes two minutes of fifteen on two cores.
+    """
     if setting.device.startswith("cuda"):
-        return tuple((n, b, 1025, c) for b in (1, 8, 64) for n, c in (("layer_norm", 1024), ("rms_norm", 3200)))
-    return ("layer_norm", 8, 1025, 1024), ("rms_norm", 1, 1025, 3200)
+        return [(size, dtype) for _, size in row_sizes(setting) for dtype in setting.dtypes]
+    sizes = [dataclasses.replace(size, batch=1) for _, size in row_sizes(setting)]
+    return [
+        (size, dtype)
+        for size in sizes
+        for dtype in setting.dtypes
+        if setting.quick or size.hidden_size < 3200 or dtype.itemsize < 4
+    ]
 
 
-def gemm_dtypes(setting: Setting, width: int) -> tuple[torch.dtype, ...]:
-    """The dtypes GEMMs are timed in: on a CPU no float32 at the 6B's width, two minutes of fifteen on two cores."""
-    if setting.device.startswith("cuda") or setting.quick or width < 3200:
-        return setting.dtypes
-    return tuple(dtype for dtype in setting.dtypes if dtype.itemsize < 4)
+def attention_sizes(setting: Setting, heads: tuple[int, int] | None = None) -> list[Size]:
+    """The 300M's and the 6B's attention at 448 px; without `heads` also with fewer and more tokens."""
+    both = ((16, 64), (25, 128))
+    if setting.quick:
+        return [Size(1, 257, *(heads or both[0]))]
+    if setting.device.startswith("cuda"):
+        grid = ((1, 1025), (8, 1025)) if heads else ((1, 1025), (8, 1025), (8, 257), (1, 4097))
+        return [Size(*batch_tokens, *h) for batch_tokens in grid for h in ((heads,) if heads else both)]
+    if heads:
+        return [Size(1, 1025, *heads)]
+    more = [Size(1, 1025, 16, 64), Size(4, 1025, 16, 64), Size(1, 257, 16, 64), Size(1, 4097, 16, 64)]
+    return [*more, Size(1, 1025, 25, 128)]
 
 
 def needs(package: str, how: str) -> None:
@@ -148,95 +171,106 @@ def needs(package: str, how: str) -> None:
         raise MissingPeerError(f"{package} is not installed: {how}")
 
 
-def _on(ours: Callable[..., Any], backend: str) -> Callable[[], Callable[..., Any]]:
-    return lambda: lambda *inputs: ours(*inputs, backend=backend)
+Peers = Mapping[str, Callable[[], Callable]]
 
 
-def op_work(
-    setting: Setting,
-    op: str,
-    shape: str,
-    dtype: torch.dtype,
-    make: Callable[[], tuple[Any, ...]],
-    ours: Callable[..., Any],
-    plain: Callable[..., Any],
-    peers: Mapping[str, Callable[[], Callable]] | None = None,
-    product: bool = False,
-    magnitude: Callable[..., Tensor] | None = None,
-    judge: Callable[[Any, tuple[Any, ...]], list[str]] | None = None,
-    implemented_as: str | None = None,
-    head_dim: int = 0,
-    bytes: tuple[float, float] = (0.0, 0.0),
-    flops: tuple[float, float] = (0.0, 0.0),
-    sizes: Mapping[str, int] | None = None,
-    compile_peer: bool = True,
-    trains: bool = True,
-) -> Work:
-    """The work of one op: ours on every backend here, the eager formula, torch.compile of it, and other peers.
+class _OpCase:
+    """The functions of one op's case, on the example's arguments in order."""
 
-    Args:
-        make: inputs on the CPU; moved to the device here.
-        ours: takes the inputs and `backend=`.
-        plain: the eager formula, which is the truth when given float64 inputs.
-        product: judged as attention and GEMMs are, else as norms.
-        implemented_as: the op that a backend must have, if another than `op`.
-        magnitude: for norms, of float64 inputs: the sum of the absolute terms of the last output.
-        judge: instead of `product` and `magnitude`, for ops with a rule of their own.
-        bytes, flops: of a forward, and of a forward and backward.
-    """
-    names = [
-        name
-        for name, backend in BACKENDS.items()
-        if name not in ("reference", "sdpa", "flash")  # the first is for truth, the others are peers
-        and backend.missing() is None
-        and backend.find(implemented_as or op) is not None
-        and backend.rejects(setting.device, dtype, head_dim) is None
-    ]
-    names = names or ["auto"]  # no compiled backend has the op here: what a call without `backend=` takes
-    variants = [Variant(f"{OURS} {name}", _on(ours, name)) for name in names]
-    variants.append(Variant("eager", lambda: plain))
-    if compile_peer and not setting.quick:
-        variants.append(Variant("torch.compile", compiled(plain)))
-    variants += [Variant(name, build) for name, build in (peers or {}).items()]
+    def __init__(self, setting: Setting, spec: OpSpec, size: Size, dtype: torch.dtype, variant: str) -> None:
+        self.spec, self.make = spec, spec.examples[variant]
+        self.random = Inputs(size, setting.generator(), dtype, setting.device, row_scale=False)
+        self.names = list(self.make(dataclasses.replace(self.random, device="meta")))
 
-    def by_kind(result: Any, inputs: tuple[Any, ...]) -> list[str]:
-        wide = double(inputs)
-        failures = []
-        outputs, truths, eagers = tensors(result), tensors(plain(*wide)), tensors(plain(*inputs))
-        for i, (actual, truth, eager) in enumerate(zip(outputs, truths, eagers, strict=True)):
-            if product:
-                failures += product_failures(actual, truth, eager)
-            else:
-                last = i == len(truths) - 1
-                terms = magnitude(*wide) if magnitude is not None and last else None
-                failures += norm_failures(actual, truth, eager, terms)
-        return failures
+    def inputs(self) -> tuple[Any, ...]:
+        return tuple(self.make(self.random).values())
 
-    def judge_gradients(grads: Any, inputs: tuple[Any, ...], incoming: Any) -> list[str]:
+    def named(self, inputs: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip(self.names, inputs, strict=True))
+
+    def ours(self, backend: str) -> Callable[[], Callable[..., Any]]:
+        return lambda: lambda *inputs: self.spec.function(**self.named(inputs), backend=backend)
+
+    def plain(self, *inputs: Any) -> Any:
+        return self.spec.formula(**self.named(inputs))
+
+    def violations(self, result: Any, inputs: tuple[Any, ...]) -> list[str]:
+        given = self.named(inputs)
+        return self.spec.violations(given, tensors(result), self.spec.truth(given), self.spec.plain(given))
+
+    def gradient_violations(self, grads: Any, inputs: tuple[Any, ...], incoming: Any) -> list[str]:
         wide = tuple(x.requires_grad_() if isinstance(x, Tensor) else x for x in double(inputs))
-        truths = gradients(plain, wide, tuple(g.double() for g in incoming))
-        eagers = gradients(plain, inputs, incoming)
-        failures = []
+        truths = gradients(self.plain, wide, tuple(g.double() for g in incoming))
+        eagers = gradients(self.plain, inputs, incoming)
+        violations = []
         for i, (actual, truth, eager) in enumerate(zip(grads, truths, eagers, strict=True)):
             # The suite has the fine bounds; this one lets no wrong gradient through.
             allowed = max(2 * relative_error(eager, truth), torch.finfo(actual.dtype).eps)
             error = relative_error(actual, truth)
             if not error <= allowed:
-                failures.append(f"gradient {i}: relative error {error:.2e}, allowed {allowed:.2e}")
-        return failures
+                violations.append(f"gradient {i}: relative error {error:.2e}, allowed {allowed:.2e}")
+        return violations
 
-    def inputs() -> tuple[Any, ...]:
-        return tuple(x.to(setting.device, dtype) if isinstance(x, Tensor) else x for x in make())
 
-    return Work(
-        op,
-        shape,
+def op_case(
+    setting: Setting,
+    name: str,
+    size: Size,
+    dtype: torch.dtype,
+    variant: str = "",
+    bench: str = "",
+    shape: str = "",
+    peers: Peers | None = None,
+    compile_peer: bool = True,
+    trains: bool = True,
+) -> BenchmarkCase:
+    """The case of the op `name`: ours on every backend here, its plain formula, torch.compile of it, other peers.
+
+    Args:
+        variant: of the spec's examples.
+        bench, shape: as the table prints them; the op's name, and rows x channels, by default.
+        peers: take the example's arguments in order.
+    """
+    spec = SPECS[name]
+    case = _OpCase(setting, spec, size, dtype, variant)
+    available = backends_for(spec.implemented_as, setting.device.partition(":")[0], dtype, size.head_dim)
+    # The reference is the truth, sdpa and flash are peers; with no other, what a call without `backend=` takes.
+    backends = [b for b in available if b not in ("reference", "sdpa", "flash")] or ["auto"]
+    implementations = [Implementation(f"{OURS} {b}", case.ours(b)) for b in backends]
+    implementations.append(Implementation("eager", lambda: case.plain))
+    if compile_peer and not setting.quick:
+        implementations.append(Implementation("torch.compile", compiled(case.plain)))
+    implementations += [Implementation(peer, build) for peer, build in (peers or {}).items()]
+    least = cost(spec, size, dtype, variant)
+    return BenchmarkCase(
+        bench or name,
+        shape or f"{size.batch * size.tokens}x{size.hidden_size}",
         dtype,
-        inputs,
-        tuple(variants),
-        judge or by_kind,
-        judge_gradients if trains else None,
-        dict(zip((FORWARD, BOTH), bytes, strict=True)),
-        dict(zip((FORWARD, BOTH), flops, strict=True)),
-        sizes or {},
+        case.inputs,
+        tuple(implementations),
+        case.violations,
+        case.gradient_violations if trains else None,
+        {FORWARD: least.forward_bytes, BOTH: least.both_bytes},
+        {FORWARD: least.forward_flops, BOTH: least.both_flops},
     )
+
+
+def row_cases(setting: Setting, name: str, norm: str | None = None, peers: Peers | None = None) -> list[BenchmarkCase]:
+    """`op_case` of a row op at each size, in each dtype."""
+    sizes = [size for _, size in row_sizes(setting, norm)]
+    return [op_case(setting, name, size, dtype, peers=peers) for size in sizes for dtype in setting.dtypes]
+
+
+def attention_cases(
+    setting: Setting, name: str, sizes: list[Size], bench: str = "", peers: Peers | None = None
+) -> list[BenchmarkCase]:
+    """`op_case` of an op on heads; over 1025 tokens forward alone, in the first dtype."""
+    cases = []
+    for size in sizes:
+        whole = size.tokens <= 1025
+        numbers = {"batch": size.batch, "tokens": size.tokens, "heads": size.heads, "head_dim": size.head_dim}
+        shape = "x".join(map(str, numbers.values()))
+        for dtype in setting.dtypes if whole else setting.dtypes[:1]:
+            case = op_case(setting, name, size, dtype, "", bench, shape, peers, compile_peer=False, trains=whole)
+            cases.append(dataclasses.replace(case, sizes=numbers))
+    return cases

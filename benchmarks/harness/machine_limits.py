@@ -42,7 +42,7 @@ def _median(call, device: str, rounds: int) -> float:
 
 def measure_peak(dtypes: tuple[torch.dtype, ...], rounds: int) -> dict[str, float]:
     """The best of `rounds` samples of a few milliseconds: a limit is what was reached once."""
-    if native.missing("internvit_cpu") is not None:
+    if native.unavailable_reason("internvit_cpu") is not None:
         return {}
     threads, found = torch.get_num_threads(), {}
     for dtype in dtypes:

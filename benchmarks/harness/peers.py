@@ -18,7 +18,7 @@ from internvit.upstream.state_dict import convert_state_dict
 PIP = "pip install 'internvit[bench]'"
 
 
-def liger(setting: Setting, name: str, width: int, eps: float) -> dict[str, Callable[[], Callable]]:
+def liger(setting: Setting, name: str, eps: float = 1e-6) -> dict[str, Callable[[], Callable]]:
     """Liger's Triton norm as a peer; `name` is LigerRMSNorm or LigerLayerNorm."""
 
     def build() -> Callable:
@@ -41,15 +41,15 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash_attn(setting: Setting) -> Mapping[str, Callable[[], Callable]]:
-    """The flash-attn package on a packed [B, N, 3, H, D]."""
+    """The flash-attn package on q, k, v [B, N, H, D]."""
 
     def build() -> Callable:
         if not setting.device.startswith("cuda"):
             raise MissingPeerError("flash-attn needs a GPU")
         needs("flash_attn", "pip install 'internvit[flash]'")
-        from flash_attn import flash_attn_qkvpacked_func
+        from flash_attn import flash_attn_func
 
-        return lambda qkv: flash_attn_qkvpacked_func(qkv)
+        return flash_attn_func
 
     return {"flash-attn": build}
 

@@ -3,13 +3,13 @@
 import csv
 import dataclasses
 import datetime
+import io
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +18,19 @@ from typing import Any
 import torch
 
 from internvit.cli.environment import cpu_name, info
+from internvit.files import atomic_write
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of doing one piece of work.
+    """One implementation of one case.
 
     Attributes:
         launch: "eager" or "CUDA graph".
         p20_ms, p50_ms, p80_ms: quantiles over the rounds; None where nothing was timed.
-        speedup: this way's median over that of the fastest of ours: how many times ours is faster.
+        speedup: the median over that of the fastest of ours: how many times ours is faster.
         peak_mib: memory held at the peak of a call over what was held before.
         share: of the machine's measured limit that the median reaches, 1 the limit itself.
         limit: which limit, "copy" or "gemm".
@@ -80,40 +81,56 @@ class Results:
     complete: bool = True
 
     def write(self, folder: Path) -> tuple[Path, Path]:
-        """bench.json and bench.csv in `folder`, each replaced in one step."""
+        """The rows as bench.csv and all else as bench.json in `folder`, each replaced in one step."""
         folder.mkdir(parents=True, exist_ok=True)
-        found = dataclasses.asdict(self)
-        _replace(folder / "bench.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
-        fields = [f.name for f in dataclasses.fields(Row) if f.name != "sizes"]
-        facts = {k: self.machine[k] for k in ("device", "threads", "torch", "git")}
-        with tempfile.TemporaryFile("w+", newline="") as file:
-            writer = csv.DictWriter(file, [*fields, *facts], extrasaction="ignore", lineterminator="\n")
+        with io.StringIO(newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
             writer.writeheader()
-            writer.writerows({**dataclasses.asdict(row), **facts} for row in self.rows)
-            file.seek(0)
-            _replace(folder / "bench.csv", file.read())
+            writer.writerows({**dataclasses.asdict(row), "sizes": json.dumps(row.sizes)} for row in self.rows)
+            _replace(folder / "bench.csv", file.getvalue())
+        facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"rows": len(self.rows)}
+        _replace(folder / "bench.json", json.dumps(facts, indent=1, sort_keys=True) + "\n")
         return folder / "bench.json", folder / "bench.csv"
 
 
 def read(path: str | Path) -> Results:
-    """Results of a bench.json, or of the folder that holds it.
+    """Results from the folder of a bench.json and its bench.csv, or from either file.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: a file holds something else, or the two are not of one run.
     """
     path = Path(path)
-    path = path / "bench.json" if path.is_dir() else path
+    folder = path if path.is_dir() else path.parent
     try:
-        found = json.loads(path.read_text())
-        return Results(**{**found, "rows": tuple(Row(**row) for row in found["rows"])})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected the JSON that `internvit bench --out` writes, got {error!r}") from error
+        facts = json.loads((folder / "bench.json").read_text())
+        with open(folder / "bench.csv", newline="") as file:
+            rows = tuple(_row(fields) for fields in csv.DictReader(file))
+        if len(rows) != facts["rows"]:
+            raise ValueError(f"bench.csv has {len(rows)} rows, bench.json counts {facts['rows']}")
+        return Results(**{**facts, "rows": rows})
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: expected the files that `internvit bench --out` writes, got {error!r}") from error
+
+
+def _row(fields: dict[str, str]) -> Row:
+    """A row of bench.csv, its numbers as numbers."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Row):
+        text = fields[field.name]
+        if field.name == "sizes":
+            values[field.name] = json.loads(text)
+        elif field.name == "rounds":
+            values[field.name] = int(text)
+        elif "float" in str(field.type):
+            values[field.name] = float(text) if text else None
+        else:
+            values[field.name] = text
+    return Row(**values)
 
 
 def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    part.replace(path)
+    with atomic_write(path) as part:
+        part.write_text(text)
 
 
 def _git_hash() -> str:

@@ -1,6 +1,7 @@
-"""Times every piece of work: the contract first, then interleaved rounds. What breaks the contract is not timed."""
+"""Times benchmark cases: the numerics contract first, then interleaved rounds. A wrong result is not timed."""
 
 import dataclasses
+import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ from internvit.benchmarks.harness import machine_limits
 from internvit.benchmarks.harness.cases import (
     BOTH,
     FORWARD,
+    BenchmarkCase,
+    Implementation,
     MissingPeerError,
     Setting,
-    Variant,
-    Work,
     gradients,
     leaves,
     tensors,
@@ -33,52 +34,46 @@ from internvit.benchmarks.harness.timing import (
     rotating,
     seconds_of,
 )
+from internvit.ops.core.spec import SPECS, TINY, Inputs
 
-OPS = (
-    "rms_norm",
-    "layer_norm",
-    "layer_scale_residual",
-    "layer_scale_residual_norm",
-    "qk_norm_stats",
-    "qk_norm",
-    "attention",
-    "qk_norm_attention",
-    "linear_gelu",
-    "linear_layer_scale",
-)
+_FOLDER = Path(__file__).resolve().parents[1]
+OPS = tuple(name for name in SPECS if (_FOLDER / f"ops/bench_{name}.py").is_file())
 LEAST_ROUNDS, MOST_SECONDS = 5, 6.0
-"""Work that takes longer than so many seconds gets no more than five rounds: its spread is small beside it."""
+"""A case that takes longer than so many seconds gets no more than five rounds: its spread is small beside it."""
 BENCHES = (*OPS, "block", "patch", "model")
 Progress = Callable[[str], None]
 
 
 def module_of(bench: str) -> Any:
-    return importlib.import_module(f"internvit.benchmarks.bench_{bench}")
+    folder = "ops" if bench in OPS else "model"
+    return importlib.import_module(f"internvit.benchmarks.{folder}.bench_{bench}")
 
 
-def works(benches: tuple[str, ...], setting: Setting) -> list[Work]:
-    """The pieces of work of these benchmark files."""
-    return [work for bench in benches for work in module_of(bench).works(setting)]
+def cases(benches: tuple[str, ...], setting: Setting) -> list[BenchmarkCase]:
+    """The cases of these benchmark files."""
+    return [case for bench in benches for case in module_of(bench).cases(setting)]
 
 
-def checked(work: Work, variant: Variant, mode: str, function: Callable[..., Any]) -> list[str]:
-    """What a variant's result, or its gradients, break of the numerics contract; `function` as built."""
+def checked(case: BenchmarkCase, implementation: Implementation, mode: str, function: Callable[..., Any]) -> list[str]:
+    """What an implementation's result, or its gradients, break of the numerics contract; `function` as built."""
     with torch.no_grad() if mode == FORWARD else nullcontext():
-        inputs = work.inputs()
+        inputs = case.inputs()
         if mode == FORWARD:
-            failures = work.judge(function(*inputs), inputs)
+            failures = case.violations(function(*inputs), inputs)
         else:
-            assert work.judge_gradients is not None
+            assert case.gradient_violations is not None
             inputs = leaves(inputs)
             incoming = tuple(torch.randn_like(t) for t in tensors(function(*inputs)))
-            failures = work.judge_gradients(gradients(function, inputs, incoming), inputs, incoming)
+            failures = case.gradient_violations(gradients(function, inputs, incoming), inputs, incoming)
     return failures
 
 
-def callable_for(work: Work, mode: str, function: Callable[..., Any]) -> tuple[Callable[..., Any], list[tuple]]:
+def callable_for(
+    case: BenchmarkCase, mode: str, function: Callable[..., Any]
+) -> tuple[Callable[..., Any], list[tuple]]:
     """What is timed, and the sets of arguments it takes in turn."""
-    first = work.inputs()
-    sets = [first, *(work.inputs() for _ in range(copies_past_cache(first, str(tensors(first)[0].device)) - 1))]
+    first = case.inputs()
+    sets = [first, *(case.inputs() for _ in range(copies_past_cache(first, str(tensors(first)[0].device)) - 1))]
     if mode == FORWARD:
 
         def forward(*inputs: Any) -> Any:
@@ -91,30 +86,35 @@ def callable_for(work: Work, mode: str, function: Callable[..., Any]) -> tuple[C
     return lambda *inputs: gradients(function, inputs, incoming), sets
 
 
-def run_work(
-    work: Work, mode: str, setting: Setting, peers: tuple[str, ...] | None, rounds: int, limits: machine_limits.Limits
+def run_case(
+    case: BenchmarkCase,
+    mode: str,
+    setting: Setting,
+    peers: tuple[str, ...] | None,
+    rounds: int,
+    limits: machine_limits.Limits,
 ) -> Iterator[list[Row]]:
-    """The rows of one piece of work, after each round."""
+    """The rows of one case, after each round."""
     common = {
-        "bench": work.bench,
-        "shape": work.shape,
-        "dtype": work.dtype_name,
+        "bench": case.bench,
+        "shape": case.shape,
+        "dtype": case.dtype_name,
         "mode": mode,
-        "sizes": {**work.sizes, "bytes": int(work.bytes.get(mode, 0)), "flops": int(work.flops.get(mode, 0))},
+        "sizes": {**case.sizes, "bytes": int(case.bytes.get(mode, 0)), "flops": int(case.flops.get(mode, 0))},
     }
     gaps: list[Row] = []
     ready: dict[tuple[str, str], Callable[[], object]] = {}
     calls: dict[tuple[str, str], int] = {}
     memory: dict[tuple[str, str], int | None] = {}
-    for variant in work.variants:
-        if mode == BOTH and not variant.trains:
+    for implementation in case.implementations:
+        if mode == BOTH and not implementation.trains:
             continue
-        if not variant.ours and peers is not None and variant.name not in peers:
+        if not implementation.ours and peers is not None and implementation.name not in peers:
             continue
-        row = Row(**common, launch="eager", variant=variant.name)  # type: ignore[arg-type]
+        row = Row(**common, launch="eager", variant=implementation.name)  # type: ignore[arg-type]
         try:
-            function = variant.build()
-            failures = checked(work, variant, mode, function) if variant.ours else []
+            function = implementation.build()
+            failures = checked(case, implementation, mode, function) if implementation.ours else []
         except MissingPeerError as gap:
             gaps.append(dataclasses.replace(row, note=str(gap)))
             continue
@@ -125,10 +125,10 @@ def run_work(
         if failures:
             gaps.append(dataclasses.replace(row, note=f"refused, the result is wrong: {'; '.join(failures)}"))
             continue
-        call, sets = callable_for(work, mode, function)
-        ready[variant.name, "eager"] = rotating(call, sets)
-        calls[variant.name, "eager"] = 1
-        memory[variant.name, "eager"] = peak_bytes(ready[variant.name, "eager"], setting.device)
+        call, sets = callable_for(case, mode, function)
+        ready[implementation.name, "eager"] = rotating(call, sets)
+        calls[implementation.name, "eager"] = 1
+        memory[implementation.name, "eager"] = peak_bytes(ready[implementation.name, "eager"], setting.device)
         if setting.device.startswith("cuda"):
             try:
                 replay, count = graphed(call, sets)
@@ -136,8 +136,8 @@ def run_work(
                 note = f"no CUDA graph: {str(error).splitlines()[0]}"
                 gaps.append(dataclasses.replace(row, launch="CUDA graph", note=note))
                 continue
-            ready[variant.name, "CUDA graph"], calls[variant.name, "CUDA graph"] = replay, count
-    least, limit = limits.seconds(work.bytes.get(mode, 0.0), work.flops.get(mode, 0.0), work.dtype_name)
+            ready[implementation.name, "CUDA graph"], calls[implementation.name, "CUDA graph"] = replay, count
+    least, limit = limits.seconds(case.bytes.get(mode, 0.0), case.flops.get(mode, 0.0), case.dtype_name)
     yield gaps
     labels = {f"{name}|{launch}": (name, launch) for name, launch in ready}
     candidates = {label: ready[key] for label, key in labels.items()}
@@ -173,15 +173,14 @@ def _row(
 
 
 def call_costs(setting: Setting) -> dict[str, float]:
-    """Microseconds that a call of each op costs on one row, where there is next to nothing to compute."""
+    """Microseconds that a call of each op costs on a few rows, where there is next to nothing to compute."""
     costs = {}
-    for op in OPS:
-        tiny = getattr(module_of(op), "tiny", None)
-        if tiny is not None:
-            with torch.no_grad():
-                call = tiny(setting)
-                seconds_of(call, 100, "cpu")
-                costs[op] = round(1e6 * min(seconds_of(call, 200, "cpu") for _ in range(5)), 2)
+    for name, spec in SPECS.items():
+        arguments = next(iter(spec.examples.values()))(Inputs(TINY, setting.generator(), device=setting.device))
+        with torch.no_grad():
+            call = functools.partial(spec.function, **arguments)
+            seconds_of(call, 100, "cpu")
+            costs[name] = round(1e6 * min(seconds_of(call, 200, "cpu") for _ in range(5)), 2)
     return costs
 
 
@@ -201,7 +200,7 @@ def run(
         setting: device and size.
         peers: only these peers next to ours; all by default.
         rounds: how often each candidate runs at most; 15 for ops and 5 for models by default, 3 with `quick`.
-        folder: where bench.json and bench.csv are written after every piece of work.
+        folder: where bench.json and bench.csv are written after every piece of case.
         progress: called with the name of what is timed next.
         wrap: puts a progress bar around the list of steps.
     """
@@ -236,12 +235,12 @@ def _run(
     try:
         progress("the cost of a call")
         costs.update(call_costs(setting))
-        steps = [(work, mode) for work in works(benches, setting) for mode in work.modes]
-        for work, mode in wrap(steps):
-            progress(f"{work.bench} {work.shape} {work.dtype_name} {mode}")
-            count = rounds or (3 if setting.quick else 5 if work.bench in ("model", "block", "patch") else 15)
+        steps = [(case, mode) for case in cases(benches, setting) for mode in case.modes]
+        for case, mode in wrap(steps):
+            progress(f"{case.bench} {case.shape} {case.dtype_name} {mode}")
+            count = rounds or (3 if setting.quick else 5 if case.bench in ("model", "block", "patch") else 15)
             current = []
-            for found in run_work(work, mode, setting, peers, count, limits):
+            for found in run_case(case, mode, setting, peers, count, limits):
                 current = found
             rows += current
             current = []

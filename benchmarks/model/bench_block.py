@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from internvit import InternViT, InternViTConfig, reference
 from internvit.benchmarks.harness import peers
-from internvit.benchmarks.harness.cases import BOTH, FORWARD, OURS, Setting, Variant, Work
+from internvit.benchmarks.harness.cases import BOTH, FORWARD, OURS, BenchmarkCase, Implementation, Setting
 from internvit.benchmarks.model.bench_model import trained_like
-from internvit.numerics import product_failures, relative_error
+from internvit.numerics import product_violations, relative_error
 
 
 class _Plain(nn.Module):
@@ -32,7 +32,7 @@ def flops_of(config: InternViTConfig, images: int, tokens: int) -> float:
     return images * (linears + 4.0 * tokens**2 * config.hidden_size)
 
 
-def block_work(setting: Setting, name: str, images: int, tokens: int, dtype: torch.dtype) -> Work:
+def block_case(setting: Setting, name: str, images: int, tokens: int, dtype: torch.dtype) -> BenchmarkCase:
     config = InternViTConfig.from_name(name, num_hidden_layers=1, drop_path_rate=0.0)
     generator = setting.generator()
 
@@ -55,13 +55,13 @@ def block_work(setting: Setting, name: str, images: int, tokens: int, dtype: tor
     def timm() -> nn.Module:
         return peers.timm_model(config, weights()).blocks[0]
 
-    def judge(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
+    def violations(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
         block = eager()
         with torch.no_grad():
             emulation, truth = block(inputs[0]), block.double()(inputs[0].double())
-        return product_failures(result, truth, emulation, 1.1)
+        return product_violations(result, truth, emulation, 1.1)
 
-    def judge_gradients(grads: tuple[Tensor, ...], inputs: tuple[Tensor], incoming: tuple[Tensor]) -> list[str]:
+    def gradient_violations(grads: tuple[Tensor, ...], inputs: tuple[Tensor], incoming: tuple[Tensor]) -> list[str]:
         block = eager()
         (emulation,) = torch.autograd.grad(block(inputs[0]), inputs[0], incoming)
         wide = inputs[0].detach().double().requires_grad_()
@@ -79,24 +79,24 @@ def block_work(setting: Setting, name: str, images: int, tokens: int, dtype: tor
         "eager": eager,
     }
     flops = flops_of(config, images, tokens)
-    return Work(
+    return BenchmarkCase(
         "block",
         f"{name.split('-')[1].upper()} {images}x{tokens}x{config.hidden_size}",
         dtype,
         inputs,
-        tuple(Variant(name, build) for name, build in builds.items()),
-        judge,
-        judge_gradients,
+        tuple(Implementation(name, build) for name, build in builds.items()),
+        violations,
+        gradient_violations,
         flops={FORWARD: flops, BOTH: 3 * flops},
         sizes={"batch": images, "tokens": tokens},
     )
 
 
-def works(setting: Setting) -> list[Work]:
+def cases(setting: Setting) -> list[BenchmarkCase]:
     tokens = 257 if setting.quick else 1025
     batches = (1, 8) if setting.device.startswith("cuda") else (1,)
     names = VARIANTS[:1] if setting.quick else VARIANTS
-    return [block_work(setting, name, images, tokens, torch.bfloat16) for name in names for images in batches]
+    return [block_case(setting, name, images, tokens, torch.bfloat16) for name in names for images in batches]
 
 
 def test_block(timed) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from internvit import InternViT, InternViTConfig, optimize_for_inference, reference
 from internvit.benchmarks.harness import peers
-from internvit.benchmarks.harness.cases import FORWARD, OURS, Setting, Variant, Work
-from internvit.numerics import product_failures
+from internvit.benchmarks.harness.cases import FORWARD, OURS, BenchmarkCase, Implementation, Setting
+from internvit.numerics import product_violations
 
 
 @functools.lru_cache(maxsize=1)
@@ -34,7 +34,7 @@ def trained_like(config: InternViTConfig) -> dict[str, Tensor]:
     return found
 
 
-def model_work(setting: Setting, name: str, images: int, size: int, layers: int, every_peer: bool) -> Work:
+def model_case(setting: Setting, name: str, images: int, size: int, layers: int, every_peer: bool) -> BenchmarkCase:
     dtype = torch.bfloat16
     config = InternViTConfig.from_name(name).replace(
         num_hidden_layers=layers, image_size=size, drop_path_rate=0.0, name=None
@@ -82,44 +82,44 @@ def model_work(setting: Setting, name: str, images: int, size: int, layers: int,
             emulation = plain(pixels).last_hidden_state
             return plain.float()(pixels.float()).last_hidden_state, emulation
 
-    def judge(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
-        return product_failures(result, *truth_and_emulation(inputs[0]), 1.1)
+    def violations(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
+        return product_violations(result, *truth_and_emulation(inputs[0]), 1.1)
 
     def inputs() -> tuple[Tensor]:
         return (torch.randn(images, 3, size, size, generator=generator).to(setting.device, dtype),)
 
     variants = [
-        Variant(f"{OURS} optimize_for_inference", optimized, trains=False),
-        Variant(f"{OURS} InternViT", module),
-        Variant("transformers SDPA", transformers),
-        Variant("timm", timm),
+        Implementation(f"{OURS} optimize_for_inference", optimized, trains=False),
+        Implementation(f"{OURS} InternViT", module),
+        Implementation("transformers SDPA", transformers),
+        Implementation("timm", timm),
     ]
     if every_peer:
-        variants.append(Variant("transformers, torch.compile freezing", compiled, trains=False))
+        variants.append(Implementation("transformers, torch.compile freezing", compiled, trains=False))
         if setting.device == "cpu":
-            variants.append(Variant("OpenVINO bf16", openvino, trains=False))
-            variants.append(Variant("onnxruntime float32", onnxruntime, trains=False))
+            variants.append(Implementation("OpenVINO bf16", openvino, trains=False))
+            variants.append(Implementation("onnxruntime float32", onnxruntime, trains=False))
     tokens = 1 + (size // config.patch_size) ** 2
     from internvit.benchmarks.model.bench_block import flops_of
 
     depth = "" if layers == published else f", {layers} of {published} layers"
-    return Work(
+    return BenchmarkCase(
         "model",
         f"{name.split('-')[1].upper()} batch {images}, {size} px{depth}",
         dtype,
         inputs,
         tuple(variants),
-        judge,
+        violations,
         flops={FORWARD: layers * flops_of(config, images, tokens)},
         sizes={"batch": images, "tokens": tokens, "size": size, "layers": layers},
     )
 
 
-def works(setting: Setting) -> list[Work]:
+def cases(setting: Setting) -> list[BenchmarkCase]:
     """Every peer at 448 px; depth is cut where images are many or large, since time is linear in it."""
     small, large = "internvit-300m-448px", "internvit-6b-448px-v2.5"
     if setting.quick:
-        return [model_work(setting, small, 1, 224, 2, False)]
+        return [model_case(setting, small, 1, 224, 2, False)]
     if setting.device.startswith("cuda"):
         cases = [
             (small, b, s, 24, s == 448)
@@ -134,7 +134,7 @@ def works(setting: Setting) -> list[Work]:
             (small, 1, 224, 24, False),
             (small, 1, 896, 2, False),
         ]
-    return [model_work(setting, *case) for case in cases]
+    return [model_case(setting, *case) for case in cases]
 
 
 def test_model(timed) -> None:

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 import internvit
-from internvit.benchmarks.harness.cases import FORWARD, OURS, MissingPeerError, Setting, Variant, Work
+from internvit.benchmarks.harness.cases import FORWARD, OURS, BenchmarkCase, Implementation, MissingPeerError, Setting
 from internvit.benchmarks.model.bench_block import flops_of
 from internvit.benchmarks.model.bench_model import trained_like
-from internvit.numerics import product_failures
+from internvit.numerics import product_violations
 
 UPSTREAMS = ("opengvlab", "transformers", "timm", "mmseg")
 
 
-def patch_work(setting: Setting, upstream: str, dtype: torch.dtype, layers: int, size: int) -> Work:
+def patch_case(setting: Setting, upstream: str, dtype: torch.dtype, layers: int, size: int) -> BenchmarkCase:
     config = internvit.InternViTConfig.from_name("internvit-300m-448px").replace(
         num_hidden_layers=layers, image_size=size, drop_path_rate=0.0, name=None
     )
@@ -47,29 +47,32 @@ def patch_work(setting: Setting, upstream: str, dtype: torch.dtype, layers: int,
     def inputs() -> tuple[Tensor]:
         return (torch.randn(1, 3, size, size, generator=generator).to(setting.device, dtype),)
 
-    def judge(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
+    def violations(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
         with torch.no_grad():
             emulation = features(model())(inputs[0])
             truth = features(model(torch.float64))(inputs[0].double())
-        return product_failures(result, truth, emulation, 1.1 if dtype != torch.float32 else 2.0)
+        return product_violations(result, truth, emulation, 1.1 if dtype != torch.float32 else 2.0)
 
-    return Work(
+    return BenchmarkCase(
         "patch",
         f"{upstream} {layers} layers, {size} px",
         dtype,
         inputs,
-        (Variant(f"{OURS} patched", patched, trains=False), Variant("unpatched", lambda: features(model()))),
-        judge,
+        (
+            Implementation(f"{OURS} patched", patched, trains=False),
+            Implementation("unpatched", lambda: features(model())),
+        ),
+        violations,
         flops={FORWARD: layers * flops_of(config, 1, 1 + (size // config.patch_size) ** 2)},
     )
 
 
-def works(setting: Setting) -> list[Work]:
+def cases(setting: Setting) -> list[BenchmarkCase]:
     layers, size = (1, 224) if setting.quick else (4, 448)
     # On a CPU float32 is timed for OpenGVLab's alone: the others' differ from it by their attention, as in bfloat16.
     every = setting.device.startswith("cuda") or setting.quick
     return [
-        patch_work(setting, name, dtype, layers, size)
+        patch_case(setting, name, dtype, layers, size)
         for name in UPSTREAMS
         for dtype in (setting.dtypes if every or name == UPSTREAMS[0] else setting.dtypes[:1])
     ]

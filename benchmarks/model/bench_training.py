@@ -32,6 +32,7 @@ from internvit.benchmarks.harness.memory import saved_units
 from internvit.benchmarks.harness.timing import Times, freed_pages_kept, seconds_of
 from internvit.benchmarks.model.bench_model import trained_like
 from internvit.benchmarks.reports.table import markdown, ms
+from internvit.files import atomic_write
 from internvit.model.encoder import InternViTEncoder
 from internvit.numerics import relative_error
 
@@ -192,9 +193,8 @@ def write(folder: Path, machine: dict[str, Any], rows: list[Row]) -> None:
     writer.writeheader()
     writer.writerows(lines)
     for name, content in (("training.json", json.dumps(found, indent=1) + "\n"), ("training.csv", text.getvalue())):
-        part = folder / f".{name}.part"
-        part.write_text(content)
-        part.replace(folder / name)
+        with atomic_write(folder / name) as part:
+            part.write_text(content)
 
 
 def section() -> str:
@@ -244,9 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="only write docs/training.md from committed results")
     asked = parser.parse_args(arguments)
     if asked.report:
-        part = PAGE.with_name(f".{PAGE.name}.part")
-        part.write_text(page(PAGE.read_text()))
-        part.replace(PAGE)
+        with atomic_write(PAGE) as part:
+            part.write_text(page(PAGE.read_text()))
         return 0
     if asked.cpu_time:
         torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from typing import Any
 
 from internvit.benchmarks.harness.results import Results, Row
 from internvit.benchmarks.reports.table import grouped, heading, ms
+from internvit.files import atomic_write
 
 OURS, THEIRS = "#1f6f8b", "#c9c2b8"
 
@@ -23,10 +24,9 @@ def _is_ours(row: Row) -> bool:
 
 
 def _save(plt: Any, figure: Any, path: Path) -> Path:
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=150, format="png", metadata={"Software": None})
+    with atomic_write(path) as part:
+        figure.savefig(part, dpi=150, format="png", metadata={"Software": None})
     plt.close(figure)
-    part.replace(path)
     return path
 
 

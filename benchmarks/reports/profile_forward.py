@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from internvit import InternViT, InternViTConfig, optimize_for_inference
 from internvit.benchmarks.harness import machine_limits, results
 from internvit.benchmarks.model.bench_model import trained_like
+from internvit.files import atomic_write
 
 FAMILIES = (
     ("Linears", ("linear_pointwise", "linear_packed", "mkldnn_linear", "addmm", "linear_gelu", "aten::linear", "mm")),
@@ -111,9 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(found))
     if asked.out is not None:
         asked.out.mkdir(parents=True, exist_ok=True)
-        partial = asked.out / "where.json.partial"
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        partial.replace(asked.out / "where.json")
+        with atomic_write(asked.out / "where.json") as partial:
+            partial.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from internvit.benchmarks.harness.results import FOLDER, Results, Row, read
 from internvit.benchmarks.reports.table import markdown, ms
+from internvit.files import atomic_write
 
 ROOT = FOLDER.parents[1]
 BEGIN, END = "<!-- results: make report -->", "<!-- end of results -->"
@@ -115,9 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         if new != text:
             print("README.md and benchmarks/results disagree: make report", file=sys.stderr)
         return int(new != text)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(new)
-    part.replace(path)
+    with atomic_write(path) as part:
+        part.write_text(new)
     from internvit.benchmarks.reports.plots import bars
 
     pictures = Path(ROOT / "docs" / "results")

@@ -3,18 +3,9 @@
 // the linker would keep one of the copies for all.
 #pragma once
 
-#include <cstdint>
+#include "common/params.h"
 
 namespace internvit {
-
-enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
 
 // How a kernel runs in parallel and where it works: torch's pool in the library, anything in the native driver.
 struct Executor {
@@ -26,77 +17,8 @@ struct Executor {
   void* (*shared)(int64_t bytes);
 };
 
-// rms_norm, layer_norm and layer_scale_residual_norm. Rows have a stride in elements; the rest is contiguous.
-struct NormParams {
-  DType dtype;            // of x (or branch) and normed
-  DType residual_dtype;   // of residual and residual_out; the fused op only
-  const void* x;          // [rows, C]; the branch of the fused op
-  int64_t x_stride;
-  const void* residual;   // [rows, C], null: no fused residual, the norm is of x
-  int64_t residual_stride;
-  const float* gamma;      // [C] or null
-  const float* row_scale;  // [rows / rows_per_image] or null
-  int64_t rows_per_image;
-  const float* weight;  // [C], null: stop after residual_out
-  const float* bias;    // [C] or null
-  void* residual_out;   // [rows, C], residual_dtype
-  void* normed;         // [rows, C], null: statistics only
-  float* mean;          // [rows], null for RMSNorm
-  float* rstd;          // [rows]
-  int64_t rows;
-  int64_t channels;
-  float eps;
-  bool layer_norm;
-  bool round_before_weight;  // rounding="reference"
-};
-
-// Their backward. Sums over rows go through `partial`, one row of floats a chunk: the same for any number of threads.
-struct NormBackwardParams {
-  DType dtype;           // of grad_normed, branch and grad_branch
-  DType residual_dtype;  // of x, grad_residual_out and grad_residual
-  const void* grad_normed;
-  int64_t grad_normed_stride;
-  const void* grad_residual_out;  // or null
-  int64_t grad_residual_out_stride;
-  const void* x;  // what was normalised
-  int64_t x_stride;
-  const void* branch;  // null unless grad_gamma is wanted
-  int64_t branch_stride;
-  const float* gamma;
-  const float* row_scale;
-  int64_t rows_per_image;
-  const float* weight;  // null: no norm, the gradient is grad_residual_out
-  const float* mean;    // null for RMSNorm
-  const float* rstd;
-  void* grad_residual;  // [rows, C] or null
-  void* grad_branch;    // [rows, C] or null
-  float* grad_gamma;    // [C] each, or null
-  float* grad_weight;
-  float* grad_bias;
-  float* partial;  // [chunks, 3, C] with chunks = norm_backward_chunks(rows)
-  int64_t rows;
-  int64_t channels;
-};
-
-struct QKNormStatsBackwardParams {
-  DType dtype;
-  const float* grad_rstd;  // [rows]
-  const float* rstd;
-  const void* x;  // [rows, C]
-  int64_t x_stride;
-  void* grad_x;  // [rows, C], added to
-  int64_t grad_x_stride;
-  int64_t rows;
-  int64_t channels;
-};
-
-struct GeluParams {
-  DType dtype;
-  const void* pre_activation;
-  const void* grad_y;  // backward only
-  void* y;             // or the gradient
-  int64_t size;
-};
+using NormParams = NormParamsOf<const float*>;
+using NormBackwardParams = NormBackwardParamsOf<const float*, float*>;
 
 // q, k, v, out [B, N, H, D]: strides in elements for b, n, h; d is contiguous.
 struct HeadsView {

@@ -1,47 +1,59 @@
-"""What a training run leaves on the disk, so that a kill at any moment costs only the steps since the last checkpoint.
-
-A file is written under another name, flushed to the disk, and renamed: under its own name there is always a whole one.
-"""
+"""What a training run writes: a kill at any moment costs only the steps since the last checkpoint."""
 
 import csv
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
-WRITING = ".writing"
+from internvit.files import atomic_write
+
 COLUMNS = ("step", "loss", "lr", "miou")
+# What a checkpoint holds, and the types of it.
+CONTENT = {
+    "recipe": dict,
+    "data": dict,
+    "step": int,
+    "model": dict,
+    "optimizer": dict,
+    "schedule": dict,
+    "rng": dict,
+}
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replaces a checkpoint, or leaves the one that is there."""
-    temporary = path.with_name(path.name + WRITING)
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    """Replaces a checkpoint atomically.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch's archive writer hides the error of the disk
+        raise OSError(f"{path}: cannot be written: {error.__context__ or error}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The checkpoint, on the CPU; None if there is none yet. What an interrupted write has left is removed.
+    """The checkpoint, on the CPU; None if there is none yet.
 
     Raises:
-        ValueError: a file that is no checkpoint.
+        ValueError: a file that is no checkpoint of this script.
     """
-    path.with_name(path.name + WRITING).unlink(missing_ok=True)
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what the pickle, the archive or the disk raised
         raise ValueError(f"{path}: not a checkpoint of this script: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: not a checkpoint of this script: expected a dict, got {type(state).__name__}")
+    for name, kind in CONTENT.items():
+        if not isinstance(state.get(name), kind):
+            got = type(state[name]).__name__ if name in state else "nothing"
+            raise ValueError(f"{path}: not a checkpoint of this script: expected {kind.__name__} {name!r}, got {got}")
+    return state
 
 
 def rng_state() -> dict[str, Any]:
@@ -60,22 +72,36 @@ class Log:
 
     Args:
         path: of the file.
-        step: rows after it are dropped, as the steps will be made again.
+        step: rows after it are dropped, because these steps are run again.
+
+    Raises:
+        ValueError: the file is there and is no such log.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        rows = []
-        if path.exists():
-            with open(path, newline="") as file:
-                rows = [r for r in csv.DictReader(file) if None not in r.values() and int(r["step"]) <= step]
-        temporary = path.with_name(path.name + WRITING)
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, path)
+        rows = [row for row in _read_log(path) if int(row["step"]) <= step]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(text.getvalue().encode())
         self._path = path
 
     def add(self, step: int, loss: float | str = "", lr: float | str = "", miou: float | str = "") -> None:
         with open(self._path, "a", newline="") as file:
             csv.writer(file).writerow([step, loss, lr, miou])
+
+
+def _read_log(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a log; a kill may have cut the last one."""
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"expected the columns {', '.join(COLUMNS)}")
+            return [row for row in reader if None not in row.values() and row["step"].isdecimal()]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: not a log of this script ({error}); move it, or give another --out") from error

@@ -1,4 +1,4 @@
-"""An honestly composed segmentation set from what scikit-image and scikit-learn ship: no download.
+"""A composed segmentation set, made of data that scikit-image and scikit-learn ship: no download.
 
     python examples/segmentation/composed.py FOLDER       # images/, annotations/, classes.txt, as train.py reads them
 

@@ -40,8 +40,9 @@ from internvit.dense.segmentation import (
     score,
     segmentation_loss,
 )
-from internvit.dense.segmentation.evaluation import Testing, classes_of, draw_predictions
+from internvit.dense.segmentation.evaluation import Testing, draw_predictions, predict_classes
 from internvit.dense.segmentation.folder import batches, read_pair
+from internvit.files import atomic_write
 
 OUT_INDICES = (2, 5, 8, 11)
 BATCH = {"linear": 8, "upernet": 4}
@@ -118,12 +119,12 @@ def cached_maps(setting: Setting, pairs: tuple[Pair, ...], split: str, work: Pat
     place = work / "maps" / f"{setting.weights}-{setting.backend}-{split}.safetensors"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        network, found = backbone(setting.weights), []
+        network, per_image = backbone(setting.weights), []
         with internvit.backend(setting.backend):
             for pair in tqdm(pairs, desc=place.stem, disable=None):
-                found.append(network(load_pixels(pair.image, (224, 224))[None]))
-        save_file({str(i): torch.cat(maps) for i, maps in enumerate(zip(*found, strict=True))}, f"{place}.writing")
-        Path(f"{place}.writing").replace(place)
+                per_image.append(network(load_pixels(pair.image, (224, 224))[None]))
+        with atomic_write(place) as temporary:
+            save_file({str(i): torch.cat(maps) for i, maps in enumerate(zip(*per_image, strict=True))}, temporary)
     loaded, generator = load_file(place), torch.Generator().manual_seed(0)
     maps = [loaded[str(i)] for i in range(len(OUT_INDICES))]
     return [x + setting.noise * x.std() * torch.randn(x.shape, generator=generator) for x in maps]
@@ -150,38 +151,38 @@ def learn(kind: str, seed: int, maps: list[Tensor], labels: Tensor) -> tuple[Any
     losses = []
     order = batches(labels.shape[0], BATCH[kind], seed)
     for _, chosen in zip(tqdm(range(steps), desc=kind, disable=None), order, strict=False):
-        found = segmentation_loss(head, [x[chosen] for x in maps], labels[chosen])
+        loss = segmentation_loss(head, [x[chosen] for x in maps], labels[chosen])
         optimizer.zero_grad()
-        found.backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(found.item())
+        losses.append(loss.item())
     return head, losses
 
 
 def check_assembled(head: Any, setting: Setting, pair: Pair, expected: Tensor) -> float:
-    """The share of pixels in which a whole `Segmenter` on the image says what the cached maps said."""
+    """The share of pixels in which a whole `Segmenter` on the image predicts the class that cached maps gave."""
     whole = Segmenter(backbone(setting.weights), head).eval()
     image, _ = read_pair(pair, len(NAMES))
     how = Testing(crop=224, stride=112, short_side=0)
     with internvit.backend(setting.backend):
-        return (classes_of(whole, image, how, patch_size=14) == expected).double().mean().item()
+        return (predict_classes(whole, image, how, patch_size=14) == expected).double().mean().item()
 
 
 def run(name: str, kind: str, work: Path, pairs: dict[str, tuple[Pair, ...]]) -> dict[str, Any]:
-    """Trains one head on one setting's maps and scores it; what is there already is read."""
+    """Trains one head on one setting's maps and scores it; an earlier result is read instead."""
     place = work / "results" / f"{name}-{kind}.json"
     if not place.exists():
         setting = SETTINGS[name]
         training, validation = (cached_maps(setting, pairs[s], s, work) for s in ("training", "validation"))
         head, losses = learn(kind, setting.seed, training, masks(pairs["training"]))
-        found, labels = list(predictions(head, validation)), masks(pairs["validation"])
-        scores = score(zip(found, labels, strict=True), len(NAMES))
-        agreement = check_assembled(head, setting, pairs["validation"][0], found[0])
-        result = {"losses": losses, "shown": [found[i].tolist() for i in SHOWN], "assembled": agreement}
+        predicted, labels = list(predictions(head, validation)), masks(pairs["validation"])
+        scores = score(zip(predicted, labels, strict=True), len(NAMES))
+        agreement = check_assembled(head, setting, pairs["validation"][0], predicted[0])
+        result = {"losses": losses, "shown": [predicted[i].tolist() for i in SHOWN], "assembled": agreement}
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.with_suffix(".writing").write_text(json.dumps({**result, **scores._asdict()}))
-        place.with_suffix(".writing").replace(place)
+        with atomic_write(place) as temporary:
+            temporary.write_text(json.dumps({**result, **scores._asdict()}))
     return json.loads(place.read_text())
 
 

@@ -4,10 +4,12 @@
     python train.py recipes/linear_probing.toml --data ADEChallengeData2016 --classes 150 --out runs/linear
 
 DATA holds images/training, images/validation, annotations/training and annotations/validation, as ADE20K does; a mask
-is an 8-bit PNG with its image's name. OUT gets checkpoint.pt, log.csv and predictions.png. Interrupted, or killed, the
-same command goes on from the last checkpoint, and ends with the same bits on the same machine.
+is an 8-bit PNG with its image's name. OUT gets checkpoint.pt, log.csv and predictions.png. After an interruption or a
+kill the same command continues from the last checkpoint, and ends with the same bits on the same machine. It does not
+continue with other images, masks, classes, settings or weights of a frozen tower.
 """
 
+import json
 import logging
 import math
 import sys
@@ -24,9 +26,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from internvit.cli.environment import usable_device
+from internvit.data.digest import content_digest, tensors_digest
+from internvit.data.images import printable, read_file
 from internvit.dense.segmentation import Pair, Scores, Segmenter, find_pairs
-from internvit.dense.segmentation.evaluation import classes_of, draw_predictions, evaluate
+from internvit.dense.segmentation.evaluation import draw_predictions, evaluate, predict_classes
 from internvit.dense.segmentation.folder import batches, read_pair
+from internvit.dense.segmentation.heads import check_num_classes
+from internvit.files import locked
 
 logger = logging.getLogger("train")
 
@@ -57,10 +64,70 @@ class Order:
             yield from (keys[i : i + data.micro_batch] for i in range(0, data.batch, data.micro_batch))
 
 
-def kept(model: Segmenter, recipe: Recipe) -> dict[str, Tensor]:
-    """What training changes: a frozen tower comes from its own checkpoint again."""
+def trained_state(model: Segmenter, recipe: Recipe) -> dict[str, Tensor]:
+    """The part of the state dict that training changes, without a frozen tower."""
     tower = ("backbone.embeddings.", "backbone.encoder.") if recipe.model.freeze else ()
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tower)}
+
+
+def fingerprint(
+    model: Segmenter, recipe: Recipe, folder: Path, pairs: dict[str, tuple[Pair, ...]], names: list[str]
+) -> dict[str, Any]:
+    """What a checkpoint does not hold and a resumed run must find unchanged: classes, frozen weights, all files."""
+    trained = trained_state(model, recipe)
+    frozen = [(name, tensor) for name, tensor in model.state_dict().items() if name not in trained]
+    files = {
+        split: {printable(path.relative_to(folder)): content_digest(read_file(path)) for pair in both for path in pair}
+        for split, both in pairs.items()
+    }
+    return {"classes": list(names), "frozen weights": tensors_digest(frozen), "files": files}
+
+
+def differences(state: dict[str, Any], recipe: Recipe, data: dict[str, Any]) -> list[str]:
+    """What a checkpoint was written with and this run is not, in words."""
+    settings = recipe.to_dict()
+    changed = [
+        f"{table}.{key}"
+        for table, values in settings.items()
+        for key, value in values.items()
+        if state["recipe"].get(table, {}).get(key) != value
+    ]
+    changed += [f"the {name}" for name in ("classes", "frozen weights") if state["data"].get(name) != data[name]]
+    for split, files in data["files"].items():
+        stored = state["data"].get("files", {}).get(split, {})
+        others = [path for path in {**stored, **files} if stored.get(path) != files.get(path)]
+        if others:
+            changed.append(f"{len(others)} {split} files such as {others[0]}")
+        elif list(stored) != list(files):
+            changed.append(f"the order of the {split} files")
+    return changed
+
+
+def resume(place: Path, recipe: Recipe, model: Segmenter, optimizer: Any, schedule: Any, data: dict[str, Any]) -> int:
+    """Restores the checkpoint at `place`, if there is one; returns the number of steps made.
+
+    Raises:
+        ValueError: it is no checkpoint, or one of a run with other settings, weights or data; the message names them.
+    """
+    state = read_checkpoint(place)
+    if state is None:
+        return 0
+    changed = differences(state, recipe, data)
+    if changed:
+        raise ValueError(f"{place}: written with other {', '.join(changed)}; give another --out, or what it had")
+    expected = trained_state(model, recipe).keys()
+    if expected != state["model"].keys():
+        odd = sorted(expected ^ state["model"].keys())
+        raise ValueError(f"{place}: its model has missing or unknown parameters such as {odd[0]}")
+    try:
+        model.load_state_dict(state["model"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        set_rng_state(state["rng"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place}: does not fit this run: {error}") from error
+    logger.info("going on from step %d of %s", state["step"], place)
+    return state["step"]
 
 
 def step_once(model: Segmenter, samples: Iterator, recipe: Recipe, device: str) -> float:
@@ -78,7 +145,13 @@ def step_once(model: Segmenter, samples: Iterator, recipe: Recipe, device: str) 
 
 
 def train(
-    recipe: Recipe, pairs: dict[str, tuple[Pair, ...]], names: list[str], out: Path, device: str, workers: int
+    recipe: Recipe,
+    folder: Path,
+    pairs: dict[str, tuple[Pair, ...]],
+    names: list[str],
+    out: Path,
+    device: str,
+    workers: int,
 ) -> Scores:
     """Trains to the recipe's last step, from the checkpoint in `out` if there is one; returns the last scores."""
     torch.manual_seed(recipe.run.seed)
@@ -86,29 +159,10 @@ def train(
     optimizer, schedule = optimizer_and_schedule(recipe, model)
     steps, every = recipe.optim.steps, recipe.run
     place = out / "checkpoint.pt"
-    state = read_checkpoint(place)
-    data = [str(pair.image.name) for pair in pairs["training"]]
-    start = 0
-    if state is not None:
-        differs = [t for t, values in recipe.to_dict().items() if state["recipe"].get(t) != values and t != "test"]
-        if differs or state["data"] != data:
-            what = f"the recipe's {', '.join(differs)}" if differs else "the training images"
-            raise ValueError(f"{place}: written with another setting of {what}; give another --out, or the old setting")
-        model.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        set_rng_state(state["rng"])
-        start = state["step"]
-        logger.info("going on from step %d of %s", start, place)
+    data = fingerprint(model, recipe, folder, pairs, names)
+    start = resume(place, recipe, model, optimizer, schedule, data)
     log = Log(out / "log.csv", start)
-    loader: Any = DataLoader(
-        Samples(pairs["training"], recipe, len(names)),
-        batch_sampler=Order(recipe, len(pairs["training"]), start),
-        num_workers=workers,
-        multiprocessing_context="spawn" if workers else None,  # a forked child hangs in torch's thread pool
-        generator=torch.Generator(),  # else it draws from the generator of dropout
-    )
-    samples = iter(loader)
+    samples = sample_batches(recipe, pairs["training"], len(names), start, workers)
     scores = None
     with tqdm(total=steps, initial=start, unit="step", disable=None) as bar:
         for step in range(start + 1, steps + 1):
@@ -128,10 +182,22 @@ def train(
                 log.add(step, miou=scores.miou)
                 draw(model, pairs["validation"], names, recipe, out / "predictions.png")
             if step % every.checkpoint_every == 0 or step == steps:
-                state = {"recipe": recipe.to_dict(), "data": data, "step": step, "model": kept(model, recipe)}
+                state = {"recipe": recipe.to_dict(), "data": data, "step": step, "model": trained_state(model, recipe)}
                 state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": rng_state()}
                 write_checkpoint(place, state)
     return scores or evaluate(model, pairs["validation"], len(names), recipe.test, recipe.model.patch_size)
+
+
+def sample_batches(recipe: Recipe, pairs: tuple[Pair, ...], num_classes: int, start: int, workers: int) -> Iterator:
+    """Micro-batches (pixels, labels) from a step on."""
+    loader: Any = DataLoader(
+        Samples(pairs, recipe, num_classes),
+        batch_sampler=Order(recipe, len(pairs), start),
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,  # a forked child hangs in torch's thread pool
+        generator=torch.Generator(),  # else it draws from the generator of dropout
+    )
+    return iter(loader)
 
 
 def draw(model: Segmenter, pairs: tuple[Pair, ...], names: list[str], recipe: Recipe, path: Path) -> None:
@@ -141,16 +207,48 @@ def draw(model: Segmenter, pairs: tuple[Pair, ...], names: list[str], recipe: Re
     model.eval()
     for pair in pairs[:4]:
         image, classes = read_pair(pair, len(names), recipe.test.reduce_zero_label)
-        rows.append((image, classes, classes_of(model, image, recipe.test, recipe.model.patch_size).numpy()))
+        rows.append((image, classes, predict_classes(model, image, recipe.test, recipe.model.patch_size).numpy()))
     model.train(training)
     draw_predictions(path, rows, ("image", "mask", "prediction"), names)
 
 
 def class_names(value: str) -> list[str]:
-    """Names of the classes: a number of them, or a text file with one a line."""
-    if value.isdigit():
+    """Names of the classes: a number of them, or a text file with one a line.
+
+    Raises:
+        ValueError: none, more than masks of 8 bits hold, or a name twice.
+    """
+    if value.isdecimal():
+        check_num_classes(int(value))
         return [str(k) for k in range(int(value))]
-    return [line.strip() for line in Path(value).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = Path(value).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes: {value} is not a text file in UTF-8") from error
+    names = [line.strip() for line in lines if line.strip()]
+    check_num_classes(len(names))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--classes: {value} has {', '.join(twice)} more than once")
+    return names
+
+
+def read_pairs(data: Path, num_classes: int, recipe: Recipe, broken: str) -> dict[str, tuple[Pair, ...]]:
+    """The images and masks of both splits; of the training images the recipe's fraction."""
+    pairs = {}
+    for split in ("training", "validation"):
+
+        def reading(both: Any, split: str = split) -> Any:
+            return tqdm(both, desc=f"reading {split}", unit="image", disable=None)
+
+        folders = data / "images" / split, data / "annotations" / split
+        result = find_pairs(*folders, num_classes, broken, recipe.data.reduce_zero_label, reading)
+        click.echo(f"{split}: {len(result.pairs)} images, {len(result.left_out)} files left out")
+        pairs[split] = result.pairs
+    count = max(round(len(pairs["training"]) * recipe.data.fraction), 1)
+    order = np.random.default_rng([recipe.run.seed, 2]).permutation(len(pairs["training"]))
+    pairs["training"] = tuple(pairs["training"][i] for i in sorted(order[:count]))
+    return pairs
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -174,26 +272,21 @@ def main(
     device: str,
     workers: int,
 ) -> None:
-    """Train by RECIPE on a folder of images and masks; go on if OUT has a checkpoint.
+    """Train by RECIPE on a folder of images and masks; continue if OUT has a checkpoint.
 
     A broken image or a mask that does not fit is named; with --broken skip it is left out, else the run stops.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        chosen = read_recipe(recipe, [*changes, *([f'model.weights="{weights}"'] if weights else [])])
+        if weights:  # TOML's strings are JSON's
+            changes = (*changes, f"model.weights={json.dumps(weights, ensure_ascii=False)}")
+        chosen = read_recipe(recipe, changes)
         names = class_names(classes)
+        usable_device(device)
         out.mkdir(parents=True, exist_ok=True)
-        zero = chosen.data.reduce_zero_label
-        pairs = {}
-        for split in ("training", "validation"):
-            reading = lambda p, split=split: tqdm(p, desc=f"reading {split}", unit="image", disable=None)  # noqa: E731
-            found = find_pairs(data / "images" / split, data / "annotations" / split, len(names), broken, zero, reading)
-            click.echo(f"{split}: {len(found.pairs)} images, {len(found.left_out)} files left out")
-            pairs[split] = found.pairs
-        count = max(round(len(pairs["training"]) * chosen.data.fraction), 1)
-        order = np.random.default_rng([chosen.run.seed, 2]).permutation(len(pairs["training"]))
-        pairs["training"] = tuple(pairs["training"][i] for i in sorted(order[:count]))
-        scores = train(chosen, pairs, names, out, device, workers)
+        with locked(out, wait=False):
+            pairs = read_pairs(data, len(names), chosen, broken)
+            scores = train(chosen, data, pairs, names, out, device, workers)
     except (ValueError, OSError, ImportError) as error:
         click.echo(f"train: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

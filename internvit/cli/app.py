@@ -1,7 +1,6 @@
-"""The command line: features, info, check, plan, convert; bench is in cli_bench.py. Each is one function and its
-printing.
+"""The command line: features, info, check, plan and convert; bench is in bench.py.
 
-Errors of the user's are one clear line and exit code 2; a check that fails exits with 1, Ctrl-C with 130.
+A wrong argument or file ends in one line and exit code 2, a check that fails in exit code 1, Ctrl-C in 130.
 """
 
 import dataclasses
@@ -9,9 +8,9 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -23,9 +22,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from internvit.cli.bench import bench
+from internvit.cli.environment import usable_device
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.cost import TASKS
-from internvit.upstream.state_dict import LAYOUTS
+from internvit.names import LAYOUTS
+
+if TYPE_CHECKING:
+    from internvit.model.vit import InternViT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
@@ -95,6 +98,7 @@ def cli() -> None:
 @click.argument("images", nargs=-1, required=True)
 @click.option("--model", type=click.Choice(list(VARIANTS)), help="A published variant; its weights come from the hub.")
 @click.option("--weights", help="A checkpoint folder, a .safetensors or .pth file, or a hub id.")
+@click.option("--prefix", help="Before the tower's names in --weights, if it holds several towers.")
 @click.option("--size", type=Size(), help="Height and width in pixels, multiples of the patch size; native by default.")
 @click.option(
     "--layers", type=Layers(), help="Blocks whose output to keep, 0 the first; the last hidden state if none."
@@ -104,12 +108,13 @@ def cli() -> None:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at once.")
 @click.option("--out", "target", type=click.Path(dir_okay=False, path_type=Path), required=True, help=".safetensors")
 @click.option("--pca", type=click.Path(dir_okay=False, path_type=Path), help="Draw the principal components here.")
-@click.option("--strict", is_flag=True, help="A broken image is an error, not skipped.")
-@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
+@click.option("--strict", is_flag=True, help="A file that cannot be read is an error, not skipped.")
+@click.option("--overwrite", is_flag=True, help="Replace --out, --pca and an interrupted run's parts.")
 def features(
     images: tuple[str, ...],
     model: str | None,
     weights: str | None,
+    prefix: str | None,
     size: tuple[int, int] | None,
     layers: tuple[int, ...] | None,
     dtype: str,
@@ -122,54 +127,76 @@ def features(
 ) -> None:
     """Write the patch features of IMAGES (files, folders, globs) to one safetensors file.
 
-    Tensors are named "PATH:last", or "PATH:7" for block 7, and have the shape [1 + patches, width]. Interrupted, the
-    same command goes on where it stopped.
+    Tensors are named "PATH:last", or "PATH:7" for block 7, and have the shape [1 + patches, width]. After an
+    interruption the same command continues where it stopped; with other weights or settings it is refused.
 
     \b
     Examples:
       internvit features cat.jpg --model internvit-300m-448px-v2.5 --out cat.safetensors --pca cat.png
       internvit features 'photos/**/*.jpg' --weights ./checkpoint --size 448x896 --layers 7,23 --out maps.safetensors
     """
-    from internvit.data.extract import draw_pca, extract
-    from internvit.data.images import find_images
-    from internvit.model.vit import InternViT
-
     if not (model or weights):
         raise click.UsageError("name the network: --model NAME, --weights PATH, or both")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; give another --out, or --overwrite")
-    if pca and pca.exists() and not overwrite:
-        raise FileExistsError(f"{pca} exists; give another --pca, or --overwrite")
-    paths = find_images(images)
-    config = None
-    if weights and model and not (Path(weights) / "config.json").exists():
-        config = InternViTConfig.from_name(model)
-    source = weights or HUB_IDS[model or ""]
-    network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device).eval()
-    size = size or network.config.image_hw
+    _check_outputs(target, pca, overwrite)
+    usable_device(device)
+    how = {"layers": layers, "batch": batch, "strict": strict, "overwrite": overwrite}
+    _write_features(images, lambda: _load(model, weights, prefix, dtype, device), size, target, pca, how)
+
+
+def _write_features(
+    patterns: Iterable[str],
+    load: "Callable[[], tuple[InternViT, str]]",
+    size: tuple[int, int] | None,
+    target: Path,
+    pca: Path | None,
+    how: dict[str, Any],
+) -> None:
+    """Extracts, draws and prints; `load` gives the network and the name of its weights once the images are known."""
+    from internvit.data.extract import extract
+    from internvit.data.images import find_images, printable
+    from internvit.data.pca import draw_pca
 
     def progress(waiting: Iterable[Path], total: int) -> Iterable[Path]:
         return tqdm(waiting, total=total, unit="image", disable=None)
 
-    result = extract(
-        network,
-        paths,
-        target,
-        size,
-        layers=layers,
-        batch=batch,
-        strict=strict,
-        overwrite=overwrite,
-        settings={"weights": str(source)},
-        progress=progress,
-    )
-    resumed = f", {result.resumed} of them taken up from an interrupted run" if result.resumed else ""
-    click.echo(f"{len(result.images)} images at {size[0]}x{size[1]}{resumed}: {target}")
+    paths = find_images(patterns)
+    network, source = load()
+    size = size or network.config.image_hw
+    result = extract(network, paths, target, size, metadata={"weights": printable(source)}, progress=progress, **how)
+    resumed = f", {result.resumed} of them from an interrupted run" if result.resumed else ""
+    click.echo(f"{len(result.images)} images at {size[0]}x{size[1]}{resumed}: {printable(target)}")
     if result.skipped:
-        click.echo(f"{len(result.skipped)} skipped: {', '.join(map(str, result.skipped))}", err=True)
+        click.echo(f"{len(result.skipped)} skipped: {', '.join(map(printable, result.skipped))}", err=True)
     if pca:
         drawn = draw_pca(pca, target, result.images, size, network.config.patch_size)
-        click.echo(f"principal components of {drawn} of {len(result.images)} images: {pca}")
+        click.echo(f"principal components of {drawn} of {len(result.images)} images: {printable(pca)}")
+
+
+def _check_outputs(target: Path, pca: Path | None, overwrite: bool) -> None:
+    """Refuses the output files before anything is loaded."""
+    from internvit.data.pca import check_picture_name
+
+    for option, path in (("--out", target), ("--pca", pca)):
+        if path and (path.exists() or path.is_symlink()) and not overwrite:
+            raise FileExistsError(f"{path} exists; give another {option}, or --overwrite")
+    if pca:
+        if pca.absolute() == target.absolute():
+            raise ValueError(f"--pca: expected another file than --out, got {pca} for both")
+        check_picture_name(pca)
+
+
+def _load(
+    model: str | None, weights: str | None, prefix: str | None, dtype: str, device: str
+) -> "tuple[InternViT, str]":
+    """The network in eval mode, and where its weights come from."""
+    from internvit.model.vit import InternViT
+
+    config = None
+    if weights and model and not (Path(weights) / "config.json").exists():
+        config = InternViTConfig.from_name(model)
+    source = weights or HUB_IDS[model or ""]
+    network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device, prefix=prefix)
+    return network.eval(), source
 
 
 @cli.command()
@@ -178,23 +205,23 @@ def info(as_json: bool) -> None:
     """Versions, devices, instruction sets, and which backends run here and why not."""
     from internvit.cli.environment import info as collect
 
-    found = collect()
+    environment = collect()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(environment, indent=2))
         return
     table = Table("what", "value", title="this machine", title_justify="left")
-    for name, version in found["versions"].items():
+    for name, version in environment["versions"].items():
         table.add_row(name, version)
-    table.add_row("devices", "\n".join(found["devices"]))
-    table.add_row("CPU", f"{found['cpu']['name']}, {found['cpu']['threads']} threads")
-    table.add_row("instruction sets", " ".join(found["cpu"]["instruction sets"]))
+    table.add_row("devices", "\n".join(environment["devices"]))
+    table.add_row("CPU", f"{environment['cpu']['name']}, {environment['cpu']['threads']} threads")
+    table.add_row("instruction sets", " ".join(environment["cpu"]["instruction sets"]))
     out.print(table)
     table = Table("backend", "runs", "otherwise why not, and how to get it", title="backends", title_justify="left")
-    for row in found["backends"]:
+    for row in environment["backends"]:
         table.add_row(row["backend"], row["available"], escape(row["reason"]))
     out.print(table)
     table = Table("op", "backend chosen", title="auto, bfloat16", title_justify="left")
-    for op, name in found["chosen"].items():
+    for op, name in environment["chosen"].items():
         table.add_row(op, name)
     out.print(table)
 
@@ -254,12 +281,12 @@ def plan(
     """
     from internvit.cost import plan as make
 
-    found = make(task, size, batch, DTYPES[dtype], train, memory)
+    result = make(task, size, batch, DTYPES[dtype], train, memory)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
+        click.echo(json.dumps(result.to_dict(), indent=2))
         return
     use = "training" if train else "inference"
-    title = f"{TASKS[task]}\n{use}, {found.costs[0].tokens} tokens, batch {batch}, {dtype}"
+    title = f"{TASKS[task]}\n{use}, {result.costs[0].tokens} tokens, batch {batch}, {dtype}"
     headings = (
         ["weights", "optim-\nizer", "activ-\nations", "selec-\ntive", "block", "total"]
         if train
@@ -267,24 +294,25 @@ def plan(
     )
     table = Table("internvit-", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.columns[0].min_width = 15
-    for heading in ["para-\nmeters", "TFLOP/\nimage", *headings, *(["fits"] if found.fits else [])]:
+    for heading in ["para-\nmeters", "TFLOP/\nimage", *headings, *(["fits"] if result.fits else [])]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for c in found.costs:
+    for c in result.costs:
         activations = [c.training, c.selective, c.checkpointing] if train else [c.inference]
         sizes = [c.weights, *([c.optimizer] if train else []), *activations]
         row = [c.variant.removeprefix("internvit-"), f"{c.parameters / 1e9:.2f}B", f"{c.flops / 1e12:.2f}"]
         row += [gib(n) for n in (*sizes, c.total(train))]
-        table.add_row(*row, *([_FITS[found.fits[c.variant]]] if found.fits else []))
+        table.add_row(*row, *([_FITS[result.fits[c.variant]]] if result.fits else []))
     out.print(table)
-    out.print(f"take {found.choice}: {found.why}" if found.choice else found.why, highlight=False)
+    out.print(f"take {result.choice}: {result.why}" if result.choice else result.why, highlight=False)
 
 
 @cli.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--to", "layout", type=click.Choice(LAYOUTS), required=True, help="Whose names to write.")
+@click.option("--prefix", help="Before the tower's names in SOURCE, if it holds several towers.")
 @click.option("--overwrite", is_flag=True, help="Replace weights in TARGET.")
-def convert(source: str, target: Path, layout: str, overwrite: bool) -> None:
+def convert(source: str, target: Path, layout: str, prefix: str | None, overwrite: bool) -> None:
     """Read the checkpoint SOURCE in any layout and write it to the folder TARGET in another.
 
     \b
@@ -293,7 +321,7 @@ def convert(source: str, target: Path, layout: str, overwrite: bool) -> None:
     """
     from internvit.model.vit import InternViT
 
-    model = InternViT.from_pretrained(source)
+    model = InternViT.from_pretrained(source, prefix=prefix)
     model.save_pretrained(target, layout=layout, overwrite=overwrite)
     click.echo(f"{model.config.num_parameters():,} parameters in {layout}'s layout: {target}")
 
@@ -315,6 +343,7 @@ def run(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except USER_ERRORS as error:
-        click.echo(f"internvit: {' '.join(str(error).split())}", err=True)
+        message = " ".join(str(error).split())
+        click.echo(f"internvit: {message.encode('utf-8', 'backslashreplace').decode()}", err=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -22,7 +22,7 @@ def _names(value: str | None) -> tuple[str, ...] | None:
 @click.option("--quick", is_flag=True, help="Small shapes and few rounds: a minute or two, to see that it works.")
 @click.option("--device", help="cpu or cuda; the GPU if there is one.")
 @click.option("--peers", help="Only these peers, comma-separated: eager, SDPA, timm, 'transformers SDPA', …; 'none'.")
-@click.option("--rounds", type=click.IntRange(1), help="How often each way runs; 15 for ops, 5 for models by default.")
+@click.option("--rounds", type=click.IntRange(1), help="Runs of each; 15 for ops, 5 for models by default.")
 @click.option("--out", "folder", type=click.Path(file_okay=False, path_type=Path), help="Write JSON, CSV and PNG here.")
 @click.option("--compare", nargs=2, type=click.Path(exists=True, path_type=Path), help="OLD NEW: what got slower.")
 def bench(
@@ -34,11 +34,11 @@ def bench(
     folder: Path | None,
     compare: tuple[Path, Path] | None,
 ) -> None:
-    """Time BENCHES (all of them by default) and their peers; what breaks the numerics contract is not timed.
+    """Time BENCHES (all of them by default) and their peers; an implementation with wrong results is not timed.
 
-    Every way of doing a piece of work runs in turn, in one process, on inputs larger than the last-level cache. Exit
-    code 1 if a result was wrong, or with --compare if anything got slower beyond its spread. Ctrl-C keeps what was
-    measured.
+    All implementations of a case run in turn, in one process, on inputs larger than the last-level cache. The exit code
+    is 1 if a result was wrong, or with --compare if anything got slower beyond its spread. After Ctrl-C the results
+    measured so far are kept.
 
     \b
     Examples:
@@ -47,42 +47,60 @@ def bench(
       internvit bench model --peers timm,'transformers SDPA'
       internvit bench --compare old/bench.json new/bench.json
     """
-    from internvit.benchmarks.harness import results as files
     from internvit.benchmarks.harness.cases import Setting
     from internvit.benchmarks.harness.run import BENCHES, run
-    from internvit.benchmarks.reports import table
 
     if compare is not None:
-        changes = files.compare(*map(files.read, compare))
-        click.echo(table.changes_as_text(changes))
-        raise SystemExit(any(change.verdict == "slower" for change in changes))
+        _compare(*compare)
     unknown = [name for name in benches if name not in BENCHES]
     if unknown:
         raise click.UsageError(f"BENCHES: expected {', '.join(BENCHES)}, got {', '.join(unknown)}")
-    device = device or _device()
-    bar: Any = None
-
-    def wrap(steps: list) -> Any:
-        nonlocal bar
-        bar = tqdm(steps, unit="work", disable=None)
-        return bar
-
-    def progress(text: str) -> None:
-        if bar is not None:
-            bar.set_description_str(text)
-
-    asked = () if peers == "none" else _names(peers)
-    found = run(benches or BENCHES, Setting(device, quick), asked, rounds, folder, progress, wrap)
-    show(found)
+    chosen = () if peers == "none" else _names(peers)
+    progress = _Progress()
+    setting = Setting(device or _device(), quick)
+    results = run(benches or BENCHES, setting, chosen, rounds, folder, progress.describe, progress.wrap)
+    show(results)
     if folder is not None:
         from internvit.benchmarks.reports.plots import draw
 
-        pictures = draw(found, folder)
+        pictures = draw(results, folder)
         click.echo(f"{folder}: bench.json, bench.csv, {', '.join(path.name for path in pictures)}")
-    if not found.complete:
+    _exit_code(results)
+
+
+class _Progress:
+    """A progress bar over the list of steps that the harness hands out."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def wrap(self, steps: list) -> Any:
+        self.bar = tqdm(steps, unit="case", disable=None)
+        return self.bar
+
+    def describe(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.set_description_str(text)
+
+
+def _compare(old: Path, new: Path) -> None:
+    """Prints what changed between two results, and exits with 1 if anything is slower."""
+    from internvit.benchmarks.harness import results as files
+    from internvit.benchmarks.reports import table
+
+    changes = files.compare(files.read(old), files.read(new))
+    click.echo(table.changes_as_text(changes))
+    raise SystemExit(any(change.verdict == "slower" for change in changes))
+
+
+def _exit_code(results: Any) -> None:
+    """Exits with 130 after Ctrl-C, and with 1 if a result was wrong."""
+    from internvit.benchmarks.reports import table
+
+    if not results.complete:
         click.echo("interrupted: this is what was measured before", err=True)
         raise SystemExit(130)
-    refused = [row for row in found.rows if row.note.startswith("refused")]
+    refused = [row for row in results.rows if row.note.startswith("refused")]
     for row in refused:
         click.echo(f"{table.heading(row.work)}, {row.variant}: {row.note}", err=True)
     if refused:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from internvit.ops.core import select as backends
+from internvit.ops.backends import registry
+from internvit.ops.core.select import resolve
+from internvit.ops.core.spec import SPECS
 
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "timm", "flash-attn", "huggingface-hub")
@@ -38,6 +40,22 @@ def cpu_name(cpuinfo: str | None = None) -> str:
     return f"{name} ({generation})" if generation and "Zen" not in name else name
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of this name, if a tensor can be made on it.
+
+    Raises:
+        ValueError: no such device, no driver for it, or "meta", which holds no data.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError("device: 'meta' holds no data")
+    return device
+
+
 def info() -> dict[str, Any]:
     """Versions, devices, CPU, and the backends with the reason where one does not run."""
     from internvit import __version__
@@ -50,14 +68,12 @@ def info() -> dict[str, Any]:
             versions[package] = "not installed"
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     device = "cuda" if devices else "cpu"
-    chosen = {
-        op: backends.resolve(op, torch.empty(1, dtype=torch.bfloat16, device=device), head_dim=64)
-        for op in ("rms_norm", "layer_norm", "layer_scale_residual_norm", "attention", "linear_gelu")
-    }
+    x = torch.empty(1, dtype=torch.bfloat16, device=device)
+    chosen = {name: resolve(spec.implemented_as, x, head_dim=64) for name, spec in SPECS.items()}
     return {
         "versions": versions,
         "cpu": {"name": cpu_name(), "threads": torch.get_num_threads(), "instruction sets": cpu_flags()},
         "devices": devices or ["cpu"],
-        "backends": backends.table(),
+        "backends": registry.table(),
         "chosen": chosen,
     }

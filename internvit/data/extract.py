@@ -1,33 +1,31 @@
-"""Features of many image files into one safetensors file, safe to interrupt at any moment.
+"""Features of many image files into one safetensors file; a run may be interrupted at any moment.
 
-Each image's features are written, atomically, into `OUT.partial/` as they come; the last step joins them into OUT and
-removes the folder. A rerun with the same settings takes up what is there. The same features, to the bit, as
-`model(load_pixels(path, size)[None])` gives.
+Each image's features are written into `OUT.partial/` as they are computed; the last step joins them into OUT and
+removes the folder. A rerun with the same weights and settings continues; with others it is refused. The features have
+the same bits as `model(load_pixels(path, size)[None])`.
 """
 
-import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from internvit.data.images import load_pixels, open_photo
-from internvit.data.pca import pca_map
+from internvit.data.digest import content_digest, tensors_digest
+from internvit.data.images import decode_photo, printable, read_file, to_pixels
+from internvit.data.parts import open_parts
 
 if TYPE_CHECKING:
     from internvit.model.vit import InternViT
 
 logger = logging.getLogger(__name__)
+
+_MAX_HEADER = 100_000_000  # bytes; safetensors refuses to read a longer one
+_HEADER_ENTRY = 100  # bytes of a tensor's entry beside its name, at most
 
 
 @dataclass
@@ -37,8 +35,8 @@ class Extraction:
     Attributes:
         out: the file written.
         images: files whose features it holds, in order.
-        resumed: how many of them an earlier, interrupted run had left.
-        skipped: broken files and why.
+        resumed: how many of them an earlier, interrupted run had computed.
+        skipped: files that could not be read, and why.
     """
 
     out: Path
@@ -72,10 +70,10 @@ def extract(
     batch: int = 1,
     strict: bool = False,
     overwrite: bool = False,
-    settings: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
     progress: Callable[[Iterable[Path], int], Iterable[Path]] = lambda images, total: images,
 ) -> Extraction:
-    """Writes the features of image files to one safetensors file; see the file's head for how it may be interrupted.
+    """Writes the features of image files to one safetensors file; interrupted, the same call continues.
 
     Args:
         model: in eval mode, on the device and in the dtype to run in.
@@ -84,15 +82,47 @@ def extract(
         size: (height, width) in pixels, multiples of the patch size.
         layers: blocks whose output is wanted, 0 the first; None for the last hidden state.
         batch: images a forward pass takes.
-        strict: a broken image is an error; else it is skipped, logged and listed.
-        overwrite: replace `out` if it exists.
-        settings: further facts that tell one extraction from another, kept in the file's metadata.
+        strict: a file that cannot be read is an error; otherwise it is skipped, logged and listed.
+        overwrite: replace `out` if it exists, and parts of an interrupted run with other weights or settings.
+        metadata: stored in the file's metadata beside the settings.
         progress: wraps the iteration, as tqdm does.
 
     Raises:
         FileExistsError: `out` exists and overwrite is False.
-        ValueError: size off the patch grid, no such layer, or with strict a broken image.
+        ValueError: a size off the patch grid, no such layer, `out` among the images, `OUT.partial` of something else or
+            of a run with other weights or settings, no readable image, or with strict one that is not.
     """
+    _check(model, images, out, size, layers, batch, overwrite)
+    settings = _settings(model, size, layers)
+    names = ["last"] if layers is None else [str(layer) for layer in layers]
+    result = Extraction(out)
+    with open_parts(out, settings, overwrite) as parts:
+        done = {path for path in images if parts.is_current(path, [f"{path}:{name}" for name in names])}
+        result.resumed = len(done)
+        waiting = [path for path in images if path not in done]
+        for chunk, pixels in _batches(progress(waiting, len(waiting)), size, batch, strict, result):
+            for (path, digest), features in zip(chunk, image_features(model, pixels, layers), strict=True):
+                parts.write(path, digest, {f"{path}:{name}": tensor for name, tensor in features.items()})
+        result.images = [path for path in images if path not in result.skipped]
+        if result.images:
+            _refuse_existing(out, overwrite)
+            config = json.dumps(model.config.to_dict(), sort_keys=True)
+            parts.join(result.images, out, {**settings, "config": config, **(metadata or {})})
+        parts.remove()
+    if not result.images:
+        raise ValueError(f"none of {len(images)} files is an image that can be read")
+    return result
+
+
+def _check(
+    model: "InternViT",
+    images: Sequence[Path],
+    out: Path,
+    size: tuple[int, int],
+    layers: Sequence[int] | None,
+    batch: int,
+    overwrite: bool,
+) -> None:
     config = model.config
     if any(s <= 0 or s % config.patch_size for s in size):
         raise ValueError(f"size: expected multiples of {config.patch_size}, got {size[0]}x{size[1]}")
@@ -100,60 +130,58 @@ def extract(
     for layer in layers or ():
         if not -depth <= layer < depth:
             raise ValueError(f"layers: expected numbers from {-depth} to {depth - 1}, got {layer}")
+    if layers is not None and (not layers or len(set(layers)) != len(layers)):
+        raise ValueError(f"layers: expected numbers of blocks, each once, got {tuple(layers)}")
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; give another name or allow overwriting")
-    facts = {
+    header = sum(len(str(path)) + 8 + _HEADER_ENTRY for path in images) * len(layers or (0,))
+    if header > _MAX_HEADER:
+        raise ValueError(f"images: {len(images)} are too many for one safetensors file; write several")
+    if out.exists() and any(path.exists() and path.samefile(out) for path in images):
+        raise ValueError(f"{printable(out)}: is one of the images")
+    _refuse_existing(out, overwrite)
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if (out.exists() or out.is_symlink()) and not overwrite:
+        raise FileExistsError(f"{printable(out)} exists; give another name or allow overwriting")
+    if out.is_dir():
+        raise ValueError(f"{printable(out)}: expected a file to write, got a folder")
+
+
+def _settings(model: "InternViT", size: tuple[int, int], layers: Sequence[int] | None) -> dict[str, str]:
+    """Everything that features depend on but the images; the weights by their bits."""
+    from internvit import __version__
+
+    return {
+        "internvit": __version__,
+        "weights_digest": tensors_digest(model.state_dict().items()),
         "size": f"{size[0]}x{size[1]}",
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": "last" if layers is None else ",".join(map(str, layers)),
-        "config": json.dumps(config.to_dict(), sort_keys=True),
-        **(settings or {}),
+        "device": model.device.type,
+        **{f"config.{key}": json.dumps(value) for key, value in model.config.to_dict().items()},
     }
-    partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    result = Extraction(out)
-    places = {path: partial / f"{_key(path, facts)}.safetensors" for path in images}
-    waiting = [path for path in images if not places[path].exists()]
-    result.resumed = len(images) - len(waiting)
-    for chunk, pixels in _batches(progress(waiting, len(waiting)), size, batch, strict, result):
-        for path, features in zip(chunk, image_features(model, pixels, layers), strict=True):
-            _write({f"{path}:{name}": t for name, t in features.items()}, places[path])
-    result.images = [path for path in images if path not in result.skipped]
-    if not result.images:
-        shutil.rmtree(partial)
-        raise ValueError(f"none of {len(images)} files is an image that can be read")
-    _join([places[path] for path in result.images], out, facts)
-    shutil.rmtree(partial)
-    return result
-
-
-def _key(path: Path, facts: dict[str, str]) -> str:
-    """Names an image's features by all that they depend on, the file's own size and time of change included."""
-    try:
-        stat = path.stat()
-        version = f"{stat.st_size}-{stat.st_mtime_ns}"
-    except OSError:
-        version = "missing"
-    return hashlib.sha256(json.dumps([str(path), version, facts], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _batches(
     paths: Iterable[Path], size: tuple[int, int], batch: int, strict: bool, result: Extraction
-) -> Iterator[tuple[list[Path], Tensor]]:
-    chunk: list[Path] = []
+) -> Iterator[tuple[list[tuple[Path, str]], Tensor]]:
+    """Batches of (path, digest of the file) and pixels; files that cannot be read go into `result.skipped`."""
+    chunk: list[tuple[Path, str]] = []
     pixels: list[Tensor] = []
     for path in paths:
         try:
-            loaded = load_pixels(path, size)
+            _check_name(path)
+            data = read_file(path)
+            loaded = to_pixels(decode_photo(data, path), size)
         except (ValueError, OSError) as error:
             if strict:
                 raise
             result.skipped[path] = str(error)
-            logger.warning("skipped %s", error if str(path) in str(error) else f"{path}: {error}")
+            logger.warning("skipped %s", error)
             continue
-        chunk.append(path)
+        chunk.append((path, content_digest(data)))
         pixels.append(loaded)
         if len(chunk) == batch:
             yield chunk, torch.stack(pixels)
@@ -162,43 +190,8 @@ def _batches(
         yield chunk, torch.stack(pixels)
 
 
-def _write(tensors: dict[str, Tensor], place: Path, metadata: dict[str, str] | None = None) -> None:
-    temporary = place.with_name(place.name + ".writing")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, place)
-
-
-def _join(places: Sequence[Path], out: Path, facts: dict[str, str]) -> None:
-    tensors = {}
-    for place in places:
-        with safe_open(place, framework="pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
-    _write(tensors, out, facts)
-
-
-def draw_pca(out: Path, features: Path, images: Sequence[Path], size: tuple[int, int], patch_size: int) -> int:
-    """Draws each photograph and beside it the principal components of its last features; returns how many rows.
-
-    At most 16 images are drawn; the file is replaced atomically.
-    """
-    from matplotlib.figure import Figure
-
-    images = images[:16]
-    grid = size[0] // patch_size, size[1] // patch_size
-    figure = Figure(figsize=(7, 3.4 * len(images)), layout="constrained")
-    with safe_open(features, framework="pt") as file:
-        names = list(file.keys())
-        for row, path in enumerate(images):
-            tokens = file.get_tensor([n for n in names if n.rpartition(":")[0] == str(path)][-1])
-            picture = open_photo(path).resize((size[1], size[0]))
-            for column, shown in enumerate((np.asarray(picture), pca_map(tokens, grid).numpy())):
-                axis = figure.add_subplot(len(images), 2, 2 * row + column + 1)
-                axis.imshow(shown)
-                axis.set_axis_off()
-            figure.axes[2 * row].set_title(path.name, fontsize=9)
-    temporary = out.with_name(out.name + ".writing")
-    figure.savefig(temporary, dpi=110, format=out.suffix.lstrip(".") or "png")
-    os.replace(temporary, out)
-    return len(images)
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{printable(path)}: the name is not UTF-8, as a tensor's has to be") from error

@@ -1,10 +1,12 @@
-"""Image files as pixels: what people's folders hold, and what InternViT was trained on.
+"""Image files as pixels.
 
 Every file becomes an upright RGB photograph: EXIF rotation is applied, palettes are resolved, transparency is laid over
 white, grey and 16-bit images are scaled to 8 bits. Pixels are resized (bicubic) to the wanted size, scaled to [0, 1]
 and normalised by ImageNet's mean and standard deviation, as all published InternViTs expect.
 """
 
+import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,69 +20,124 @@ if TYPE_CHECKING:
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-_RASTER = ("avif", "bmp", "dib", "gif", "ico", "jfif", "jp2", "jpe", "jpeg", "jpg", "png", "qoi", "tga", "tif", "tiff")
-_PORTABLE = ("pbm", "pgm", "pnm", "ppm", "webp")
-SUFFIXES = frozenset(f".{suffix}" for suffix in (*_RASTER, *_PORTABLE))
+_READABLE = (
+    "apng avif avifs bmp dib gif icns ico j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx mpo pbm pcx pgm png pnm ppm psd "
+    "qoi sgi tga tif tiff webp"
+)
+# Pillow needs a plugin for these; a folder's search returns them all the same, so that they are reported.
+_OTHERS = "exr hdr heic heics heif heifs hif jxl jxr svg wdp"
+# Pillow takes a camera's raw file for the small TIFF preview inside it.
+_RAW = "3fr arw cr2 cr3 dng erf iiq mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f"
+RAW_SUFFIXES = frozenset(f".{suffix}" for suffix in _RAW.split())
+SUFFIXES = frozenset(f".{suffix}" for suffix in f"{_READABLE} {_OTHERS} {_RAW}".split())
+
+
+def printable(path: str | Path) -> str:
+    """A path for messages: bytes that are not UTF-8 are written as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def find_images(patterns: Iterable[str | Path]) -> list[Path]:
-    """Image files named by paths, folders (searched whole) and glob patterns; sorted within each, none twice.
+    """Image files named by paths, folders (searched recursively) and glob patterns; sorted within each, none twice.
+
+    A folder gives every file with a suffix in `SUFFIXES`, whether or not Pillow can read it, and links to files that
+    do not exist: whoever opens them reports them.
 
     Raises:
         FileNotFoundError: a pattern that matches nothing, by name.
     """
-    found: dict[Path, None] = {}
+    images: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            matches = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and _is_file_or_dangling(p))
         elif path.exists():
             matches = [path]
         else:
             root = Path(path.anchor) if path.is_absolute() else Path()
             relative = str(path.relative_to(path.anchor)) if path.is_absolute() else str(path)
-            matches = sorted(p for p in root.glob(relative) if p.is_file())
+            matches = sorted(p for p in root.glob(relative) if _is_file_or_dangling(p))
         if not matches:
-            raise FileNotFoundError(f"no image at {pattern}")
-        found.update(dict.fromkeys(matches))
-    return list(found)
+            raise FileNotFoundError(f"no image at {printable(pattern)}")
+        images.update(dict.fromkeys(matches))
+    return list(images)
+
+
+def _is_file_or_dangling(path: Path) -> bool:
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        ValueError: a folder, a pipe or a device, or a file that cannot be read; the message names it.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+            raise ValueError(f"{printable(path)}: not a regular file")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{printable(path)}: no such file") from error
+    except OSError as error:
+        raise ValueError(f"{printable(path)}: cannot be read: {error.strerror or error}") from error
 
 
 def open_photo(path: str | Path) -> "Image.Image":
     """The file as an upright 8-bit RGB image.
 
     Raises:
-        ValueError: no image, a broken one, or one whose values have no known range; the message names the file.
+        ValueError: no image, a damaged one, or one whose values have no known range; the message names the file.
         FileNotFoundError: no such file.
     """
+    return decode_photo(read_file(path), path)
+
+
+def decode_photo(data: bytes, path: str | Path) -> "Image.Image":
+    """`open_photo` of bytes that were read from `path`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    name, suffix = printable(path), Path(path).suffix.lower()
+    if suffix in RAW_SUFFIXES:
+        raise ValueError(f"{name}: a camera's raw file; convert it to TIFF, PNG or JPEG")
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(data)) as file:
             file.load()
             image = ImageOps.exif_transpose(file)
-    except FileNotFoundError:
-        raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: broken image: {error}") from error
+        hint = f"; {suffix} needs a plugin, or another format" if suffix[1:] in _OTHERS.split() else ""
+        raise ValueError(f"{name}: not an image that Pillow can read{hint}") from error
+    except Exception as error:  # decoders raise RuntimeError, struct.error, MemoryError and more
+        raise ValueError(f"{name}: broken image: {str(error) or type(error).__name__}") from error
+    return to_rgb(image, name)
+
+
+def to_rgb(image: "Image.Image", name: str) -> "Image.Image":
+    """An image of any mode as 8-bit RGB.
+
+    Raises:
+        ValueError: values without a known range; the message begins with `name`.
+    """
+    from PIL import Image
+
     if image.mode.startswith("I"):
-        image = _eight_bits(np.asarray(image), path)
+        image = _eight_bits(np.asarray(image), name)
     elif image.mode == "F":
-        raise ValueError(f"{path}: float values have no known range; save it as 8 or 16 bits")
+        raise ValueError(f"{name}: float values have no known range; save it as 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _eight_bits(values: np.ndarray, path: str | Path) -> "Image.Image":
+def _eight_bits(values: np.ndarray, name: str) -> "Image.Image":
     """Integers up to 65535 as 8 bits; 257 = 65535 / 255 steps of 16 bits are one of 8."""
     from PIL import Image
 
     if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ValueError(f"{path}: values up to {values.max()} have no known range; save it as 8 or 16 bits")
+        raise ValueError(f"{name}: values up to {values.max()} have no known range; save it as 8 or 16 bits")
     return Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))
 
 

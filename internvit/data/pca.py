@@ -1,7 +1,17 @@
 """Pictures of features: the first principal components of the patches as colours."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
+
+from internvit.data.images import open_photo, printable
+from internvit.files import atomic_write
+
+_MAX_DRAWN = 16
 
 
 def pca_map(hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -13,7 +23,7 @@ def pca_map(hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Returns:
         [rows, columns, 3] float32 in [0, 1]; each component is scaled between its 1st and 99th percentile, its sign
-        chosen so that the patches at the border are dark in the first one.
+        chosen so that the patches at the border are dark in the first one. A component that does not vary is 0.
 
     Raises:
         ValueError: the number of tokens does not fit the grid.
@@ -24,8 +34,43 @@ def pca_map(hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
         raise ValueError(f"pca_map: expected 1 + {rows} * {columns} tokens, got {tokens.shape[0]}")
     patches = tokens[1:] - tokens[1:].mean(0)
     _, _, directions = torch.linalg.svd(patches, full_matrices=False)
-    components = (patches @ directions[:3].T).view(rows, columns, 3)
+    components = patches @ directions[:3].T
+    components = torch.nn.functional.pad(components, (0, 3 - components.shape[1])).view(rows, columns, 3)
     border = torch.cat([components[0], components[-1], components[:, 0], components[:, -1]]).mean(0)
     components = torch.where(border > 0, -components, components)
     low, high = (torch.quantile(components.flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
-    return ((components - low) / (high - low)).clamp(0, 1)
+    return torch.where(high > low, (components - low) / (high - low), 0).clamp(0, 1)
+
+
+def check_picture_name(out: Path) -> None:
+    """Raises ValueError if matplotlib writes no pictures of the suffix of `out`."""
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if out.suffix and out.suffix[1:].lower() not in formats:
+        raise ValueError(f"{printable(out)}: expected a suffix among {', '.join(sorted(formats))}, got {out.suffix}")
+
+
+def draw_pca(out: Path, features: Path, images: Sequence[Path], size: tuple[int, int], patch_size: int) -> int:
+    """Draws each photograph and beside it the principal components of its last features; returns how many rows.
+
+    At most 16 images are drawn; the file is replaced atomically.
+    """
+    from matplotlib.figure import Figure
+
+    images = images[:_MAX_DRAWN]
+    grid = size[0] // patch_size, size[1] // patch_size
+    figure = Figure(figsize=(7, 3.4 * len(images)), layout="constrained")
+    with safe_open(features, framework="pt") as file:
+        names = list(file.keys())
+        for row, path in enumerate(images):
+            tokens = file.get_tensor([n for n in names if n.rpartition(":")[0] == str(path)][-1])
+            picture = open_photo(path).resize((size[1], size[0]))
+            for column, shown in enumerate((np.asarray(picture), pca_map(tokens, grid).numpy())):
+                axis = figure.add_subplot(len(images), 2, 2 * row + column + 1)
+                axis.imshow(shown)
+                axis.set_axis_off()
+            figure.axes[2 * row].set_title(path.name, fontsize=9, parse_math=False)
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, dpi=110, format=out.suffix[1:].lower() or "png")
+    return len(images)

@@ -63,7 +63,7 @@ def packed_linear_class(weight: Tensor) -> type[PackedLinear] | type[PrepackedLi
         return None
     if onednn_packs():
         return PrepackedLinear
-    if native.missing("internvit_cpu") is None and torch.ops.internvit_cpu.packs_linear(weight.dtype):
+    if native.unavailable_reason("internvit_cpu") is None and torch.ops.internvit_cpu.packs_linear(weight.dtype):
         return PackedLinear
     return None
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internvit.dense.backbone import InternViTBackbone
-from internvit.dense.pyramid import EPS, ChannelsFirstLayerNorm
+from internvit.dense.pyramid import EPS, ChannelsFirstLayerNorm, HalvingMaxPool
 
 
 class SimpleFeaturePyramid(nn.Module):
@@ -54,10 +54,13 @@ class SimpleFeaturePyramid(nn.Module):
         )
         self.levels = nn.ModuleList(level(resize, c) for resize, c in resizers)
         self.levels.append(level(nn.Sequential(), channels))
-        self.levels.append(level(nn.Sequential(nn.MaxPool2d(kernel_size=2, stride=2)), channels))
+        self.levels.append(level(nn.Sequential(HalvingMaxPool()), channels))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[B, C, h, w] -> [B, out, 4h, 4w], [B, out, 2h, 2w], [B, out, h, w], [B, out, h // 2, w // 2]."""
+        """[B, C, h, w] -> [B, out, 4h, 4w], [B, out, 2h, 2w], [B, out, h, w], [B, out, h // 2, w // 2].
+
+        A side of one cell stays one in the last level.
+        """
         return tuple(level(x) for level in self.levels)
 
 
@@ -70,17 +73,19 @@ class DetectionBackbone(nn.Module):
     Args:
         backbone: its last map is used; without `fpn`.
         out_channels: of each level; torchvision reads it here.
-        pool: a fifth level "pool" of stride 64 at the end, every second cell of the last, as in torchvision's FPN.
+        pool: end in a fifth level "pool" of stride 64, every second cell of the last, as torchvision's FPN does. The
+            detectors' default anchors expect five levels.
 
     Raises:
         ValueError: a patch size that is no power of two from 4 on, or a backbone with a pyramid of its own.
 
     Example:
         >>> tower = internvit.InternViTBackbone.from_pretrained(path, out_indices=(-1,), patch_size=16, image_size=1024)
-        >>> model = torchvision.models.detection.MaskRCNN(DetectionBackbone(tower), num_classes=91)
+        >>> model = torchvision.models.detection.MaskRCNN(DetectionBackbone(tower), num_classes=91).eval()
+        >>> boxes = model([photo])[0]["boxes"]  # of a photo [3, H, W] in [0, 1]
     """
 
-    def __init__(self, backbone: InternViTBackbone, out_channels: int = 256, pool: bool = False) -> None:
+    def __init__(self, backbone: InternViTBackbone, out_channels: int = 256, pool: bool = True) -> None:
         super().__init__()
         patch = backbone.config.patch_size
         if patch < 4 or patch & (patch - 1):
@@ -89,14 +94,14 @@ class DetectionBackbone(nn.Module):
                 f"load it with from_pretrained(..., patch_size=16)"
             )
         if backbone.fpn:
-            raise ValueError("backbone: expected fpn=False, the pyramid is made of the last map here")
+            raise ValueError("backbone: expected fpn=False, this class makes its own pyramid of the last map")
         self.backbone = backbone
         self.pyramid = SimpleFeaturePyramid(backbone.config.hidden_size, out_channels)
         self.out_channels = out_channels
         self.pool = pool
 
     def forward(self, pixel_values: Tensor) -> "OrderedDict[str, Tensor]":
-        """Maps "0", "1", "2", "3" (and "pool") of pixels [B, channels, height, width], multiples of the patch size."""
+        """Maps "0" to "3", and "pool" if there is one, of pixels [B, channels, height, width]."""
         maps = self.pyramid(self.backbone(pixel_values)[-1])
         named = OrderedDict((str(i), x) for i, x in enumerate(maps))
         if self.pool:

@@ -19,15 +19,18 @@ from internvit.model import recompute
 from internvit.model.hooks import is_plain_linear
 from internvit.ops import (
     attention,
+    gelu,
     layer_norm,
     layer_scale_residual,
     layer_scale_residual_norm,
+    linear_gelu,
     linear_layer_scale,
     qk_norm_attention,
+    qk_norm_attention_qkvpacked,
     rms_norm,
 )
 from internvit.ops.linear import linear
-from internvit.ops.linear_gelu import gelu, linear_gelu_with_pre_activation
+from internvit.ops.linear_gelu import linear_gelu_with_pre_activation
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -44,8 +47,8 @@ class Norm(NamedTuple):
     def compute(self, x: Tensor) -> Tensor:
         """norm(x), in the dtype that the Linears behind it take."""
         if self.norm_type == "rms_norm":
-            return cast_for_linear(rms_norm(x, self.weight, self.eps, self.rounding), self.weight)
-        return cast_for_linear(layer_norm(x, self.weight, self.bias, self.eps), self.weight)
+            return cast_for_linear(rms_norm(x, self.weight, eps=self.eps, rounding=self.rounding), self.weight)
+        return cast_for_linear(layer_norm(x, self.weight, self.bias, eps=self.eps), self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """norm(x), recomputed in backward."""
@@ -150,7 +153,10 @@ def add_branch(x: Tensor, hidden: Tensor, end: BranchOutput, norm: Norm | Functi
         out = layer_scale_residual(x, branch, end.gamma, row_scale)
         return out, None if norm is None else norm(out)
     out, normed = layer_scale_residual_norm(
-        x, branch, end.gamma, row_scale, norm.weight, norm.bias, norm.eps, norm.norm_type, norm.rounding
+        *(x, branch, norm.weight, norm.bias, end.gamma, row_scale),
+        eps=norm.eps,
+        norm_type=norm.norm_type,
+        rounding=norm.rounding,
     )
     return out, norm.rematerialize(out, normed)
 
@@ -163,14 +169,14 @@ def attention_output(parts: AttentionParts, x: Tensor) -> Tensor:
     else:
         heads = [t.unflatten(-1, (parts.num_heads, -1)) for t in qkv]  # 3 of [B, N, H, D]
     q_norm, k_norm = parts.q_norm, parts.k_norm
-    q, k, v = heads if len(heads) == 3 else (heads[0], None, None)
+    fused: Any = qk_norm_attention_qkvpacked if len(heads) == 1 else qk_norm_attention
     if q_norm is None and k_norm is None:
-        return qk_norm_attention(q, k, v, scale=parts.scale).flatten(2)
+        return fused(*heads, scale=parts.scale).flatten(2)
     if isinstance(q_norm, Norm) and isinstance(k_norm, Norm):
-        weights = q_norm.weight, k_norm.weight
-        return qk_norm_attention(q, k, v, *weights, q_norm.eps, parts.scale, parts.rounding).flatten(2)
+        weights, settings = (q_norm.weight, k_norm.weight), {"scale": parts.scale, "rounding": parts.rounding}
+        return fused(*heads, *weights, eps=q_norm.eps, **settings).flatten(2)
     q, k, v = heads if len(heads) == 3 else heads[0].unbind(2)
-    return attention(*norm_heads(q_norm, k_norm, q, k, v), parts.scale).flatten(2)
+    return attention(*norm_heads(q_norm, k_norm, q, k, v), scale=parts.scale).flatten(2)
 
 
 def norm_heads(q_norm: Any, k_norm: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,16 +213,17 @@ def linear_or_folded(
 
 
 def _folded_linear(module: nn.Linear, gamma: Tensor, x: Tensor) -> Tensor:
-    return linear_layer_scale(x, module.weight, module.bias, gamma)
+    return linear_layer_scale(x, module.weight, gamma, module.bias)
 
 
 def fc1_gelu(fc1: nn.Module, x: Tensor) -> Tensor:
     """gelu(fc1(x)), in one op where fc1 is a plain Linear; backward recomputes it from the pre-activation."""
     if not is_plain_linear(fc1):
         return gelu(call_module(fc1, x))
-    rematerializes = recompute.active()
-    hidden, pre, backend = linear_gelu_with_pre_activation(x, fc1.weight, fc1.bias, rematerializes, None)
-    return recompute.rematerialize(hidden, lambda: gelu(pre, backend), pre) if rematerializes else hidden
+    if not recompute.active():
+        return linear_gelu(x, fc1.weight, fc1.bias)
+    hidden, pre, backend = linear_gelu_with_pre_activation(x, fc1.weight, fc1.bias)
+    return recompute.rematerialize(hidden, lambda: gelu(pre, backend=backend), pre)
 
 
 def identity(x: Tensor) -> Tensor:

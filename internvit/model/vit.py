@@ -199,6 +199,7 @@ class InternViT(nn.Module):
         image_size: int | tuple[int, int] | None = None,
         patch_size: int | None = None,
         patch_resampling: str = "bicubic",
+        prefix: str | None = None,
     ) -> "InternViT":
         """Loads a checkpoint of any upstream, in eval mode.
 
@@ -222,6 +223,7 @@ class InternViT(nn.Module):
             image_size=image_size,
             patch_size=patch_size,
             patch_resampling=patch_resampling,
+            prefix=prefix,
         )
         model.residual_dtype = residual_dtype
         model.set_layer_scale_folding(fold_layer_scale)
@@ -235,7 +237,7 @@ class InternViT(nn.Module):
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
     ) -> Path:
-        """Writes config.json and safetensors; see `internvit.checkpoint.load.save_pretrained`."""
-        from internvit.checkpoint.load import save_pretrained
+        """Writes config.json and safetensors; see `internvit.checkpoint.save.save_pretrained`."""
+        from internvit.checkpoint.save import save_pretrained
 
         return save_pretrained(self, folder, layout=layout, max_shard_size=max_shard_size, overwrite=overwrite)

@@ -1,9 +1,9 @@
-"""What lies between the vision tower and the language model in InternVL.
+"""InternVL's connector between the vision tower and the language model.
 
     tokens [B, 1 + N, C] -> no class token -> pixel shuffle [B, N / 4, 4C] -> LayerNorm -> Linear -> GELU -> Linear
 
-Pixel shuffle folds each 2x2 square of patches into one token of four times the width. Version "v2" keeps the picture's
-orientation; "v1", of the first InternVL, leaves rows and columns swapped.
+Pixel shuffle folds each 2x2 square of patches into one token of four times the width. Version "v2" keeps the image's
+orientation; "v1", of the first InternVL, swaps rows and columns.
 """
 
 import math
@@ -118,7 +118,7 @@ class InternVLConnector(nn.Module):
         x = pixel_shuffle(x, self.downsample_ratio, self.ps_version).flatten(1, 2)  # [B, N / 4, 4C]
         norm, fc1, fc2 = self.mlp1[0], self.mlp1[1], self.mlp1[3]
         if isinstance(norm, nn.LayerNorm) and is_plain(norm, nn.LayerNorm):
-            x = cast_for_linear(layer_norm(x, norm.weight, norm.bias, norm.eps), norm.weight)
+            x = cast_for_linear(layer_norm(x, norm.weight, norm.bias, eps=norm.eps), norm.weight)
         else:
             x = norm(x)
         return linear_per_image(fc2, fc1_gelu(fc1, x))
@@ -150,25 +150,27 @@ class InternVLConnector(nn.Module):
         Raises:
             ValueError: none or more than one connector is in it, or keys are missing.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for key, tensor in state_dict.items():
             for ours, theirs in _NAMES.items():
                 stem, _, leaf = key.rpartition(".")
                 if f".{stem}".endswith((f".{ours}", f".{theirs}")):
-                    if f"{ours}.{leaf}" in found:
+                    if f"{ours}.{leaf}" in tensors:
                         raise ValueError(f"state_dict: expected one connector, got another at {key}")
-                    found[f"{ours}.{leaf}"] = tensor
-        missing = [f"{name}.{leaf}" for name in _NAMES for leaf in ("weight", "bias") if f"{name}.{leaf}" not in found]
+                    tensors[f"{ours}.{leaf}"] = tensor
+        missing = [
+            f"{name}.{leaf}" for name in _NAMES for leaf in ("weight", "bias") if f"{name}.{leaf}" not in tensors
+        ]
         if missing:
             raise ValueError(
                 f"state_dict: expected mlp1.* or multi_modal_projector.* of InternVL, found no {', '.join(missing)}"
             )
-        llm_width, width = found["mlp1.1.weight"].shape
+        llm_width, width = tensors["mlp1.1.weight"].shape
         side = round(1 / kwargs.get("downsample_ratio", 0.5))
         with torch.device("meta"):
             connector = cls(width // side**2, llm_width, **{**kwargs, "device": None})
         device = kwargs.get("device")
-        connector.load_state_dict({name: tensor.clone().to(device) for name, tensor in found.items()}, assign=True)
+        connector.load_state_dict({name: tensor.clone().to(device) for name, tensor in tensors.items()}, assign=True)
         return connector.eval()
 
     def to_state_dict(self, layout: str = "opengvlab") -> dict[str, Tensor]:

@@ -1,18 +1,21 @@
-"""Dynamic tiling of a large picture, as InternVL 1.5 and later see it: a grid of square tiles and a thumbnail.
+"""InternVL's dynamic tiling (version 1.5 and later): an image as a grid of square tiles and a thumbnail.
 
-The grid is that of at most `max_tiles` whose aspect ratio is nearest to the picture's. Of equally near ones the larger
-wins while the picture has more than half the grid's pixels.
+Of all grids of at most `max_tiles` tiles, the one with the nearest aspect ratio is taken. Among equally near grids the
+larger wins if the image has more than half of its pixels.
 """
 
 import functools
 import math
+import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internvit.data.images import MEAN, STD
+from internvit.data.images import MEAN, STD, open_photo, to_rgb
 
 
 @functools.lru_cache(maxsize=32)
@@ -26,15 +29,15 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
 def best_grid(
     height: int, width: int, image_size: int = 448, min_tiles: int = 1, max_tiles: int = 12
 ) -> tuple[int, int]:
-    """The (rows, columns) of tiles for a picture.
+    """The (rows, columns) of tiles for an image.
 
     Args:
-        height, width: of the picture, in pixels.
+        height, width: of the image, in pixels.
         image_size: side of a tile.
         min_tiles, max_tiles: bounds on rows * columns (InternVL: 12, in training up to 40).
 
     Raises:
-        ValueError: an empty picture, or bounds that allow nothing.
+        ValueError: an empty image, or bounds that allow nothing.
 
     Source: dynamic_preprocess and find_closest_aspect_ratio in OpenGVLab's InternVL; transformers'
         get_optimal_tiled_canvas.
@@ -60,20 +63,22 @@ def tile_image(
     thumbnail: bool = True,
     normalize: bool = True,
 ) -> Tensor:
-    """The tiles of a picture as one batch for the vision tower.
+    """The tiles of an image as one batch for the vision tower.
 
     Args:
-        image: a PIL image, or 8-bit RGB as a numpy array [height, width, 3] or a tensor [3, height, width].
+        image: the path of an image file, a PIL image, or 8-bit RGB as a numpy array [height, width, 3] or a tensor
+            [3, height, width]; any strides.
         image_size: side of a tile.
         min_tiles, max_tiles: bounds on the number of tiles, the thumbnail not counted.
-        thumbnail: append the whole picture in one tile, where there is more than one.
+        thumbnail: append the whole image as one more tile, if there are several.
         normalize: to float32 by ImageNet's mean and standard deviation; else uint8.
 
     Returns:
         [tiles, 3, image_size, image_size], row by row, the thumbnail last.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: another shape or dtype, or an image file that cannot be read.
+        FileNotFoundError: no such file.
     """
     pixels = _rgb(image)
     height, width = pixels.shape[1:]
@@ -91,17 +96,21 @@ def tile_image(
 
 def _rgb(image: Any) -> Tensor:
     """[3, height, width] uint8."""
+    if isinstance(image, (str, os.PathLike)):
+        image = open_photo(Path(image))
     if hasattr(image, "convert"):  # PIL
-        import numpy
-
-        image = numpy.array(image.convert("RGB"))
+        # Upstream drops transparency by convert("RGB"), which clips values wider than 8 bits.
+        image = to_rgb(image, "tile_image") if image.mode[0] in "IF" else image.convert("RGB")
     if not isinstance(image, Tensor):
-        image = torch.as_tensor(image)
+        array = np.array(image)  # a copy: PyTorch takes neither negative strides nor read-only memory
+        if array.dtype != np.uint8:
+            raise ValueError(f"tile_image: expected 8-bit RGB, got {type(image).__name__} of dtype {array.dtype}")
+        image = torch.from_numpy(array)
         image = image.permute(2, 0, 1) if image.dim() == 3 else image
     if image.dim() != 3 or image.shape[0] != 3 or image.dtype != torch.uint8 or 0 in image.shape:
         raise ValueError(
-            f"tile_image: expected 8-bit RGB, a PIL image, an array [height, width, 3] or a tensor [3, height, width], "
-            f"got shape {list(image.shape)} and {image.dtype}"
+            f"tile_image: expected 8-bit RGB: a path, a PIL image, an array [height, width, 3] or a tensor "
+            f"[3, height, width], got shape {list(image.shape)} and {image.dtype}"
         )
     return image
 

@@ -1,20 +1,22 @@
 """The fused ops, as functions of tensors. Each file holds one op: formula, reference, schema, autograd, validation."""
 
 from internvit.ops.attention import attention
-from internvit.ops.core.select import backend
+from internvit.ops.core.select import backend, set_backend
+from internvit.ops.gelu import gelu
 from internvit.ops.layer_norm import layer_norm
 from internvit.ops.layer_scale_residual import layer_scale_residual
 from internvit.ops.layer_scale_residual_norm import layer_scale_residual_norm
 from internvit.ops.linear_gelu import linear_gelu
 from internvit.ops.linear_layer_scale import linear_layer_scale
 from internvit.ops.qk_norm import qk_norm
-from internvit.ops.qk_norm_attention import qk_norm_attention
+from internvit.ops.qk_norm_attention import qk_norm_attention, qk_norm_attention_qkvpacked
 from internvit.ops.qk_norm_stats import qk_norm_stats
 from internvit.ops.rms_norm import rms_norm
 
 __all__ = [
     "attention",
     "backend",
+    "gelu",
     "layer_norm",
     "layer_scale_residual",
     "layer_scale_residual_norm",
@@ -22,6 +24,8 @@ __all__ = [
     "linear_layer_scale",
     "qk_norm",
     "qk_norm_attention",
+    "qk_norm_attention_qkvpacked",
     "qk_norm_stats",
     "rms_norm",
+    "set_backend",
 ]

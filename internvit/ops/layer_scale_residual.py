@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
+from internvit.numerics import norm_violations
+from internvit.ops.backends.registry import implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype, sum_rows
-from internvit.ops.core.registration import Mask, below_autograd, define, empty_grad, wanted
-from internvit.ops.core.select import reference, resolve
+from internvit.ops.core.registration import Mask, define, define_backward
+from internvit.ops.core.spec import Inputs, OpSpec, register_spec, widened
 
 OP = "layer_scale_residual"
 
@@ -30,7 +31,7 @@ def factor(x: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:
     return x
 
 
-@reference(OP)
+@implements(OP, "reference")
 def layer_scale_residual_reference(
     residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None
 ) -> Tensor:
@@ -38,7 +39,7 @@ def layer_scale_residual_reference(
     return (residual.to(dtype) + factor(branch.to(dtype), gamma, row_scale)).to(residual.dtype).contiguous()
 
 
-@reference(f"{OP}_backward")
+@implements(f"{OP}_backward", "reference")
 def layer_scale_residual_backward_reference(
     grad_residual_out: Tensor,
     branch: Tensor | None,
@@ -46,9 +47,9 @@ def layer_scale_residual_backward_reference(
     row_scale: Tensor | None,
     branch_dtype: torch.dtype,
     output_mask: Mask,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     grad = grad_residual_out.to(accumulate_dtype(grad_residual_out, branch))
-    grad_branch, grad_gamma = empty_grad(grad), empty_grad(grad)
+    grad_branch, grad_gamma = None, None
     if output_mask[0]:
         grad_branch = factor(grad, gamma, row_scale).to(branch_dtype, copy=True).contiguous()
     if output_mask[1]:
@@ -58,44 +59,9 @@ def layer_scale_residual_backward_reference(
     return grad_branch, grad_gamma
 
 
-class LayerScaleResidualFunction(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None, backend: str
-    ) -> Tensor:
-        out = below_autograd(LAYER_SCALE_RESIDUAL, residual, branch, gamma, row_scale, backend)
-        ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, gamma, row_scale)
-        ctx.branch_dtype = branch.dtype
-        ctx.backend = backend
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        branch, gamma, row_scale = ctx.saved_tensors
-        mask = ctx.needs_input_grad[1:3]
-        grads: tuple[Tensor | None, ...] = (None, None)
-        if any(mask):
-            args = (grad, branch, gamma, row_scale, ctx.branch_dtype, mask, ctx.backend)
-            grads = wanted(LAYER_SCALE_RESIDUAL_BACKWARD(*args), mask)
-        return (grad if ctx.needs_input_grad[0] else None, *grads, None, None)
-
-
-LAYER_SCALE_RESIDUAL = define(
-    f"{OP}(Tensor residual, Tensor branch, Tensor? gamma, Tensor? row_scale, str backend) -> Tensor residual_out",
-    fake=lambda residual, branch, gamma, row_scale, backend: residual.new_empty(residual.shape),
-    autograd=LayerScaleResidualFunction,
-)
-LAYER_SCALE_RESIDUAL_BACKWARD = define(
-    f"{OP}_backward(Tensor grad_residual_out, Tensor? branch, Tensor? gamma, Tensor? row_scale,"
-    " ScalarType branch_dtype, bool[2] output_mask, str backend) -> (Tensor grad_branch, Tensor grad_gamma)",
-    fake=lambda grad, branch, gamma, row_scale, branch_dtype, output_mask, backend: (
-        grad.new_empty(grad.shape, dtype=branch_dtype) if output_mask[0] else empty_grad(grad),
-        gamma.new_empty(gamma.shape) if output_mask[1] else empty_grad(grad),
-    ),
-)
-
-
-def check_arguments(op: str, residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> None:
+def validate_residual(
+    op: str, residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None
+) -> None:
     check.rows(op, "residual", residual)
     check.same_shape(op, "branch", branch, "residual", residual)
     check.floating(op, residual=residual, branch=branch, gamma=gamma)
@@ -108,11 +74,27 @@ def check_arguments(op: str, residual: Tensor, branch: Tensor, gamma: Tensor | N
     check.row_scale(op, row_scale, residual)
 
 
+LAYER_SCALE_RESIDUAL = define(
+    f"{OP}(Tensor residual, Tensor branch, Tensor? gamma, Tensor? row_scale) -> Tensor residual_out",
+    fake=lambda residual, *_: residual.new_empty(residual.shape),
+    validate=lambda *args: validate_residual(OP, *args),
+)
+define_backward(
+    LAYER_SCALE_RESIDUAL,
+    f"{OP}_backward(Tensor grad_residual_out, Tensor? branch, Tensor? gamma, Tensor? row_scale,"
+    " ScalarType branch_dtype, bool[2] output_mask) -> (Tensor grad_branch, Tensor grad_gamma)",
+    grads_like={"grad_branch": lambda named: named["grad_residual_out"].to(named["branch_dtype"])},
+    saved_for={"branch": ("gamma",)},
+    passes_through="residual",
+)
+
+
 def layer_scale_residual(
     residual: Tensor,
     branch: Tensor,
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
+    *,
     backend: str | None = None,
 ) -> Tensor:
     """Adds a LayerScaled, DropPathed branch to the residual stream.
@@ -134,5 +116,37 @@ def layer_scale_residual(
 
     Source: Touvron et al. 2021 (LayerScale), https://arxiv.org/abs/2103.17239; Huang et al. 2016 (stochastic depth).
     """
-    check_arguments(OP, residual, branch, gamma, row_scale)
-    return LAYER_SCALE_RESIDUAL(residual, branch, gamma, row_scale, resolve(OP, residual, backend))
+    return LAYER_SCALE_RESIDUAL.call((residual, branch, gamma, row_scale), backend)
+
+
+def formula(residual: Tensor, branch: Tensor, gamma: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
+    """residual + row_scale[b] * gamma * branch in plain PyTorch."""
+    return residual + factor(branch, gamma, row_scale)
+
+
+def residual_violations(arguments: dict[str, Any], out: Tensor) -> list[str]:
+    """What residual_out breaks of the contract: the sum of two terms that may cancel."""
+    named: dict[str, Any] = {n: arguments.get(n) for n in ("residual", "branch", "gamma", "row_scale")}
+    wide = widened(named)
+    term = factor(wide["branch"], wide["gamma"], wide["row_scale"])
+    return norm_violations(out, wide["residual"] + term, formula(**named), wide["residual"].abs() + term.abs())
+
+
+def _example(make: Inputs) -> dict[str, Any]:
+    return {
+        "residual": make.hidden_states(),
+        "branch": make.branch(),
+        "gamma": make.vector(0.5),
+        "row_scale": make.drop_path(),
+    }
+
+
+register_spec(
+    OpSpec(
+        layer_scale_residual,
+        OP,
+        formula,
+        {"": _example, "gamma=None": lambda make: {**_example(make), "gamma": None}},
+        lambda arguments, actual, truth, eager: residual_violations(arguments, actual[0]),
+    )
+)

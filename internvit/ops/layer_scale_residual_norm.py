@@ -1,4 +1,4 @@
-"""The seam between two branches in one pass: residual + LayerScale + DropPath, and the next norm of it.
+"""The end of one branch and the norm of the next in one pass: residual + LayerScale + DropPath, then RMS- or LayerNorm.
 
     residual_out = residual + row_scale[b] * gamma * branch
     normed       = norm(residual_out) * weight (+ bias)
@@ -9,23 +9,28 @@ this op and `layer_scale_residual` followed by the norm give the same bits.
 
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.nn import functional as F
 
+from internvit.numerics import layer_norm_terms, norm_violations
+from internvit.ops.backends.registry import implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype, norm_backward, scale_and_shift, standardize, statistics
-from internvit.ops.core.registration import Mask, below_autograd, define, empty_grad, wanted
-from internvit.ops.core.select import reference, resolve
+from internvit.ops.core.registration import Mask, define, define_backward
+from internvit.ops.core.spec import Inputs, OpSpec, register_spec
+from internvit.ops.layer_scale_residual import formula as residual_formula
 from internvit.ops.layer_scale_residual import (
-    check_arguments,
     layer_scale_residual_backward_reference,
     layer_scale_residual_reference,
+    residual_violations,
+    validate_residual,
 )
 
 OP = "layer_scale_residual_norm"
 
 
-@reference(OP)
+@implements(OP, "reference")
 def layer_scale_residual_norm_reference(
     residual: Tensor,
     branch: Tensor,
@@ -34,18 +39,18 @@ def layer_scale_residual_norm_reference(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    kind: str,
+    norm_type: str,
     rounding: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     residual_out = layer_scale_residual_reference(residual, branch, gamma, row_scale)
-    mean, rstd = statistics(residual_out, kind, eps)
-    x_hat = standardize(residual_out, mean, rstd, kind)
-    rounding = rounding if kind == "rms_norm" else "fused"
+    mean, rstd = statistics(residual_out, norm_type, eps)
+    x_hat = standardize(residual_out, mean, rstd, norm_type)
+    rounding = rounding if norm_type == "rms_norm" else "fused"
     normed = scale_and_shift(x_hat, weight, bias, residual_out.dtype, rounding).to(branch.dtype)
     return residual_out, normed, mean, rstd
 
 
-@reference(f"{OP}_backward")
+@implements(f"{OP}_backward", "reference")
 def layer_scale_residual_norm_backward_reference(
     grad_residual_out: Tensor | None,
     grad_normed: Tensor,
@@ -56,131 +61,78 @@ def layer_scale_residual_norm_backward_reference(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    kind: str,
+    norm_type: str,
     output_mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad, grad_weight, grad_bias = norm_backward(grad_normed, residual_out, weight, mean, rstd, kind)
+) -> tuple[Tensor | None, ...]:
+    grad, grad_weight, grad_bias = norm_backward(grad_normed, residual_out, weight, mean, rstd, norm_type)
     if grad_residual_out is not None:
         grad = grad + grad_residual_out
     grad_branch, grad_gamma = layer_scale_residual_backward_reference(
         grad, branch, gamma, row_scale, grad_normed.dtype, output_mask[1:3]
     )
     return (
-        grad.to(residual_out.dtype).contiguous() if output_mask[0] else empty_grad(grad),
+        grad.to(residual_out.dtype).contiguous() if output_mask[0] else None,
         grad_branch,
         grad_gamma,
-        grad_weight.to(weight.dtype) if output_mask[3] else empty_grad(grad),
-        grad_bias.to(weight.dtype) if output_mask[4] else empty_grad(grad),
+        grad_weight.to(weight.dtype) if output_mask[3] else None,
+        grad_bias.to(weight.dtype) if output_mask[4] else None,
     )
 
 
-class LayerScaleResidualNormFunction(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        residual: Tensor,
-        branch: Tensor,
-        gamma: Tensor | None,
-        row_scale: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        eps: float,
-        kind: str,
-        rounding: str,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        outputs = below_autograd(
-            LAYER_SCALE_RESIDUAL_NORM,
-            *(residual, branch, gamma, row_scale, weight, bias, eps, kind, rounding, backend),
-        )
-        residual_out, _, mean, rstd = outputs
-        saved_branch = branch if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(residual_out, saved_branch, gamma, row_scale, weight, mean, rstd)
-        ctx.kind, ctx.backend, ctx.branch_dtype = kind, backend, branch.dtype
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)
-        return outputs
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_residual_out: Tensor | None, grad_normed: Tensor | None, *_: Any
-    ) -> tuple[Tensor | None, ...]:
-        if grad_residual_out is None and grad_normed is None:
-            return (None,) * 10
-        saved = ctx.saved_tensors  # read once: a checkpoint gives each saved tensor out only once
-        residual_out = saved[0]
-        if grad_normed is None:
-            grad_normed = residual_out.new_zeros(residual_out.shape, dtype=ctx.branch_dtype)
-        needs = ctx.needs_input_grad
-        mask = (needs[0], needs[1], needs[2], needs[4], needs[5])
-        grads = wanted(
-            LAYER_SCALE_RESIDUAL_NORM_BACKWARD(grad_residual_out, grad_normed, *saved, ctx.kind, mask, ctx.backend),
-            mask,
-        )
-        return (*grads[:3], None, *grads[3:], None, None, None, None)
+def _validate(*args: Any) -> None:
+    residual, branch, gamma, row_scale, weight, bias, eps, norm_type, rounding = args
+    validate_residual(OP, residual, branch, gamma, row_scale)
+    check.floating(OP, weight=weight, bias=bias)
+    check.device(OP, "residual", residual, weight=weight, bias=bias)
+    check.vector(OP, "weight", weight, residual.shape[-1], "residual's last dimension")
+    check.vector(OP, "bias", bias, residual.shape[-1], "residual's last dimension")
+    check.eps(OP, eps)
+    check.choice(OP, "norm_type", norm_type, check.NORM_TYPES)
+    check.choice(OP, "rounding", rounding, check.ROUNDINGS)
+    if bias is not None:
+        if norm_type == "rms_norm":
+            raise ValueError(f"{OP}: bias must be None for norm_type='rms_norm', got shape {check.shape_of(bias)}")
+        check.same_dtype(OP, "weight", weight, bias=bias)
 
 
-def _fake_forward(residual, branch, gamma, row_scale, weight, bias, eps, kind, rounding, backend):  # type: ignore[no-untyped-def]
-    dtype = accumulate_dtype(residual)
-    rows = residual.shape[:-1]
+def _fake(  # type: ignore[no-untyped-def]
+    residual, branch, gamma, row_scale, weight, bias, eps, norm_type, rounding, backend
+):
+    rows, dtype = residual.shape[:-1], accumulate_dtype(residual)
     return (
         residual.new_empty(residual.shape),
         branch.new_empty(branch.shape),
-        residual.new_empty(rows if kind == "layer_norm" else (0,), dtype=dtype),
+        residual.new_empty(rows if norm_type == "layer_norm" else (0,), dtype=dtype),
         residual.new_empty(rows, dtype=dtype),
-    )
-
-
-def _fake_backward(  # type: ignore[no-untyped-def]
-    grad_residual_out,
-    grad_normed,
-    residual_out,
-    branch,
-    gamma,
-    row_scale,
-    weight,
-    mean,
-    rstd,
-    kind,
-    output_mask,
-    backend,
-):
-    shapes = (
-        (residual_out, residual_out.dtype),
-        (residual_out, grad_normed.dtype),
-        (gamma, None if gamma is None else gamma.dtype),
-        (weight, weight.dtype),
-        (weight, weight.dtype),
-    )
-    return tuple(
-        like.new_empty(like.shape, dtype=dtype) if asked else empty_grad(rstd)
-        for (like, dtype), asked in zip(shapes, output_mask, strict=True)
     )
 
 
 LAYER_SCALE_RESIDUAL_NORM = define(
     f"{OP}(Tensor residual, Tensor branch, Tensor? gamma, Tensor? row_scale, Tensor weight, Tensor? bias, float eps,"
-    " str kind, str rounding, str backend) -> (Tensor residual_out, Tensor normed, Tensor mean, Tensor rstd)",
-    fake=_fake_forward,
-    autograd=LayerScaleResidualNormFunction,
+    " str norm_type, str rounding) -> (Tensor residual_out, Tensor normed, Tensor mean, Tensor rstd)",
+    fake=_fake,
+    validate=_validate,
 )
-LAYER_SCALE_RESIDUAL_NORM_BACKWARD = define(
+define_backward(
+    LAYER_SCALE_RESIDUAL_NORM,
     f"{OP}_backward(Tensor? grad_residual_out, Tensor grad_normed, Tensor residual_out, Tensor? branch, Tensor? gamma,"
-    " Tensor? row_scale, Tensor weight, Tensor mean, Tensor rstd, str kind, bool[5] output_mask, str backend)"
+    " Tensor? row_scale, Tensor weight, Tensor mean, Tensor rstd, str norm_type, bool[5] output_mask)"
     " -> (Tensor grad_residual, Tensor grad_branch, Tensor grad_gamma, Tensor grad_weight, Tensor grad_bias)",
-    fake=_fake_backward,
+    grads_like={"grad_residual": "residual_out", "grad_branch": "grad_normed", "grad_bias": "weight"},
+    saved_for={"branch": ("gamma",)},
 )
 
 
 def layer_scale_residual_norm(
     residual: Tensor,
     branch: Tensor,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    *,
     eps: float = 1e-6,
-    kind: str = "rms_norm",
+    norm_type: str = "rms_norm",
     rounding: str = "fused",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -192,12 +144,12 @@ def layer_scale_residual_norm(
     Args:
         residual: [B, ..., C], branch's dtype or float32.
         branch: [B, ..., C], float32, bfloat16, float16 or float64.
-        gamma: [C], LayerScale; None where it is folded into the GEMM before.
-        row_scale: [B] float32, DropPath's factor per image; gets no gradient.
         weight: [C], of the norm, branch's dtype or float32.
         bias: [C], weight's dtype; LayerNorm only.
+        gamma: [C], LayerScale; None where it is folded into the GEMM before.
+        row_scale: [B] float32, DropPath's factor per image; gets no gradient.
         eps: of the norm.
-        kind: "rms_norm" or "layer_norm".
+        norm_type: "rms_norm" or "layer_norm".
         rounding: "fused" or "reference", as in `rms_norm`.
         backend: overrides `internvit.backend`.
 
@@ -208,20 +160,66 @@ def layer_scale_residual_norm(
     Raises:
         ValueError: a wrong shape, dtype, device or choice.
 
-    Source: the block of OpenGVLab's modeling_intern_vit.py, lines 291-293.
+    Source: the block of OpenGVLab's modeling_intern_vit.py.
     """
-    check_arguments(OP, residual, branch, gamma, row_scale)
-    check.floating(OP, weight=weight, bias=bias)
-    check.device(OP, "residual", residual, weight=weight, bias=bias)
-    check.vector(OP, "weight", weight, residual.shape[-1], "residual's last dimension")
-    check.vector(OP, "bias", bias, residual.shape[-1], "residual's last dimension")
-    check.eps(OP, eps)
-    check.choice(OP, "kind", kind, check.KINDS)
-    check.choice(OP, "rounding", rounding, check.ROUNDINGS)
-    if bias is not None:
-        if kind == "rms_norm":
-            raise ValueError(f"{OP}: bias must be None for kind='rms_norm', got a tensor of shape {list(bias.shape)}")
-        check.same_dtype(OP, "weight", weight, bias=bias)
-    name = resolve(OP, residual, backend)
-    outputs = LAYER_SCALE_RESIDUAL_NORM(residual, branch, gamma, row_scale, weight, bias, eps, kind, rounding, name)
+    args = (residual, branch, gamma, row_scale, weight, bias, eps, norm_type, rounding)
+    outputs = LAYER_SCALE_RESIDUAL_NORM.call(args, backend)
     return outputs[0], outputs[1]
+
+
+def _formula(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    gamma: Any = None,
+    row_scale: Any = None,
+    **norm: Any,
+) -> tuple[Tensor, Tensor]:
+    out = residual_formula(residual, branch, gamma, row_scale)
+    return out, _norm(out, weight, bias, **norm)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, norm_type: str, eps: float = 1e-6) -> Tensor:
+    if norm_type == "rms_norm":
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _violations(arguments: dict[str, Any], actual: tuple[Tensor, ...], truth: Any, eager: Any) -> list[str]:
+    """The norm is compared with that of residual_out as rounded to its dtype, which its statistics are taken of."""
+    out, normed = actual
+    weight, bias, norm_type = (arguments[n] for n in ("weight", "bias", "norm_type"))
+    wide: list[Any] = [t if t is None else t.double() for t in (out, weight, bias)]
+    terms = None
+    if norm_type == "layer_norm":
+        terms = layer_norm_terms(out, weight, torch.zeros_like(weight) if bias is None else bias)
+    plain = _norm(out.to(weight.dtype), weight, bias, norm_type)
+    exact = _norm(wide[0], wide[1], wide[2], norm_type)
+    return residual_violations(arguments, out) + norm_violations(normed, exact, plain, terms)
+
+
+def _example(make: Inputs, norm_type: str) -> dict[str, Any]:
+    return {
+        "residual": make.hidden_states(),
+        "branch": make.branch(),
+        "weight": make.vector(1.0),
+        "bias": make.vector() if norm_type == "layer_norm" else None,
+        "gamma": make.vector(0.5),
+        "row_scale": make.drop_path(),
+        "norm_type": norm_type,
+    }
+
+
+register_spec(
+    OpSpec(
+        layer_scale_residual_norm,
+        OP,
+        _formula,
+        {
+            "rms_norm": lambda make: _example(make, "rms_norm"),
+            "layer_norm": lambda make: _example(make, "layer_norm"),
+        },
+        _violations,
+    )
+)

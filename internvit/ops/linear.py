@@ -9,15 +9,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from internvit.ops.core.direct import nothing_watches
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias for x [..., K]; the same bits for an image alone and in any batch."""
     whole = x.device.type != "cpu" or x.dim() < 3 or x.shape[0] < 2
-    # A traced program takes any batch, and forward-mode AD does not go through views of `out`.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
-    if whole or traced or torch.is_autocast_enabled("cpu"):
+    # A traced program takes any batch, and forward-mode differentiation does not go through views of `out`.
+    if whole or torch.is_autocast_enabled("cpu") or not nothing_watches() or forward_ad._current_level >= 0:
         return F.linear(x, weight, bias)
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    for index, image in enumerate(x):
-        out[index].copy_(F.linear(image, weight, bias))
+    for image, destination in zip(x, out, strict=True):
+        destination.copy_(F.linear(image, weight, bias))
     return out

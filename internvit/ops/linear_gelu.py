@@ -6,76 +6,35 @@ x [..., K] of dtype T; weight [M, K], bias [M] of dtype T; y, pre_activation [..
 pre-activation as rounded to T, in float32: that is all backward keeps, and y can be rebuilt from it to the bit.
 """
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
 
-from internvit.ops.attention import autocast
+from internvit.ops.backends.registry import implementation, implements
 from internvit.ops.core import validation as check
+from internvit.ops.core.autocast import autocast_dtype, cast
 from internvit.ops.core.norm_math import sum_rows
-from internvit.ops.core.registration import Mask, below_autograd, define, empty_grad, wanted
-from internvit.ops.core.select import implementation, reference, resolve
+from internvit.ops.core.registration import Mask, define, define_backward, empty_grad
+from internvit.ops.core.select import resolve
+from internvit.ops.core.spec import Inputs, OpSpec, multiplies, register_spec
 from internvit.ops.linear import linear
 
 OP = "linear_gelu"
 
 
-@reference("gelu")
-def gelu_reference(pre_activation: Tensor) -> Tensor:
-    return F.gelu(pre_activation.contiguous())
-
-
-@reference("gelu_backward")
-def gelu_backward_reference(grad_y: Tensor, pre_activation: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad_y.contiguous(), pre_activation.contiguous())
-
-
-@reference(OP)
+@implements(OP, "reference")
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     pre_activation = linear(x, weight, bias)
     return F.gelu(pre_activation), pre_activation
 
 
 def linear_then_gelu(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """PyTorch's Linear and a backend's own GELU: for the compiled libraries, which leave products to PyTorch."""
+    """PyTorch's Linear and a backend's own GELU: for the backends that leave products to PyTorch."""
     pre_activation = linear(x, weight, bias)
     return implementation("gelu", backend)(pre_activation), pre_activation
-
-
-class GeluFunction(Function):
-    @staticmethod
-    def forward(ctx: Any, pre_activation: Tensor, backend: str) -> Tensor:
-        ctx.save_for_backward(pre_activation)
-        ctx.backend = backend
-        return below_autograd(GELU, pre_activation, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        return GELU_BACKWARD(grad_y, *ctx.saved_tensors, ctx.backend), None
-
-
-class LinearGeluFunction(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, save_pre_activation: bool, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        y, pre_activation = below_autograd(LINEAR_GELU, x, weight, bias, True, backend)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, pre_activation)
-        ctx.backend = backend
-        ctx.mark_non_differentiable(pre_activation)
-        ctx.set_materialize_grads(False)
-        return y, pre_activation
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        if grad_y is None:
-            return (None,) * 5
-        mask = ctx.needs_input_grad[:3]
-        grads = LINEAR_GELU_BACKWARD(grad_y, *ctx.saved_tensors, mask, ctx.backend)
-        return (*wanted(grads, mask), None, None)
 
 
 def _run(
@@ -102,52 +61,52 @@ def _run_backward(
     return grad_x, grad_weight, grad_bias if grad.dim() > 1 else grad_bias.clone()
 
 
-def _fake_forward(  # type: ignore[no-untyped-def]
-    x, weight, bias, save_pre_activation, backend
-):
+def _fake(x, weight, bias, save_pre_activation, backend):  # type: ignore[no-untyped-def]
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape) if save_pre_activation else empty_grad(x)
 
 
-def _fake_backward(grad_y, x, weight, pre_activation, output_mask, backend):  # type: ignore[no-untyped-def]
-    shapes = ((*grad_y.shape[:-1], weight.shape[1]), tuple(weight.shape), (weight.shape[0],))
-    return tuple(
-        grad_y.new_empty(shape) if asked else empty_grad(grad_y)
-        for shape, asked in zip(shapes, output_mask, strict=True)
-    )
+def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, save_pre_activation: bool) -> None:
+    check.rows(OP, "x", x)
+    check.floating(OP, x=x, weight=weight, bias=bias)
+    check.device(OP, "x", x, weight=weight, bias=bias)
+    check.linear_weight(OP, x, weight)
+    check.vector(OP, "bias", bias, weight.shape[0], "weight's rows")
+    check.same_dtype(OP, "x", x, **{n: t for n, t in (("weight", weight), ("bias", bias)) if t is not None})
 
 
-GELU = define(
-    "gelu(Tensor pre_activation, str backend) -> Tensor",
-    fake=lambda pre_activation, backend: pre_activation.new_empty(pre_activation.shape),
-    autograd=GeluFunction,
-)
-GELU_BACKWARD = define(
-    "gelu_backward(Tensor grad_y, Tensor pre_activation, str backend) -> Tensor",
-    fake=lambda grad_y, pre_activation, backend: pre_activation.new_empty(pre_activation.shape),
-)
+def _like_x(named: dict[str, Any]) -> Tensor:
+    grad_y = named["grad_y"]
+    return grad_y.new_empty((*grad_y.shape[:-1], named["weight"].shape[1]))
+
+
 LINEAR_GELU = define(
-    f"{OP}(Tensor x, Tensor weight, Tensor? bias, bool save_pre_activation, str backend)"
-    " -> (Tensor y, Tensor pre_activation)",
-    fake=_fake_forward,
+    f"{OP}(Tensor x, Tensor weight, Tensor? bias, bool save_pre_activation) -> (Tensor y, Tensor pre_activation)",
+    fake=_fake,
+    validate=_validate,
     run=_run,
-    autograd=LinearGeluFunction,
+    autocast=("x", "weight", "bias"),
+    flops=lambda x, weight, *_, **__: 2 * prod(x) * weight[0],
 )
-LINEAR_GELU_BACKWARD = define(
-    f"{OP}_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor pre_activation, bool[3] output_mask, str backend)"
+define_backward(
+    LINEAR_GELU,
+    f"{OP}_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor pre_activation, bool[3] output_mask)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-    fake=_fake_backward,
+    grads_like={"grad_x": _like_x, "grad_bias": lambda named: named["weight"][:, 0]},
     run=_run_backward,
+    saved_for={"x": ("weight",)},
+    when_differentiated={"save_pre_activation": True},
+    flops=lambda grad_y, x, weight, pre, mask, *_, **__: 2 * prod(grad_y) * weight[1] * (bool(mask[0]) + bool(mask[1])),
 )
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """A Linear and the exact (erf) GELU of it.
 
     y = gelu(x weight^T + bias)
 
     Args:
-        x: [..., K], float32, bfloat16, float16 or float64; under autocast float32 is cast as for torch's Linear.
+        x: [..., K], float32, bfloat16, float16 or float64; under autocast cast as for torch's Linear.
         weight: [M, K], x's dtype.
         bias: [M], x's dtype, or None.
         backend: overrides `internvit.backend`.
@@ -160,28 +119,35 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: 
 
     Source: Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415; InternMLP in OpenGVLab's modeling_intern_vit.py.
     """
-    return linear_gelu_with_pre_activation(x, weight, bias, False, backend)[0]
+    return LINEAR_GELU.call((x, weight, bias, False), backend)[0]
 
 
 def linear_gelu_with_pre_activation(
-    x: Tensor, weight: Tensor, bias: Tensor | None, save_pre_activation: bool, backend: str | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor, str]:
-    """`linear_gelu`, the pre-activation (empty unless asked for or differentiated) and the backend that ran."""
-    check.rows(OP, "x", x)
-    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    check.floating(OP, x=x, weight=weight, bias=bias)
-    check.device(OP, "x", x, weight=weight, bias=bias)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{OP}: weight must have shape [M, {x.shape[-1]}] (x's last dimension), got {check.shape_of(weight)}"
-        )
-    check.vector(OP, "bias", bias, weight.shape[0], "weight's rows")
-    check.same_dtype(OP, "x", x, **{n: t for n, t in (("weight", weight), ("bias", bias)) if t is not None})
+    """`linear_gelu`, the pre-activation [..., M], and the backend whose `gelu` of that gives the same bits again."""
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)  # type: ignore[assignment]
     name = resolve(OP, x, backend)
-    y, pre_activation = LINEAR_GELU(x, weight, bias, save_pre_activation, name)
-    return y, pre_activation, name
+    return (*LINEAR_GELU.call((x, weight, bias, True), name), name)
 
 
-def gelu(pre_activation: Tensor, backend: str | None = None) -> Tensor:
-    """GELU with the bits that `linear_gelu` gives: for recomputing, and after a Linear that is not plain."""
-    return GELU(pre_activation, resolve("gelu", pre_activation, backend))
+def _example(make: Inputs) -> dict[str, Any]:
+    hidden, intermediate = make.size.hidden_size, 4 * make.size.hidden_size
+    return {
+        "x": make.hidden_states(),
+        "weight": make.matrix(intermediate, hidden),
+        "bias": make.vector(length=intermediate),
+    }
+
+
+register_spec(
+    OpSpec(
+        linear_gelu,
+        OP,
+        lambda x, weight, bias=None: F.gelu(F.linear(x, weight, bias)),
+        {"": _example, "bias=None": lambda make: {**_example(make), "bias": None}},
+        multiplies,
+    )
+)

@@ -13,17 +13,19 @@ of keeping it (kept, it would be 5 units of [N, C] a block of the 300M at one im
 One op, so that nothing that traces through it decides to keep weight'.
 """
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.nn import functional as F
 
-from internvit.ops.attention import autocast
+from internvit.numerics import product_violations
+from internvit.ops.backends.registry import implementation, implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype, sum_rows
-from internvit.ops.core.registration import Mask, below_autograd, define, empty_grad, wanted
-from internvit.ops.core.select import implementation, reference, resolve
+from internvit.ops.core.registration import Mask, define, define_backward, fill_gradients
+from internvit.ops.core.spec import Inputs, OpSpec, register_spec
 from internvit.ops.linear import linear
 
 OP = "linear_layer_scale"
@@ -46,7 +48,7 @@ def _row_dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([(x.to(dtype) * y.to(dtype)).sum(-1) for x, y in pairs])
 
 
-@reference(OP)
+@implements(OP, "reference")
 def linear_layer_scale_reference(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor) -> Tensor:
     wide = weight.float() if x.dtype == torch.float16 else weight
     folded = wide * gamma.unsqueeze(1)
@@ -58,11 +60,11 @@ def linear_layer_scale_reference(x: Tensor, weight: Tensor, bias: Tensor | None,
     return linear(x, folded.to(x.dtype), None if bias is None else (bias * gamma).to(x.dtype))
 
 
-@reference(f"{OP}_backward")
+@implements(f"{OP}_backward", "reference")
 def linear_layer_scale_backward_reference(
     grad_y: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, gamma: Tensor, output_mask: Mask
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_x, grad_weight, grad_bias, grad_gamma = (empty_grad(grad_y) for _ in range(4))
+) -> tuple[Tensor | None, ...]:
+    grad_x = grad_weight = grad_bias = grad_gamma = None
     column = gamma.unsqueeze(1)
     rows = grad_y.reshape(-1, grad_y.shape[-1])
     if output_mask[0]:
@@ -79,25 +81,11 @@ def linear_layer_scale_backward_reference(
     if bias is not None and (output_mask[2] or output_mask[3]):
         grad_folded_bias = sum_rows(rows.to(accumulate_dtype(rows)))
         if output_mask[3]:
+            assert grad_gamma is not None
             grad_gamma = grad_gamma + grad_folded_bias * bias
         if output_mask[2]:
             grad_bias = (grad_folded_bias * gamma).to(bias.dtype)
-    return grad_x, grad_weight, grad_bias, grad_gamma.to(gamma.dtype) if output_mask[3] else grad_gamma
-
-
-class LinearLayerScaleFunction(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, backend: str) -> Tensor:
-        y = below_autograd(LINEAR_LAYER_SCALE, x, weight, bias, gamma, backend)
-        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if needs_x else None, weight, bias, gamma)
-        ctx.backend = backend
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        mask = ctx.needs_input_grad[:4]
-        return (*wanted(LINEAR_LAYER_SCALE_BACKWARD(grad_y, *ctx.saved_tensors, mask, ctx.backend), mask), None)
+    return grad_x, grad_weight, grad_bias, None if grad_gamma is None else grad_gamma.to(gamma.dtype)
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, backend: str) -> Tensor:
@@ -105,48 +93,63 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, backend:
         return implementation(OP, backend)(x, weight, bias, gamma)
 
 
-def _run_backward(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run_backward(grad_y: Tensor, *args: Any) -> Any:
     with torch.autocast(grad_y.device.type, enabled=False):
-        return implementation(f"{OP}_backward", args[-1])(grad_y, *args[:-1])
+        return fill_gradients(implementation(f"{OP}_backward", args[-1])(grad_y, *args[:-1]), grad_y)
 
 
-def _fake_backward(grad_y, x, weight, bias, gamma, output_mask, backend):  # type: ignore[no-untyped-def]
-    shapes = (
-        (grad_y, (*grad_y.shape[:-1], weight.shape[1])),
-        *((t, None if t is None else t.shape) for t in (weight, bias, gamma)),
-    )
-    return tuple(
-        like.new_empty(shape) if asked else empty_grad(grad_y)
-        for (like, shape), asked in zip(shapes, output_mask, strict=True)
-    )
+def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor) -> None:
+    check.rows(OP, "x", x)
+    check.floating(OP, x=x, weight=weight, bias=bias, gamma=gamma)
+    check.device(OP, "x", x, weight=weight, bias=bias, gamma=gamma)
+    check.linear_weight(OP, x, weight)
+    for name, t in (("weight", weight), ("gamma", gamma)):
+        if t.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{OP}: {name} must have x's dtype {x.dtype} or be torch.float32, got {t.dtype}")
+    check.vector(OP, "bias", bias, weight.shape[0], "weight's rows")
+    check.vector(OP, "gamma", gamma, weight.shape[0], "weight's rows")
+    if bias is not None:
+        check.same_dtype(OP, "weight", weight, bias=bias)
+
+
+def _like_x(named: dict[str, Any]) -> Tensor:
+    grad_y = named["grad_y"]
+    return grad_y.new_empty((*grad_y.shape[:-1], named["weight"].shape[1]))
 
 
 LINEAR_LAYER_SCALE = define(
-    f"{OP}(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, str backend) -> Tensor y",
-    fake=lambda x, weight, bias, gamma, backend: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    f"{OP}(Tensor x, Tensor weight, Tensor? bias, Tensor gamma) -> Tensor y",
+    fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    validate=_validate,
     run=_run,
-    autograd=LinearLayerScaleFunction,
+    autocast=("x",),
+    flops=lambda x, weight, *_, **__: 2 * prod(x) * weight[0],
 )
-LINEAR_LAYER_SCALE_BACKWARD = define(
-    f"{OP}_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor? bias, Tensor gamma, bool[4] output_mask,"
-    " str backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_gamma)",
-    fake=_fake_backward,
+define_backward(
+    LINEAR_LAYER_SCALE,
+    f"{OP}_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor? bias, Tensor gamma, bool[4] output_mask)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_gamma)",
+    grads_like={"grad_x": _like_x},
     run=_run_backward,
+    saved_for={"x": ("weight", "gamma")},
+    flops=lambda grad_y, x, weight, bias, gamma, mask, *_, **__: (
+        2 * prod(grad_y) * weight[1] * (bool(mask[0]) + bool(mask[1] or mask[3]))
+    ),
 )
 
 
 def linear_layer_scale(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, backend: str | None = None
+    x: Tensor, weight: Tensor, gamma: Tensor, bias: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
     """A Linear whose output LayerScale multiplies, as one GEMM, for training: no output is kept for gamma's gradient.
 
     y = x (gamma * weight)^T + gamma * bias
 
     Args:
-        x: [..., K], float32, bfloat16, float16 or float64; under autocast float32 is cast as for torch's Linear.
+        x: [..., K], float32, bfloat16, float16 or float64; under autocast cast as for torch's Linear.
         weight: [M, K], x's dtype or float32.
-        bias: [M], weight's dtype, or None.
         gamma: [M], x's dtype or float32, LayerScale.
+        bias: [M], weight's dtype, or None.
         backend: overrides `internvit.backend`.
 
     Returns:
@@ -157,19 +160,31 @@ def linear_layer_scale(
 
     Source: LightLLM folds for inference; LayerScale is Touvron et al. 2021, https://arxiv.org/abs/2103.17239.
     """
-    check.rows(OP, "x", x)
-    (x,) = autocast(x)  # type: ignore[assignment]
-    check.floating(OP, x=x, weight=weight, bias=bias, gamma=gamma)
-    check.device(OP, "x", x, weight=weight, bias=bias, gamma=gamma)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{OP}: weight must have shape [M, {x.shape[-1]}] (x's last dimension), got {check.shape_of(weight)}"
-        )
-    for name, t in (("weight", weight), ("gamma", gamma)):
-        if t.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"{OP}: {name} must have x's dtype {x.dtype} or be torch.float32, got {t.dtype}")
-    check.vector(OP, "bias", bias, weight.shape[0], "weight's rows")
-    check.vector(OP, "gamma", gamma, weight.shape[0], "weight's rows")
-    if bias is not None:
-        check.same_dtype(OP, "weight", weight, bias=bias)
-    return LINEAR_LAYER_SCALE(x, weight, bias, gamma, resolve(OP, x, backend))
+    return LINEAR_LAYER_SCALE.call((x, weight, bias, gamma), backend)
+
+
+def _formula(x: Tensor, weight: Tensor, gamma: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias) * gamma
+
+
+def _violations(arguments: dict[str, Any], actual: tuple[Tensor, ...], truth: Any, eager: Any) -> list[str]:
+    """In 16 bit the folded weight is the operand that is rounded."""
+    x, weight, gamma, bias = (arguments.get(n) for n in ("x", "weight", "gamma", "bias"))
+    emulation = eager[0]
+    if x.dtype != torch.float32:  # type: ignore[union-attr]
+        folded_bias = None if bias is None else (bias * gamma).double()
+        emulation = F.linear(x.double(), (weight * gamma[:, None]).double(), folded_bias).to(x.dtype)  # type: ignore
+    return product_violations(actual[0], truth[0], emulation)
+
+
+def _example(make: Inputs) -> dict[str, Any]:
+    hidden = make.size.hidden_size
+    return {
+        "x": make.hidden_states(4 * hidden),
+        "weight": make.matrix(hidden, 4 * hidden),
+        "gamma": make.vector(1.0).abs(),
+        "bias": make.vector(),
+    }
+
+
+register_spec(OpSpec(linear_layer_scale, OP, _formula, {"": _example}, _violations))

@@ -1,6 +1,6 @@
 """QK-norm in memory: RMSNorm of q and of k over all heads together.
 
-    q_normed = q * rstd_q * q_weight,  k_normed = k * rstd_k * k_weight,  rstd as in `qk_norm_stats`
+    q_normed = q * rstd_q * q_weight,  k_normed = k * rstd_k * k_weight,  rstd over all heads together
 
 q, k [B, N, H, D], any strides; q_weight, k_weight [H * D], T or float32; q_normed, k_normed [B, N, H, D], contiguous.
 """
@@ -8,18 +8,19 @@ q, k [B, N, H, D], any strides; q_weight, k_weight [H * D], T or float32; q_norm
 from typing import Any
 
 from torch import Tensor
-from torch.autograd import Function
+from torch.nn import functional as F
 
+from internvit.ops.backends.registry import implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype
-from internvit.ops.core.registration import Mask, below_autograd, define, empty_grad, wanted
-from internvit.ops.core.select import reference, resolve
+from internvit.ops.core.registration import Mask, define, define_backward
+from internvit.ops.core.spec import Inputs, OpSpec, register_spec
 from internvit.ops.rms_norm import rms_norm_backward_reference, rms_norm_reference
 
 OP = "qk_norm"
 
 
-@reference(OP)
+@implements(OP, "reference")
 def qk_norm_reference(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, rounding: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -28,7 +29,7 @@ def qk_norm_reference(
     return q_normed.view(q.shape), k_normed.view(k.shape), rstd_q, rstd_k
 
 
-@reference(f"{OP}_backward")
+@implements(f"{OP}_backward", "reference")
 def qk_norm_backward_reference(
     grad_q_normed: Tensor,
     grad_k_normed: Tensor,
@@ -39,59 +40,39 @@ def qk_norm_backward_reference(
     rstd_q: Tensor,
     rstd_k: Tensor,
     output_mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     grads = []
     for grad, x, weight, rstd, mask in (
         (grad_q_normed, q, q_weight, rstd_q, (output_mask[0], output_mask[2])),
         (grad_k_normed, k, k_weight, rstd_k, (output_mask[1], output_mask[3])),
     ):
         grad_x, grad_weight = rms_norm_backward_reference(grad.flatten(2), x.flatten(2), weight, rstd, mask)
-        grads.append((grad_x.view(x.shape) if mask[0] else grad_x, grad_weight))
+        grads.append((None if grad_x is None else grad_x.view(x.shape), grad_weight))
     (grad_q, grad_q_weight), (grad_k, grad_k_weight) = grads
     return grad_q, grad_k, grad_q_weight, grad_k_weight
 
 
-class QKNormFunction(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, rounding: str, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        outputs = below_autograd(QK_NORM, q, k, q_weight, k_weight, eps, rounding, backend)
-        ctx.save_for_backward(q, k, q_weight, k_weight, *outputs[2:])
-        ctx.backend = backend
-        ctx.mark_non_differentiable(*outputs[2:])
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        mask = ctx.needs_input_grad[:4]
-        grads = QK_NORM_BACKWARD(grad_q, grad_k, *ctx.saved_tensors, mask, ctx.backend)
-        return (*wanted(grads, mask), None, None, None)
-
-
-def _fake_forward(q, k, q_weight, k_weight, eps, rounding, backend):  # type: ignore[no-untyped-def]
-    statistics = [t.new_empty(t.shape[:2], dtype=accumulate_dtype(t)) for t in (q, k)]
-    return (q.new_empty(q.shape), k.new_empty(k.shape), *statistics)
-
-
-def _fake_backward(gq, gk, q, k, q_weight, k_weight, rstd_q, rstd_k, output_mask, backend):  # type: ignore[no-untyped-def]
-    return tuple(
-        t.new_empty(t.shape) if asked else empty_grad(t)
-        for t, asked in zip((q, k, q_weight, k_weight), output_mask, strict=True)
-    )
+def _validate(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, rounding: str) -> None:
+    check.heads(OP, q=q, k=k)
+    check.qk_weights(OP, q, q_weight=q_weight, k_weight=k_weight)
+    check.eps(OP, eps)
+    check.choice(OP, "rounding", rounding, check.ROUNDINGS)
 
 
 QK_NORM = define(
-    f"{OP}(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, str rounding, str backend)"
+    f"{OP}(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, str rounding)"
     " -> (Tensor q_normed, Tensor k_normed, Tensor rstd_q, Tensor rstd_k)",
-    fake=_fake_forward,
-    autograd=QKNormFunction,
+    fake=lambda q, k, *_: (
+        *(t.new_empty(t.shape) for t in (q, k)),
+        *(t.new_empty(t.shape[:2], dtype=accumulate_dtype(t)) for t in (q, k)),
+    ),
+    validate=_validate,
 )
-QK_NORM_BACKWARD = define(
+define_backward(
+    QK_NORM,
     f"{OP}_backward(Tensor grad_q_normed, Tensor grad_k_normed, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight,"
-    " Tensor rstd_q, Tensor rstd_k, bool[4] output_mask, str backend)"
+    " Tensor rstd_q, Tensor rstd_k, bool[4] output_mask)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_q_weight, Tensor grad_k_weight)",
-    fake=_fake_backward,
 )
 
 
@@ -100,6 +81,7 @@ def qk_norm(
     k: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
+    *,
     eps: float = 1e-6,
     rounding: str = "fused",
     backend: str | None = None,
@@ -123,9 +105,21 @@ def qk_norm(
 
     Source: InternAttention in OpenGVLab's modeling_intern_vit.py (q_norm, k_norm over embed_dim).
     """
-    check.heads(OP, q=q, k=k)
-    check.qk_weights(OP, q, q_weight=q_weight, k_weight=k_weight)
-    check.eps(OP, eps)
-    check.choice(OP, "rounding", rounding, check.ROUNDINGS)
-    outputs = QK_NORM(q, k, q_weight, k_weight, eps, rounding, resolve(OP, q, backend))
+    outputs = QK_NORM.call((q, k, q_weight, k_weight, eps, rounding), backend)
     return outputs[0], outputs[1]
+
+
+def formula(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """q_normed and k_normed in plain PyTorch."""
+    return (
+        F.rms_norm(q.flatten(2), q_weight.shape, q_weight, eps).view(q.shape),
+        F.rms_norm(k.flatten(2), k_weight.shape, k_weight, eps).view(k.shape),
+    )
+
+
+def _example(make: Inputs) -> dict[str, Any]:
+    q, k, _ = make.qkv().unbind(2)
+    return {"q": q, "k": k, "q_weight": make.vector(1.0), "k_weight": make.vector(1.0)}
+
+
+register_spec(OpSpec(qk_norm, OP, formula, {"": _example}))

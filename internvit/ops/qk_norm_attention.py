@@ -13,16 +13,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from internvit.ops.attention import autocast, fake_out_and_lse
+from internvit.ops.attention import (
+    Heads,
+    QKNorm,
+    SavedAttention,
+    attention_flops,
+    default_scale,
+    fake_out_and_lse,
+)
+from internvit.ops.attention import formula as attention_formula
+from internvit.ops.backends.registry import BACKENDS, has_implementation, implementation
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype
-from internvit.ops.core.registration import below_autograd, define, empty_grad, wanted
-from internvit.ops.core.select import BACKENDS, implementation, implements, resolve
+from internvit.ops.core.registration import define, define_backward, empty_grad
+from internvit.ops.core.select import resolve
+from internvit.ops.core.spec import Inputs, OpSpec, multiplies, register_spec
+from internvit.ops.qk_norm import formula as qk_norm_formula
 
 OP = "qk_norm_attention"
-Heads = tuple[Tensor, Tensor, Tensor]
+PACKED = f"{OP}_qkvpacked"
 
 
 def _folds(backend: str, rounding: str) -> bool:
@@ -31,7 +41,7 @@ def _folds(backend: str, rounding: str) -> bool:
 
 def _norm_backend(q: Tensor, backend: str) -> str:
     """The backend of `qk_norm` beside an attention backend that has none of its own, as sdpa and flash."""
-    return backend if implements("qk_norm", backend) else resolve("qk_norm", q, "auto")
+    return backend if has_implementation("qk_norm", backend) else resolve("qk_norm", q, "auto")
 
 
 def _forward(
@@ -47,16 +57,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     attention = implementation("attention", backend)
     if q_weight is None or k_weight is None:
-        out, lse = attention(q, k, v, scale, None, None, None, None)
-        return out, lse, empty_grad(q), empty_grad(q)
+        return (*attention(q, k, v, scale, None), empty_grad(q), empty_grad(q))
     if _folds(backend, rounding):
         rstd_q, rstd_k = implementation("qk_norm_stats", backend)(q, k, eps)
-        out, lse = attention(q, k, v, scale, q_weight, k_weight, rstd_q, rstd_k)
-        return out, lse, rstd_q, rstd_k
+        return (*attention(q, k, v, scale, QKNorm(q_weight, k_weight, rstd_q, rstd_k)), rstd_q, rstd_k)
     norm = implementation("qk_norm", _norm_backend(q, backend))
     q_normed, k_normed, rstd_q, rstd_k = norm(q, k, q_weight, k_weight, eps, rounding)
-    out, lse = attention(q_normed, k_normed, v, scale, None, None, None, None)
-    return out, lse, rstd_q, rstd_k
+    return (*attention(q_normed, k_normed, v, scale, None), rstd_q, rstd_k)
 
 
 def _backward(
@@ -78,20 +85,19 @@ def _backward(
     q, k, v = qkv
     backward = implementation("attention_backward", backend)
     if q_weight is None or k_weight is None:
-        backward(grad_out, q, k, v, out, lse, scale, None, None, None, None, *grads)
+        backward(grad_out, SavedAttention(q, k, v, out, lse, scale, None), grads)
         return empty_grad(q), empty_grad(q)
     if _folds(backend, rounding):
-        grad_q_weight, grad_k_weight, row_dot_q, row_dot_k = backward(
-            grad_out, q, k, v, out, lse, scale, q_weight, k_weight, rstd_q, rstd_k, *grads
-        )
+        qk_norm = QKNorm(q_weight, k_weight, rstd_q, rstd_k)
+        folded = backward(grad_out, SavedAttention(q, k, v, out, lse, scale, qk_norm), grads)
         implementation("qk_norm_stats_backward", backend)(
-            row_dot_q.sum(1) / rstd_q, row_dot_k.sum(1) / rstd_k, q, k, rstd_q, rstd_k, *grads[:2]
+            folded.row_dot_q.sum(1) / rstd_q, folded.row_dot_k.sum(1) / rstd_k, q, k, rstd_q, rstd_k, *grads[:2]
         )
-        return grad_q_weight, grad_k_weight
+        return folded.q_weight, folded.k_weight
     norm_backend = _norm_backend(q, backend)
     q_normed, k_normed, _, _ = implementation("qk_norm", norm_backend)(q, k, q_weight, k_weight, eps, rounding)
     normed_grads = torch.empty_like(q_normed), torch.empty_like(k_normed)
-    backward(grad_out, q_normed, k_normed, v, out, lse, scale, None, None, None, None, *normed_grads, grads[2])
+    backward(grad_out, SavedAttention(q_normed, k_normed, v, out, lse, scale, None), (*normed_grads, grads[2]))
     grad_q, grad_k, grad_q_weight, grad_k_weight = implementation("qk_norm_backward", norm_backend)(
         *normed_grads, q, k, q_weight, k_weight, rstd_q, rstd_k, (True,) * 4
     )
@@ -117,87 +123,84 @@ def _run_packed_backward(grad_out: Tensor, qkv: Tensor, *rest: Any) -> tuple[Ten
     return (grad_qkv, *_backward(grad_out, _unpack(qkv), _unpack(grad_qkv), *rest))
 
 
-def _function(inputs: int, op: str) -> type[Function]:
-    """The autograd Function over q, k, v (`inputs` = 3) or packed qkv (1): the same but for the count."""
-
-    class QKNormAttentionFunction(Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            *heads, q_weight, k_weight, eps, scale, rounding, backend = args
-            outputs = below_autograd(getattr(torch.ops.internvit, op).default, *args)
-            ctx.save_for_backward(*heads, q_weight, k_weight, *outputs)
-            ctx.settings = eps, scale, rounding, backend
-            ctx.mark_non_differentiable(*outputs[1:])
-            ctx.set_materialize_grads(False)
-            return outputs
-
-        @staticmethod
-        def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-            if grad_out is None:
-                return (None,) * (inputs + 6)
-            backward_op = getattr(torch.ops.internvit, f"{op}_backward").default
-            grads = backward_op(grad_out, *ctx.saved_tensors, *ctx.settings)
-            return (*wanted(grads, ctx.needs_input_grad[: inputs + 2]), None, None, None, None)
-
-    return QKNormAttentionFunction
-
-
 def _fake_forward(q: Tensor, q_weight: Tensor | None, backend: str) -> tuple[Tensor, ...]:
     statistics = (0,) if q_weight is None else q.shape[:2]
     dtype = torch.float32 if q_weight is None else accumulate_dtype(q)
     return (*fake_out_and_lse(q, backend), *(q.new_empty(statistics, dtype=dtype) for _ in range(2)))
 
 
-def _fake_weight_grads(q: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(empty_grad(q) if w is None else w.new_empty(w.shape) for w in weights)
+def _validate(
+    op: str,
+    heads: dict[str, Tensor],
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    scale: float,
+    rounding: str,
+) -> None:
+    check.heads(op, **heads)
+    check.eps(op, eps)
+    check.choice(op, "rounding", rounding, check.ROUNDINGS)
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError(f"{op}: q_weight and k_weight go together, got None for one of them")
+    check.qk_weights(op, next(iter(heads.values())), q_weight=q_weight, k_weight=k_weight)
 
 
-_SETTINGS = "float eps, float scale, str rounding, str backend"
-_FORWARD_REST = (
-    f"Tensor? q_weight, Tensor? k_weight, {_SETTINGS}) -> (Tensor out, Tensor lse, Tensor rstd_q, Tensor rstd_k)"
+def _validate_packed(qkv: Tensor, *rest: Any) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{PACKED}: qkv must have shape [B, N, 3, H, D], got {check.shape_of(qkv)}")
+    q, k, v = _unpack(qkv)
+    _validate(PACKED, {"qkv": q, "k": k, "v": v}, *rest)
+
+
+_REST = "Tensor? q_weight, Tensor? k_weight, float eps, float scale, str rounding)"
+_OUTPUTS = " -> (Tensor out, Tensor lse, Tensor rstd_q, Tensor rstd_k)"
+_SAVED = (
+    "Tensor? q_weight, Tensor? k_weight, Tensor out, Tensor lse, Tensor rstd_q, Tensor rstd_k, float eps, float scale,"
+    " str rounding)"
 )
-_BACKWARD_REST = (
-    f"Tensor? q_weight, Tensor? k_weight, Tensor out, Tensor lse, Tensor rstd_q, Tensor rstd_k, {_SETTINGS})"
-)
+_WEIGHT_GRADS = "Tensor grad_q_weight, Tensor grad_k_weight)"
 
 QK_NORM_ATTENTION = define(
-    f"{OP}(Tensor q, Tensor k, Tensor v, {_FORWARD_REST}",
+    f"{OP}(Tensor q, Tensor k, Tensor v, {_REST}{_OUTPUTS}",
     fake=lambda q, k, v, q_weight, *rest: _fake_forward(q, q_weight, rest[-1]),
+    validate=lambda q, k, v, *rest: _validate(OP, {"q": q, "k": k, "v": v}, *rest),
     run=_forward,
-    autograd=_function(3, OP),
+    autocast=("q", "k", "v"),
+    choose=lambda args, asked: resolve("attention", args[0], asked, args[0].shape[-1], caller=OP),
+    flops=lambda q, *_, **__: attention_flops(q, 2),
 )
-QK_NORM_ATTENTION_BACKWARD = define(
-    f"{OP}_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_BACKWARD_REST}"
-    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_weight, Tensor grad_k_weight)",
-    fake=lambda grad_out, q, k, v, q_weight, k_weight, *rest: (
-        *(t.new_empty(t.shape) for t in (q, k, v)),
-        *_fake_weight_grads(q, q_weight, k_weight),
-    ),
+define_backward(
+    QK_NORM_ATTENTION,
+    f"{OP}_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_SAVED}"
+    f" -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, {_WEIGHT_GRADS}",
     run=_run_backward,
+    flops=lambda grad_out, q, *_, **__: attention_flops(q, 5),
 )
-QK_NORM_ATTENTION_PACKED = define(
-    f"{OP}_packed(Tensor qkv, {_FORWARD_REST}",
+QK_NORM_ATTENTION_QKVPACKED = define(
+    f"{PACKED}(Tensor qkv, {_REST}{_OUTPUTS}",
     fake=lambda qkv, q_weight, *rest: _fake_forward(_unpack(qkv)[0], q_weight, rest[-1]),
+    validate=_validate_packed,
     run=lambda qkv, *rest: _forward(*_unpack(qkv), *rest),
-    autograd=_function(1, f"{OP}_packed"),
+    autocast=("qkv",),
+    choose=lambda args, asked: resolve("attention", args[0], asked, args[0].shape[-1], caller=PACKED),
+    flops=lambda qkv, *_, **__: attention_flops(qkv, 2),
 )
-QK_NORM_ATTENTION_PACKED_BACKWARD = define(
-    f"{OP}_packed_backward(Tensor grad_out, Tensor qkv, {_BACKWARD_REST}"
-    " -> (Tensor grad_qkv, Tensor grad_q_weight, Tensor grad_k_weight)",
-    fake=lambda grad_out, qkv, q_weight, k_weight, *rest: (
-        qkv.new_empty(qkv.shape),
-        *_fake_weight_grads(qkv, q_weight, k_weight),
-    ),
+define_backward(
+    QK_NORM_ATTENTION_QKVPACKED,
+    f"{PACKED}_backward(Tensor grad_out, Tensor qkv, {_SAVED} -> (Tensor grad_qkv, {_WEIGHT_GRADS}",
     run=_run_packed_backward,
+    flops=lambda grad_out, qkv, *_, **__: attention_flops(qkv, 5),
 )
 
 
 def qk_norm_attention(
     q: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
+    k: Tensor,
+    v: Tensor,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
+    *,
     eps: float = 1e-6,
     scale: float | None = None,
     rounding: str = "fused",
@@ -208,8 +211,7 @@ def qk_norm_attention(
     out = softmax(q_hat k_hat^T * scale) v,  q_hat = rms_norm over (H, D) of q, times q_weight;  k_hat alike
 
     Args:
-        q: [B, N, H, D]; or the packed projection [B, N, 3, H, D], then k and v are None and the gradient is packed.
-        k, v: [B, N, H, D], q's dtype and device, contiguous in D.
+        q, k, v: [B, N, H, D], one dtype and device, contiguous in D; under autocast cast as for torch's products.
         q_weight, k_weight: [H * D], q's dtype or float32; both None for attention without QK-norm.
         eps: of QK-norm.
         scale: of the scores; 1 / sqrt(D) by default.
@@ -222,27 +224,84 @@ def qk_norm_attention(
     Raises:
         ValueError: a wrong shape, dtype, device or combination.
 
-    Source: InternAttention in OpenGVLab's modeling_intern_vit.py, lines 202-244.
+    Source: InternAttention in OpenGVLab's modeling_intern_vit.py.
     """
-    packed = k is None and v is None
-    if packed:
-        if q.dim() != 5 or q.shape[2] != 3:
-            raise ValueError(
-                f"{OP}: q alone must be the packed [B, N, 3, H, D], got {check.shape_of(q)}; or give q, k and v"
-            )
-        heads = _unpack(q)
-    elif k is None or v is None:
-        raise ValueError(f"{OP}: k and v go together, got None for {'k' if k is None else 'v'}")
-    else:
-        heads = (q, k, v)
-    check.heads(OP, **dict(zip("qkv", heads, strict=True)))
-    check.eps(OP, eps)
-    check.choice(OP, "rounding", rounding, check.ROUNDINGS)
-    if (q_weight is None) != (k_weight is None):
-        raise ValueError(f"{OP}: q_weight and k_weight go together, got None for one of them")
-    check.qk_weights(OP, heads[0], q_weight=q_weight, k_weight=k_weight)
-    name = resolve("attention", q, backend, q.shape[-1], caller=OP)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = autocast(q) if packed else autocast(q, k, v)
-    op = QK_NORM_ATTENTION_PACKED if packed else QK_NORM_ATTENTION
-    return op(*inputs, q_weight, k_weight, eps, scale, rounding, name)[0]
+    return QK_NORM_ATTENTION.call((q, k, v, q_weight, k_weight, eps, default_scale(q, scale), rounding), backend)[0]
+
+
+def qk_norm_attention_qkvpacked(
+    qkv: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    scale: float | None = None,
+    rounding: str = "fused",
+    backend: str | None = None,
+) -> Tensor:
+    """`qk_norm_attention` of the packed projection, whose gradient is one packed tensor.
+
+    out = softmax(q_hat k_hat^T * scale) v,  q, k, v = qkv.unbind(2)
+
+    Args:
+        qkv: [B, N, 3, H, D], contiguous in D.
+        q_weight, k_weight, eps, scale, rounding, backend: as for `qk_norm_attention`.
+
+    Returns:
+        out: [B, N, H, D], qkv's dtype, contiguous.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or combination.
+
+    Source: InternAttention in OpenGVLab's modeling_intern_vit.py; the name is flash-attn's.
+    """
+    args = (qkv, q_weight, k_weight, eps, default_scale(qkv, scale), rounding)
+    return QK_NORM_ATTENTION_QKVPACKED.call(args, backend)[0]
+
+
+def _formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    rounding: str = "fused",
+) -> Tensor:
+    if q_weight is not None and k_weight is not None:
+        q, k = qk_norm_formula(q, k, q_weight, k_weight, eps)
+    return attention_formula(q, k, v)
+
+
+def _packed_formula(qkv: Tensor, *args: Any, **named: Any) -> Tensor:
+    return _formula(*_unpack(qkv), *args, **named)
+
+
+def _weights(make: Inputs) -> dict[str, Any]:
+    return {"q_weight": make.vector(1.0), "k_weight": make.vector(1.0)}
+
+
+register_spec(
+    OpSpec(
+        qk_norm_attention,
+        OP,
+        _formula,
+        {"": lambda make: {**dict(zip("qkv", make.qkv().unbind(2), strict=True)), **_weights(make)}},
+        multiplies,
+        resolves_as="attention",
+    )
+)
+register_spec(
+    OpSpec(
+        qk_norm_attention_qkvpacked,
+        PACKED,
+        _packed_formula,
+        {
+            "": lambda make: {"qkv": make.qkv(), **_weights(make)},
+            "reference": lambda make: {"qkv": make.qkv(), **_weights(make), "rounding": "reference"},
+            "no weights": lambda make: {"qkv": make.qkv()},
+        },
+        multiplies,
+        resolves_as="attention",
+    )
+)

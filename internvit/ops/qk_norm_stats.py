@@ -6,25 +6,23 @@ q, k [B, N, H, D], contiguous in D, any other strides (views of a packed qkv buf
 rstd_q, rstd_k [B, N] float32 (float64 for float64 input). With these, `attention` normalises q and k inside.
 """
 
-from typing import Any
-
 from torch import Tensor
-from torch.autograd import Function
 
+from internvit.ops.backends.registry import implementation, implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype, statistics
-from internvit.ops.core.registration import below_autograd, define
-from internvit.ops.core.select import implementation, reference, resolve
+from internvit.ops.core.registration import define, define_backward
+from internvit.ops.core.spec import OpSpec, register_spec
 
 OP = "qk_norm_stats"
 
 
-@reference(OP)
+@implements(OP, "reference")
 def qk_norm_stats_reference(q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return statistics(q.flatten(2), "rms_norm", eps)[1], statistics(k.flatten(2), "rms_norm", eps)[1]
 
 
-@reference(f"{OP}_backward")
+@implements(f"{OP}_backward", "reference")
 def qk_norm_stats_backward_reference(
     grad_rstd_q: Tensor,
     grad_rstd_k: Tensor,
@@ -45,20 +43,6 @@ def qk_norm_stats_backward_reference(
         grad_x.copy_(grad_x.to(slope.dtype) - slope * x.to(slope.dtype))
 
 
-class QKNormStatsFunction(Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-        rstd_q, rstd_k = below_autograd(QK_NORM_STATS, q, k, eps, backend)
-        ctx.save_for_backward(q, k, rstd_q, rstd_k)
-        ctx.backend = backend
-        return rstd_q, rstd_k
-
-    @staticmethod
-    def backward(ctx: Any, grad_rstd_q: Tensor, grad_rstd_k: Tensor) -> tuple[Tensor | None, ...]:
-        grad_q, grad_k = QK_NORM_STATS_BACKWARD(grad_rstd_q, grad_rstd_k, *ctx.saved_tensors, ctx.backend)
-        return grad_q, grad_k, None, None
-
-
 def _run_backward(
     grad_rstd_q: Tensor, grad_rstd_k: Tensor, q: Tensor, k: Tensor, rstd_q: Tensor, rstd_k: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -67,23 +51,25 @@ def _run_backward(
     return grad_q, grad_k
 
 
+def _validate(q: Tensor, k: Tensor, eps: float) -> None:
+    check.heads(OP, q=q, k=k)
+    check.eps(OP, eps)
+
+
 QK_NORM_STATS = define(
-    f"{OP}(Tensor q, Tensor k, float eps, str backend) -> (Tensor rstd_q, Tensor rstd_k)",
-    fake=lambda q, k, eps, backend: (
-        q.new_empty(q.shape[:2], dtype=accumulate_dtype(q)),
-        k.new_empty(k.shape[:2], dtype=accumulate_dtype(k)),
-    ),
-    autograd=QKNormStatsFunction,
+    f"{OP}(Tensor q, Tensor k, float eps) -> (Tensor rstd_q, Tensor rstd_k)",
+    fake=lambda q, k, *_: tuple(t.new_empty(t.shape[:2], dtype=accumulate_dtype(t)) for t in (q, k)),
+    validate=_validate,
 )
-QK_NORM_STATS_BACKWARD = define(
-    f"{OP}_backward(Tensor grad_rstd_q, Tensor grad_rstd_k, Tensor q, Tensor k, Tensor rstd_q, Tensor rstd_k,"
-    " str backend) -> (Tensor grad_q, Tensor grad_k)",
-    fake=lambda grad_rstd_q, grad_rstd_k, q, k, rstd_q, rstd_k, backend: (q.new_empty(q.shape), k.new_empty(k.shape)),
+define_backward(
+    QK_NORM_STATS,
+    f"{OP}_backward(Tensor grad_rstd_q, Tensor grad_rstd_k, Tensor q, Tensor k, Tensor rstd_q, Tensor rstd_k)"
+    " -> (Tensor grad_q, Tensor grad_k)",
     run=_run_backward,
 )
 
 
-def qk_norm_stats(q: Tensor, k: Tensor, eps: float = 1e-6, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def qk_norm_stats(q: Tensor, k: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The reciprocal root mean square of each token of q and of k, over all heads together.
 
     rstd_q[b, n] = 1 / sqrt(mean(q[b, n]^2) + eps)
@@ -101,6 +87,13 @@ def qk_norm_stats(q: Tensor, k: Tensor, eps: float = 1e-6, backend: str | None =
 
     Source: InternAttention in OpenGVLab's modeling_intern_vit.py (q_norm, k_norm over embed_dim).
     """
-    check.heads(OP, q=q, k=k)
-    check.eps(OP, eps)
-    return QK_NORM_STATS(q, k, eps, resolve(OP, q, backend))
+    return QK_NORM_STATS.call((q, k, eps), backend)
+
+
+def _formula(q: Tensor, k: Tensor, eps: float = 1e-6) -> tuple[Tensor, ...]:
+    return tuple((t.to(accumulate_dtype(t)).square().mean((-2, -1)) + eps).rsqrt() for t in (q, k))
+
+
+register_spec(
+    OpSpec(qk_norm_stats, OP, _formula, {"": lambda make: dict(zip("qk", make.qkv().unbind(2), strict=False))})
+)

@@ -228,8 +228,8 @@ def patch(model: nn.Module, *, verify: bool = False) -> PatchHandle:
             forward in 16 bit; the model is as it was.
 
     Example:
-        >>> with internvit.patch(model) as handle:
-        ...     features = model(pixels)
+        >>> with internvit.patch(upstream_model) as handle:
+        ...     features = upstream_model(pixels)
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -8,8 +8,6 @@ carries it out on tensors; `internvit.checkpoint.load` streams it from files.
 
 import logging
 import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,47 +16,17 @@ import torch
 from torch import Tensor
 
 from internvit.config import InternViTConfig
+from internvit.names import ADAPTERS, LAYOUTS, STATE_DICT_WRAPPERS, TOWER_EMBEDDINGS, listed, names_of
+from internvit.upstream.tower import adapter_message, find_tower
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = ("opengvlab", "transformers", "timm", "mmseg")
-
-# `#` is a layer's index, `*` is weight or bias, `[qkv]` three names. mmseg (and OpenGVLab's classification and
-# detection code) has timm's names; timm itself has no q_norm and k_norm of the whole width.
-_COLUMNS = ("opengvlab", "transformers", "timm")
-_TABLE = (
-    ("embeddings.class_embedding", "embeddings.cls_token", "cls_token"),
-    ("embeddings.position_embedding", "embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.patch_embedding.*", "embeddings.patch_embeddings.projection.*", "patch_embed.proj.*"),
-    ("encoder.layers.#.norm1.*", "encoder.layer.#.layernorm_before.*", "blocks.#.norm1.*"),
-    ("encoder.layers.#.attn.qkv.*", "encoder.layer.#.attention.[qkv]_proj.*", "blocks.#.attn.qkv.*"),
-    ("encoder.layers.#.attn.q_norm.weight", "encoder.layer.#.attention.q_norm.weight", "blocks.#.attn.q_norm.weight"),
-    ("encoder.layers.#.attn.k_norm.weight", "encoder.layer.#.attention.k_norm.weight", "blocks.#.attn.k_norm.weight"),
-    ("encoder.layers.#.attn.proj.*", "encoder.layer.#.attention.projection_layer.*", "blocks.#.attn.proj.*"),
-    ("encoder.layers.#.norm2.*", "encoder.layer.#.layernorm_after.*", "blocks.#.norm2.*"),
-    ("encoder.layers.#.mlp.fc1.*", "encoder.layer.#.mlp.fc1.*", "blocks.#.mlp.fc1.*"),
-    ("encoder.layers.#.mlp.fc2.*", "encoder.layer.#.mlp.fc2.*", "blocks.#.mlp.fc2.*"),
-    ("encoder.layers.#.ls1", "encoder.layer.#.lambda_1", "blocks.#.ls1.gamma"),
-    ("encoder.layers.#.ls2", "encoder.layer.#.lambda_2", "blocks.#.ls2.gamma"),
+_MAX_WRAPPERS = 8
+_MAX_MISSING_BLOCKS = 100
+_PARTITIONED = (
+    "an empty parameter is one that DeepSpeed's ZeRO-3 has partitioned: gather them first (zero_to_fp32.py, or "
+    "stage3_gather_16bit_weights_on_model_save)"
 )
-
-# Spellings of a known name: PEFT's wrapped Linears, SGLang's attention.
-_RESPELL = ((".base_layer.", "."), (".attn.attn.", ".attn."), (".attn.qkv_proj.", ".attn.qkv."))
-
-# What is stored beside the tower under the same prefix and is not part of it: OpenGVLab's CLIP projector, heads,
-# transformers' and DINOv2's mask token, the backbone's feature pyramid, the heads of mmseg and mmdet.
-_EXTRAS = re.compile(
-    r"(clip_projector|head|fc_norm|attn_pool|up[1-4]|decode_head|auxiliary_head|rpn_head|roi_head|neck)\..*"
-    r"|(embeddings\.)?mask_token"
-)
-_LORA = re.compile(r"\.(lora_[A-Za-z_]+|hada_\w+|lokr_\w+|oft_\w+|ia3_l)(\.|$)")
-_WRAPPERS = ("state_dict", "module", "model")
-
-
-class _Name(NamedTuple):
-    layout: str  # a column of the table
-    canonical: str  # OpenGVLab's template
-    part: int | None  # 0, 1, 2: q, k or v alone
 
 
 class Piece(NamedTuple):
@@ -96,165 +64,72 @@ class ConversionPlan:
 
     def log_set_aside(self, source: str) -> None:
         if self.set_aside:
-            logger.info("%s: set aside, as no part of the InternViT: %s", source, _listed(self.set_aside))
+            logger.info("%s: set aside, as no part of the InternViT: %s", source, listed(self.set_aside))
 
 
-def _expand(template: str) -> list[tuple[str, ...]]:
-    """For each parameter of a template its name, or three names where q, k and v are apart."""
-    leaves = [template.replace("*", leaf) for leaf in ("weight", "bias")] if "*" in template else [template]
-    return [tuple(leaf.replace("[qkv]", part) for part in "qkv") if "[qkv]" in leaf else (leaf,) for leaf in leaves]
-
-
-_SPELLED: dict[tuple[str, str], tuple[str, ...]] = {
-    (layout, canonical): names
-    for row in _TABLE
-    for layout, template in zip(_COLUMNS, row, strict=True)
-    for (canonical,), names in zip(_expand(row[0]), _expand(template), strict=True)
-}
-
-
-def _known_names() -> dict[str, _Name]:
-    names = {
-        name: _Name(layout, canonical, part if len(spelled) == 3 else None)
-        for (layout, canonical), spelled in _SPELLED.items()
-        for part, name in enumerate(spelled)
-    }
-    for name, meaning in list(names.items()):
-        if meaning.layout == "opengvlab":  # ViTP saves without `encoder.`
-            names[name.removeprefix("encoder.")] = meaning
-        if meaning.layout == "transformers" and name.endswith("_norm.weight"):
-            names[name.replace(".attention.", ".attn.")] = meaning  # misplaced by OpenGVLab's internvl_custom2hf.py
-    return names
-
-
-_NAMES = _known_names()
-
-
-class _Match(NamedTuple):
-    prefix: str
-    name: _Name
-    layer: str
-
-
-def _match(key: str) -> _Match | None:
-    parts = _respell(key).split(".")
-    generic = ["#" if part.isdigit() else part for part in parts]
-    for start in range(len(parts)):
-        name = _NAMES.get(".".join(generic[start:]))
-        if name is not None:
-            layer = next((part for part in parts[start:] if part.isdigit()), "")
-            return _Match("".join(f"{part}." for part in parts[:start]), name, layer)
-    return None
-
-
-def _respell(key: str) -> str:
-    for theirs, ours in _RESPELL:
-        key = key.replace(theirs, ours)
-    return key
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The first ten names and how many there are."""
-    names = list(names)
-    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
-
-
-def _tower(keys: Iterable[str]) -> tuple[dict[str, _Match | None], str, str]:
-    """What each key means, and the (column, prefix) that most of them agree on."""
-    matches = {key: _match(key) for key in keys}
-    votes = Counter((match.name.layout, match.prefix) for match in matches.values() if match)
-    if not votes:
-        lora = [key for key in matches if _LORA.search(key)]
-        if lora:
-            raise ValueError(_lora_message(lora))
-        raise ValueError(
-            f"state dict: expected the keys of an InternViT as OpenGVLab, transformers, timm or mmseg name them, "
-            f"got {_listed(matches) or 'no keys'}"
-        )
-    class_tokens = [key for key, match in matches.items() if match and match.name.canonical == _TABLE[0][0]]
-    if len(class_tokens) > 1:
-        raise ValueError(f"state dict: expected one InternViT, got {len(class_tokens)}: {_listed(class_tokens)}")
-    (column, prefix), _ = votes.most_common(1)[0]
-    return matches, column, prefix
-
-
-def _lora_message(keys: Sequence[str]) -> str:
-    return (
-        f"state dict: expected plain weights, got those of an adapter beside them: {_listed(keys)}; "
-        f"merge it first (PEFT: model.merge_and_unload())"
-    )
-
-
-def detect_layout(keys: Iterable[str]) -> tuple[str, str]:
+def detect_layout(keys: Iterable[str], prefix: str | None = None) -> tuple[str, str]:
     """The layout of a state dict's keys, one of `LAYOUTS`, and the prefix before the tower's names.
 
-    timm and mmseg share their names: those with q_norm or with a backbone's company are called mmseg.
+    timm and mmseg share their names: those with q_norm or beside a backbone's other parts are called mmseg.
+
+    Args:
+        keys: of the state dict.
+        prefix: which tower is meant, where there are several.
 
     Raises:
-        ValueError: no InternViT, or more than one, or only an adapter's weights.
+        ValueError: no InternViT, or more than one and no prefix, or only an adapter's weights.
     """
-    matches, column, prefix = _tower(keys)
-    if column == "timm":
-        company = re.compile(re.escape(prefix) + r"up[1-4]\.|(decode|auxiliary|roi|rpn)_head\.|neck\.")
-        qk_norm = any(match and match.name.canonical.endswith("q_norm.weight") for match in matches.values())
-        if qk_norm or prefix.endswith("backbone.") or any(company.match(key) for key in matches):
-            column = "mmseg"
-    return column, prefix
+    tower = find_tower(keys, prefix)
+    return tower.layout, tower.prefix
 
 
-def conversion_plan(keys: Iterable[str], to: str = "opengvlab") -> ConversionPlan:
+def conversion_plan(keys: Iterable[str], to: str = "opengvlab", prefix: str | None = None) -> ConversionPlan:
     """How to make the layout `to` from a state dict with these keys, in whatever layout they are.
 
+    Args:
+        keys: of the state dict.
+        to: one of `LAYOUTS`.
+        prefix: which tower is meant, where there are several.
+
     Raises:
-        ValueError: no InternViT or more than one, adapter weights, two keys for one parameter, one of q, k and v
-            missing, or QK-norm asked of timm.
+        ValueError: no InternViT, or more than one and no prefix, adapter weights, two keys for one parameter, one of
+            q, k and v missing, or QK-norm asked of timm.
     """
     if to not in LAYOUTS:
         raise ValueError(f"to: expected one of {', '.join(LAYOUTS)}, got {to!r}")
-    keys = list(keys)
-    matches, column, prefix = _tower(keys)
+    tower = find_tower(keys, prefix)
     sources: dict[tuple[str, str], dict[int | None, str]] = {}  # (canonical, layer) -> part -> key
-    set_aside: list[str] = []
-    unexpected: list[str] = []
-    lora: list[str] = []
-    for key, match in matches.items():
-        if match and match.prefix == prefix and match.name.layout == column:
-            parts = sources.setdefault((match.name.canonical, match.layer), {})
-            if match.name.part in parts:
-                raise ValueError(f"state dict: expected one key a parameter, got {parts[match.name.part]} and {key}")
-            parts[match.name.part] = key
-            continue
-        spelled = _respell(key)
-        name = spelled.removeprefix(prefix)
-        # A batch norm before the classifier; a final norm over the tokens would change the features.
-        head_norm = name.startswith("norm.") and f"{prefix}norm.running_mean" in matches
-        if not spelled.startswith(prefix) or head_norm or _EXTRAS.fullmatch(name):
-            set_aside.append(key)
-        else:
-            (lora if _LORA.search(key) else unexpected).append(key)
-    if lora:
-        raise ValueError(_lora_message(lora))
-
+    for key, match in tower.parameters.items():
+        parts = sources.setdefault((match.name.canonical, match.layer), {})
+        if match.name.part in parts:
+            raise ValueError(f"state dict: expected one key a parameter, got {parts[match.name.part]} and {key}")
+        parts[match.name.part] = key
+    adapters = [key for key in tower.unexpected if ADAPTERS.search(key)]
+    if adapters:
+        raise ValueError(adapter_message(adapters))
     targets: dict[str, tuple[Piece, ...]] = {}
     for (canonical, layer), parts in sources.items():
-        if to == "timm" and canonical.endswith(("q_norm.weight", "k_norm.weight")):
-            raise ValueError(
-                "to: expected a layout with QK-norm over the whole width, got 'timm', whose qk_norm is per head: "
-                "an InternViT with QK-norm (6B) has no form there; 'mmseg' has timm's names and QK-norm"
-            )
-        split = None not in parts
-        if split and len(parts) < 3:
-            raise ValueError(f"state dict: expected q, k and v, got only {_listed(parts.values())}")
-        whole = [Piece(parts[part], None) for part in ((0, 1, 2) if split else (None,))]
-        names = [name.replace("#", layer) for name in _SPELLED["timm" if to == "mmseg" else to, canonical]]
-        if len(names) == len(whole):
-            targets.update({name: (piece,) for name, piece in zip(names, whole, strict=True)})
-        elif split:
-            targets[names[0]] = tuple(whole)
-        else:
-            targets.update({name: (Piece(parts[None], part),) for part, name in enumerate(names)})
-    layout = detect_layout(keys)[0]
-    return ConversionPlan(layout, prefix, targets, tuple(set_aside), tuple(unexpected))
+        targets |= _pieces(canonical, layer, parts, to)
+    return ConversionPlan(tower.layout, tower.prefix, targets, tower.set_aside, tower.unexpected)
+
+
+def _pieces(canonical: str, layer: str, parts: Mapping[int | None, str], to: str) -> dict[str, tuple[Piece, ...]]:
+    """The targets made from the keys of one parameter: `parts` has one under None, or q, k and v under 0, 1, 2."""
+    if to == "timm" and canonical.endswith(("q_norm.weight", "k_norm.weight")):
+        raise ValueError(
+            "to: expected a layout with QK-norm over the whole width, got 'timm', whose qk_norm is per head: "
+            "an InternViT with QK-norm (6B) has no form there; 'mmseg' has timm's names and QK-norm"
+        )
+    split = None not in parts
+    if split and len(parts) < 3:
+        raise ValueError(f"state dict: expected q, k and v, got only {listed(parts.values())}")
+    whole = [Piece(parts[part], None) for part in ((0, 1, 2) if split else (None,))]
+    names = names_of(to, canonical, layer)
+    if len(names) == len(whole):
+        return {name: (piece,) for name, piece in zip(names, whole, strict=True)}
+    if split:
+        return {names[0]: tuple(whole)}
+    return {name: (Piece(parts[None], part),) for part, name in enumerate(names)}
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -264,21 +139,28 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         ValueError: something else than tensors under string names.
     """
     inner: Mapping[str, Any] = state_dict
-    while isinstance(inner, Mapping):
-        wrapped = [inner[name] for name in _WRAPPERS if isinstance(inner.get(name), Mapping)]
+    for _ in range(_MAX_WRAPPERS):
+        wrapped = [inner[name] for name in STATE_DICT_WRAPPERS if isinstance(inner, Mapping)
+                   and isinstance(inner.get(name), Mapping)]  # fmt: skip
         if not wrapped:
             break
         inner = wrapped[0]
+    else:
+        raise ValueError(f"state dict: expected at most {_MAX_WRAPPERS} dicts around the tensors, got more, or a cycle")
     if not isinstance(inner, Mapping):
         raise ValueError(f"state dict: expected a dict of tensors, got {type(inner).__name__}")
     other = [str(key) for key, value in inner.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if other:
-        raise ValueError(f"state dict: expected a tensor under every name, got something else under {_listed(other)}")
+        raise ValueError(f"state dict: expected a tensor under every name, got something else under {listed(other)}")
     return dict(inner)
 
 
 def convert_state_dict(
-    state_dict: Mapping[str, Any], to: str = "opengvlab", *, config: InternViTConfig | None = None
+    state_dict: Mapping[str, Any],
+    to: str = "opengvlab",
+    *,
+    config: InternViTConfig | None = None,
+    prefix: str | None = None,
 ) -> dict[str, Tensor]:
     """The same weights under another layout's names, from any layout and prefix; bit for bit, and no key is lost.
 
@@ -287,6 +169,7 @@ def convert_state_dict(
             the model, heads, a mask token) is set aside and logged.
         to: "opengvlab", "transformers", "timm" or "mmseg".
         config: if given, the result must be exactly the parameters of such a model.
+        prefix: which InternViT is meant, where there are several.
 
     Returns:
         Tensors that share memory with the given ones, except where q, k and v had to be packed.
@@ -296,14 +179,14 @@ def convert_state_dict(
             with QK-norm asked of timm, or, with a config, missing or wrong-shaped parameters.
     """
     tensors = unwrap(state_dict)
-    plan = conversion_plan(tensors, to)
+    plan = conversion_plan(tensors, to, prefix)
     target_shapes(plan, tensors)  # thirds that are no thirds
-    shapes = target_shapes(conversion_plan(tensors), tensors)
+    shapes = target_shapes(conversion_plan(tensors, prefix=prefix), tensors)
     _refuse_per_head_qk_norm(shapes)
     if config is not None:
-        compare_shapes(shapes, config.parameter_shapes(), plan.unexpected, source="state dict")
+        compare_shapes(shapes, config, plan.unexpected, source="state dict")
     elif plan.unexpected:
-        raise ValueError(f"state dict: unexpected keys: {_listed(plan.unexpected)}")
+        raise ValueError(f"state dict: unexpected keys: {listed(plan.unexpected)}")
     plan.log_set_aside("state dict")
     converted = {}
     for name, pieces in plan.targets.items():
@@ -333,37 +216,70 @@ def target_shapes(plan: ConversionPlan, sources: Mapping[str, Any]) -> dict[str,
 
 
 def compare_shapes(
-    found: Mapping[str, Sequence[int]],
-    expected: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, Sequence[int]],
+    config: InternViTConfig,
     unexpected: Iterable[str],
     *,
     source: str,
     strict: bool = True,
 ) -> None:
-    """Compares parameters by name and shape; `unexpected` are keys that have no name among them at all.
+    """Compares parameters with those of a configuration, by name and shape.
+
+    Args:
+        shapes: under OpenGVLab's names.
+        config: whose `parameter_shapes` are expected.
+        unexpected: keys that have no name among them at all.
+        source: of the weights, for messages.
+        strict: missing and unexpected keys are an error; otherwise they are logged.
 
     Raises:
-        ValueError: one error that lists what is missing, unexpected and wrong-shaped; unless `strict`, the first two
-            are logged instead.
+        ValueError: one error that lists what is missing, unexpected and wrong-shaped.
     """
-    missing = [name for name in expected if name not in found]
-    extra = [*unexpected, *(name for name in found if name not in expected)]
-    shared = [name for name in expected if name in found and tuple(found[name]) != tuple(expected[name])]
-    wrong = [f"{name} (expected {tuple(expected[name])}, got {tuple(found[name])})" for name in shared]
+    depth = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")})
+    if config.num_hidden_layers > depth + _MAX_MISSING_BLOCKS:  # whose parameters would fill the memory to list
+        raise ValueError(
+            f"{source}: the weights do not fit the configuration: expected num_hidden_layers="
+            f"{config.num_hidden_layers} blocks, got {depth}"
+        )
+    expected = config.parameter_shapes()
+    missing = [name for name in expected if name not in shapes]
+    extra = [*unexpected, *(name for name in shapes if name not in expected)]
+    shared = [name for name in expected if name in shapes and tuple(shapes[name]) != tuple(expected[name])]
+    wrong = [f"{name} (expected {tuple(expected[name])}, got {tuple(shapes[name])})" for name in shared]
     problems = [(kind, names) for kind, names in (("missing", missing), ("unexpected", extra)) if names]
     if problems and not strict:
-        logger.warning("%s: %s", source, "; ".join(f"{kind} keys: {_listed(names)}" for kind, names in problems))
+        logger.warning("%s: %s", source, "; ".join(f"{kind} keys: {listed(names)}" for kind, names in problems))
         problems = []
-    message = [f"{kind} keys: {_listed(names)}" for kind, names in problems]
+    message = [f"{kind} keys: {listed(names)}" for kind, names in problems]
     if wrong:
-        message.append(f"wrong shapes: {_listed(wrong)}")
-    if "embeddings.position_embedding" in shared:
+        message.append(f"wrong shapes: {listed(wrong)}")
+    if any(tuple(shapes[name]) == (0,) for name in shared):
+        message.append(_PARTITIONED)
+    elif "embeddings.position_embedding" in shared:
         message.append(
             "a position embedding of another grid loads with a config of the image_size it was made for; "
             "resize_pos_embeddings changes the grid after that"
         )
     if message:
         raise ValueError(f"{source}: the weights do not fit the configuration: " + "; ".join(message))
+
+
+_INSTEAD = {
+    5: "the patch embedding of a video model [C, channels, frames, p, p]",
+    2: "a patch embedding by a Linear [C, channels * p * p]: reshape it to [C, channels, p, p] if its pixels are in "
+    "that order",
+}
+
+
+def _require_rank(name: str, shape: Sequence[int], rank: int) -> None:
+    if len(shape) == rank:
+        return
+    what = ""
+    if tuple(shape) == (0,):
+        what = "; " + _PARTITIONED
+    elif name == "embeddings.patch_embedding.weight" and len(shape) in _INSTEAD:
+        what = "; it may be " + _INSTEAD[len(shape)]
+    raise ValueError(f"state dict: expected {name} with {rank} dimensions, got {tuple(shape)}{what}")
 
 
 def _refuse_per_head_qk_norm(shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -373,7 +289,7 @@ def _refuse_per_head_qk_norm(shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise ValueError(f"state dict: expected {name} over the whole width {width}, got {shape}: QK-norm per head")
 
 
-def infer_config(state_dict: Mapping[str, Any]) -> InternViTConfig:
+def infer_config(state_dict: Mapping[str, Any], prefix: str | None = None) -> InternViTConfig:
     """The configuration of a state dict in any layout, from its names and shapes.
 
     The number of heads cannot be seen in them. It is taken from the published models: head_dim is 128 with QK-norm
@@ -382,29 +298,36 @@ def infer_config(state_dict: Mapping[str, Any]) -> InternViTConfig:
 
     Args:
         state_dict: tensors, or shapes, under names of any layout.
+        prefix: which InternViT is meant, where there are several.
 
     Raises:
         ValueError: a width that is no multiple of that head_dim, a grid that is not square, or layers or parameters
-            missing: pass a config.
+            missing: pass a config. Embeddings of other ranks (video, patches by a Linear), parameters partitioned by
+            ZeRO-3.
     """
     if not all(isinstance(value, tuple) for value in state_dict.values()):
         state_dict = unwrap(state_dict)
-    plan = conversion_plan(state_dict)
+    plan = conversion_plan(state_dict, prefix=prefix)
     shapes = target_shapes(plan, state_dict)
     _refuse_per_head_qk_norm(shapes)
     first = "encoder.layers.0."
-    needed = (*(row[0].replace("*", "weight") for row in _TABLE[:3]), f"{first}mlp.fc1.weight")
+    needed = (*TOWER_EMBEDDINGS, f"{first}mlp.fc1.weight")
     missing = [name for name in needed if name not in shapes]
     if missing:
-        raise ValueError(f"state dict: expected the parameters of an InternViT, {_listed(missing)} missing")
-    width, channels, patch, _ = shapes["embeddings.patch_embedding.weight"]
+        raise ValueError(f"state dict: expected the parameters of an InternViT, {listed(missing)} missing")
+    for name, rank in zip(needed, (3, 3, 4, 2), strict=True):
+        _require_rank(name, shapes[name], rank)
+    width, channels, patch, patch_width = shapes["embeddings.patch_embedding.weight"]
+    if patch != patch_width:
+        raise ValueError(f"state dict: expected square patches, got {patch}x{patch_width}")
     qk_norm = f"{first}attn.q_norm.weight" in shapes
     head_dim = 128 if qk_norm else 64
-    side = math.isqrt(shapes["embeddings.position_embedding"][1] - 1)
-    if width % head_dim or side**2 + 1 != shapes["embeddings.position_embedding"][1]:
+    patches = shapes["embeddings.position_embedding"][1] - 1
+    side = math.isqrt(max(patches, 0))
+    if not width or width % head_dim or side**2 != patches:
         raise ValueError(
             f"state dict: expected a width that is a multiple of head_dim={head_dim} and a square grid, got width "
-            f"{width} and {shapes['embeddings.position_embedding'][1] - 1} patches; pass config"
+            f"{width} and {patches} patches; pass config"
         )
     return InternViTConfig(
         num_channels=channels,

@@ -1,17 +1,23 @@
 """Tiles, warps and stages of the attention kernels, by head dimension, dtype and target."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
+from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
-from internvit.kernels.common.launch import Target
+from internvit.kernels.common.rows import contiguous
+from internvit.kernels.common.target import Target
 
 
 @dataclass(frozen=True)
-class AttentionLaunch:
+class AttentionConfig:
     """Attributes:
     rows: of the tile a program keeps (queries in `forward` and `grad_q`, keys in `grad_kv`).
     columns: of the tiles it walks over.
@@ -31,44 +37,100 @@ class AttentionLaunch:
         return rows, columns, tokens % self.columns != 0 and not columns
 
     @classmethod
-    def rule(cls, kernel: str, head_dim: int, itemsize: int, target: Target) -> "AttentionLaunch":
+    def rule(cls, kernel: str, head_dim: int, itemsize: int, target: Target) -> "AttentionConfig":
         """Picked from what the compilers make of them (`static_profile`): the largest tiles that spill with none of
-        Triton 3.6, 3.8 and 3.9, on each target its own. D = 128 on sm_90: grad_kv takes 228 registers with 64 x 64
-        tiles and spills with 128 x 64; on gfx942 64 x 64 spills and 64 x 32 does not; 128 x 64 backward tiles fit
-        sm_100, whose accumulators lie in tensor memory. D = 64 on sm_80: grad_kv's 128 x 64 takes all 255 registers and
-        spills 12 bytes in 3.6, grad_q's with QK-norm 12 in 3.8; 128 x 32 take 186 and 182. Where D is no power of two
-        masks take registers and loads are narrow: half the columns. float32 products are exact and run without tensor
-        cores: at D = 128 backward spills 400 bytes with 32 x 16 tiles, none with 16 x 16 and eight warps, 404 again
-        with four. gfx942 has float32 matrix instructions and 512 registers a lane: 64 x 32 tiles spill none at D = 128
-        and take 6 to 8 times fewer instructions a score than 16 x 16; where D is no power of two they do spill.
-        D = 128 on sm_100: 3.6 alone spills 24 bytes of grad_q's with QK-norm in float16, none in bfloat16.
-        D = 64 on sm_100: where tiles leave tokens over, as at 1297, forward spills 8 bytes at 128 registers; with none
-        it has 131 and half the programs a multiprocessor, or tiles of 32 keys and 38 % more instructions.
+        Triton 3.6, 3.8 and 3.9, on each family of matrix instructions its own, with no more stages than the target's
+        shared memory holds.
+
+        wgmma works on 64 rows a warp group: at D = 128 backward tiles of 64 rows and 8 warps leave two groups with the
+        same work. Per 64 x 64 scores, grad_kv and grad_q together issue 940 cycles of instructions instead of 1740 and
+        1792 of tensor core instead of 2816 with 128 x 32 and 128 x 64; grad_kv spills with 128 x 64. tcgen05 keeps
+        accumulators in tensor memory: 128 x 64 fit. mma, D = 64: grad_kv's 128 x 64 takes all 255 registers and
+        spills 12 bytes in 3.6, grad_q's with QK-norm 12 in 3.8; 128 x 32 take 186 and 182. mma, D = 128: where tiles
+        leave tokens over, as at 1297, grad_kv's 64 x 64 spills 8 bytes; 64 x 32 take 172 registers. mfma, D = 128:
+        64 x 64 spills and 64 x 32 does not. wmma's operands fill both halves of a wave, 256 registers a lane:
+        grad_kv spills 20 bytes with 32 x 16 tiles at D = 128, none with 16 x 16.
+
+        Where D is no power of two masks take registers: half the columns. float32 products are exact and run without
+        tensor cores: at D = 128 backward spills 400 bytes with 32 x 16 tiles, none with 16 x 16 and eight warps, 404
+        again with four. mfma has float32 instructions and 512 registers a lane: 64 x 32 tiles spill none at D = 128 and
+        take 6 to 8 times fewer instructions a score than 16 x 16; where D is no power of two they do spill.
+        D = 64 on sm_100: where tiles leave tokens over forward spills 8 bytes at 128 registers; with none it has 131
+        and half the programs a multiprocessor, or tiles of 32 keys and 38 % more instructions.
         """
+        config = cls._rule(kernel, head_dim, itemsize, target.matrix_instructions)
+        while config.stages > 1 and config.shared_bytes(head_dim, itemsize, target) > target.shared_bytes:
+            config = dataclasses.replace(config, stages=config.stages - 1)
+        return config
+
+    def shared_bytes(self, head_dim: int, itemsize: int, target: Target) -> int:
+        """Shared memory of two tiles for each stage in flight; wgmma and tcgen05 read the kept tile from it too."""
+        kept = 0 if target.matrix_instructions == "mma" else self.rows
+        block_d = max(16, triton.next_power_of_2(head_dim))
+        return (2 * self.stages * self.columns + kept) * block_d * itemsize + 4096
+
+    @classmethod
+    def _rule(cls, kernel: str, head_dim: int, itemsize: int, instructions: str) -> "AttentionConfig":
         wide, whole = head_dim > 64, head_dim == triton.next_power_of_2(head_dim)
         if kernel == "delta":
             return cls(64, 0, 4, 1)
-        if itemsize == 4 and not (target.is_amd and whole):
+        if itemsize == 4 and not (instructions == "mfma" and whole):
             return cls(16 if wide else 32, 16 if wide else 32, 8, 1)
-        if target.is_amd:
+        if instructions == "mfma":
             if kernel == "forward" and itemsize == 2:
                 return cls(128, 64, 8 if wide else 4, 1)
             return cls(64 if wide else 128, 32, 4, 1)
-        blackwell = target.name.startswith("sm_10")
+        if instructions == "wmma":
+            if kernel == "grad_kv":
+                return cls(16 if wide else 32, 16, 4, 1)
+            return cls(
+                64 if kernel == "forward" else 32, 16 if wide and kernel == "grad_q" else 32, 8 if wide else 4, 1
+            )
         if kernel == "forward":  # D = 64 on sm_100: a third stage spills 4 bytes at 128 registers, two spill none
-            return cls(128, 64 if whole else 32, 8, 2 if blackwell and not wide else 3)
-        if target.name == "sm_80" and not (wide and whole):
+            return cls(128, 64 if whole else 32, 8, 2 if instructions == "tcgen05" and not wide else 3)
+        if instructions == "mma" and not (wide and whole):
             return cls(32 if wide and kernel == "grad_kv" else 64 if wide else 128, 32, 8, 2)
-        return cls(128 if (blackwell and whole) or not wide else 64, 64 if whole else 32, 8, 2)
+        if instructions == "mma":
+            return cls(64, 32 if kernel == "grad_kv" else 64, 8, 2)
+        if instructions == "wgmma" and wide and whole:
+            return cls(128, 32 if kernel == "grad_kv" else 64, 8, 2)
+        return cls(128 if (instructions == "tcgen05" and whole) or not wide else 64, 64 if whole else 32, 8, 2)
 
 
 @functools.cache
-def attention_launch(kernel: str, head_dim: int, dtype: torch.dtype, target: Target) -> AttentionLaunch:
-    key = f"D={head_dim},bytes={dtype.itemsize}"
-    return launch.choose(
-        AttentionLaunch,
+def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, target: Target) -> AttentionConfig:
+    return configs.choose(
+        AttentionConfig,
         f"attention_{kernel}",
-        key,
+        tuned_key(head_dim, dtype),
         target,
-        lambda: AttentionLaunch.rule(kernel, head_dim, dtype.itemsize, target),
+        lambda: AttentionConfig.rule(kernel, head_dim, dtype.itemsize, target),
     )
+
+
+def tuned_key(head_dim: int, dtype: torch.dtype) -> str:
+    return f"D={head_dim},bytes={dtype.itemsize}"
+
+
+def call(kernel: str, q: Tensor, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(config, *args)` with the configuration of attention's `kernel` for q [B, N, H, D]."""
+    head_dim = q.shape[-1]
+    config = attention_config(kernel, head_dim, q.dtype, launch.target_of(q))
+    return configs.call(f"attention_{kernel}", tuned_key(head_dim, q.dtype), config, function, *args)
+
+
+class QKNorm(NamedTuple):
+    """QK-norm's weights [H * D] and statistics [B, N]: all given, or all None for attention without it."""
+
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    rstd_q: Tensor | None
+    rstd_k: Tensor | None
+
+    def contiguous(self) -> "QKNorm":
+        return QKNorm(*map(contiguous, self))
+
+
+def head_blocks(head_dim: int) -> dict[str, int]:
+    """The constants of a kernel that say how a head's dimension is padded."""
+    return {"D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}

@@ -17,15 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.attention.backward import attention_backward
-from internvit.kernels.attention.config import attention_launch
+from internvit.kernels.attention.config import AttentionConfig, QKNorm, call, head_blocks
 from internvit.kernels.attention.tiles import LN2, LOG2E, add_product, fold, key_scores, load_rows, store_rows
 from internvit.kernels.common import launch
+from internvit.kernels.common.heads import dense_heads, head_strides
 from internvit.kernels.common.rows import load_vector
-from internvit.kernels.layer_scale_residual import contiguous
-from internvit.kernels.qk_norm_stats import dense_heads, token_strides
-
-__all__ = ["attention", "attention_backward"]
 
 
 @triton.jit
@@ -138,6 +134,7 @@ def attention_kernel(
     scale_log2,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own
@@ -147,9 +144,12 @@ def attention_kernel(
     i_tile = tl.program_id(0) % programs
     i_bh = (tl.program_id(0) // programs).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_h * stride_kh
-    p_v += i_b * stride_vb + i_h * stride_vh
+    stride_qn *= STRIDE_UNIT
+    stride_kn *= STRIDE_UNIT
+    stride_vn *= STRIDE_UNIT
+    p_q += (i_b * stride_qb + i_h * stride_qh) * STRIDE_UNIT
+    p_k += (i_b * stride_kb + i_h * stride_kh) * STRIDE_UNIT
+    p_v += (i_b * stride_vb + i_h * stride_vh) * STRIDE_UNIT
     p_out += (i_b * N * H + i_h) * D
     p_lse += i_bh * N
     if p_rstd_k is not None:
@@ -172,6 +172,32 @@ def attention_kernel(
     # fmt: on
 
 
+def attend(
+    config: AttentionConfig, q: Tensor, k: Tensor, v: Tensor, scale: float, norm: QKNorm
+) -> tuple[Tensor, Tensor]:
+    B, N, H, D = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((B, H, N), dtype=torch.float32)
+    peel_query, peel_key, tail = config.peeling(N)
+    programs = triton.cdiv(N, config.rows)
+    strides, unit = head_strides(q, k, v)
+    launch.run(
+        attention_kernel,
+        (programs * B * H,),
+        *(q, k, v, *norm, out, lse, N, H, programs, *strides, scale * LOG2E.value),
+        **head_blocks(D),
+        STRIDE_UNIT=unit,
+        BLOCK_M=config.rows,
+        BLOCK_N=config.columns,
+        PEEL_QUERY=peel_query,
+        PEEL_KEY=peel_key,
+        TAIL=tail,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out, lse
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -182,26 +208,5 @@ def attention(
     rstd_q: Tensor | None,
     rstd_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
-    B, N, H, D = q.shape
-    choice = attention_launch("forward", D, q.dtype, launch.target_of(q))
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((B, H, N), dtype=torch.float32)
-    peel_query, peel_key, tail = choice.peeling(N)
-    programs = triton.cdiv(N, choice.rows)
-    launch.run(
-        attention_kernel,
-        (programs * B * H,),
-        *(q, k, v, contiguous(q_weight), contiguous(k_weight), contiguous(rstd_q), contiguous(rstd_k), out, lse),
-        *(N, H, programs, *token_strides(q), *token_strides(k), *token_strides(v), scale * LOG2E.value),
-        D=D,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-        BLOCK_M=choice.rows,
-        BLOCK_N=choice.columns,
-        PEEL_QUERY=peel_query,
-        PEEL_KEY=peel_key,
-        TAIL=tail,
-        num_warps=choice.warps,
-        num_stages=choice.stages,
-    )
-    return out, lse
+    norm = QKNorm(q_weight, k_weight, rstd_q, rstd_k).contiguous()
+    return call("forward", q, attend, dense_heads(q), dense_heads(k), dense_heads(v), scale, norm)

@@ -1,12 +1,17 @@
 """Attention's gradients of keys and values; a program keeps a tile of one head's keys and walks over its queries.
 
-Formulas and the class token are explained in `attention_backward.py`.
+Formulas and the class token are explained in `backward.py`.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from internvit.kernels.attention.config import AttentionConfig, head_blocks
 from internvit.kernels.attention.tiles import LN2, LOG2E, add_product, load_rows, probabilities, scores, store_rows
+from internvit.kernels.common import launch
+from internvit.kernels.common.heads import head_strides
 
 
 @triton.jit
@@ -144,6 +149,7 @@ def attention_grad_kv_kernel(
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PEEL_QUERY: tl.constexpr,  # query 0 goes before the loop
@@ -153,14 +159,20 @@ def attention_grad_kv_kernel(
     i_tile = tl.program_id(0) % programs
     i_bh = (tl.program_id(0) // programs).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_h * stride_kh
-    p_v += i_b * stride_vb + i_h * stride_vh
-    p_grad_out += i_b * stride_gb + i_h * stride_gh
+    stride_qn *= STRIDE_UNIT
+    stride_kn *= STRIDE_UNIT
+    stride_vn *= STRIDE_UNIT
+    stride_gn *= STRIDE_UNIT
+    stride_dkn *= STRIDE_UNIT
+    stride_dvn *= STRIDE_UNIT
+    p_q += (i_b * stride_qb + i_h * stride_qh) * STRIDE_UNIT
+    p_k += (i_b * stride_kb + i_h * stride_kh) * STRIDE_UNIT
+    p_v += (i_b * stride_vb + i_h * stride_vh) * STRIDE_UNIT
+    p_grad_out += (i_b * stride_gb + i_h * stride_gh) * STRIDE_UNIT
     p_lse += i_bh * N
     p_delta += i_bh * N
-    p_grad_k += i_b * stride_dkb + i_h * stride_dkh
-    p_grad_v += i_b * stride_dvb + i_h * stride_dvh
+    p_grad_k += (i_b * stride_dkb + i_h * stride_dkh) * STRIDE_UNIT
+    p_grad_v += (i_b * stride_dvb + i_h * stride_dvh) * STRIDE_UNIT
     if p_rstd_k is not None:
         p_rstd_k += i_b * N
         p_row_dot_k += i_bh * N
@@ -179,3 +191,39 @@ def attention_grad_kv_kernel(
                      i_tile * BLOCK_N, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
                      scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL)
     # fmt: on
+
+
+def grad_kv(
+    config: AttentionConfig,
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    rstd_k: Tensor | None,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    scale: float,
+) -> Tensor | None:
+    """Fills grad_k and grad_v; returns row_dot_k [B, H, N] with QK-norm, whose `queries` are q~."""
+    B, N, H, D = k.shape
+    row_dot_k = None if rstd_k is None else k.new_empty((B, H, N), dtype=torch.float32)
+    peel_key, peel_query, tail = config.peeling(N)
+    programs = triton.cdiv(N, config.rows)
+    strides, unit = head_strides(queries, k, v, grad_out, grad_k, grad_v)
+    launch.run(
+        attention_grad_kv_kernel,
+        (programs * B * H,),
+        *(queries, k, v, grad_out, lse, delta, rstd_k, grad_k, grad_v, row_dot_k, N, H, programs, *strides, scale),
+        **head_blocks(D),
+        STRIDE_UNIT=unit,
+        BLOCK_M=config.columns,
+        BLOCK_N=config.rows,
+        PEEL_QUERY=peel_query,
+        PEEL_KEY=peel_key,
+        TAIL=tail,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return row_dot_k

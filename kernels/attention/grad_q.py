@@ -1,11 +1,14 @@
 """Attention's gradient of queries; a program keeps a tile of one head's queries and walks over its keys.
 
-Formulas and the class token are explained in `attention_backward.py`.
+Formulas and the class token are explained in `backward.py`.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from internvit.kernels.attention.config import AttentionConfig, QKNorm, head_blocks
 from internvit.kernels.attention.tiles import (
     LOG2E,
     add_product,
@@ -16,6 +19,8 @@ from internvit.kernels.attention.tiles import (
     scores,
     store_rows,
 )
+from internvit.kernels.common import launch
+from internvit.kernels.common.heads import head_strides
 
 
 @triton.jit
@@ -158,6 +163,7 @@ def attention_grad_q_kernel(
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own
@@ -167,13 +173,18 @@ def attention_grad_q_kernel(
     i_tile = tl.program_id(0) % programs
     i_bh = (tl.program_id(0) // programs).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_h * stride_kh
-    p_v += i_b * stride_vb + i_h * stride_vh
-    p_grad_out += i_b * stride_gb + i_h * stride_gh
+    stride_qn *= STRIDE_UNIT
+    stride_kn *= STRIDE_UNIT
+    stride_vn *= STRIDE_UNIT
+    stride_gn *= STRIDE_UNIT
+    stride_dqn *= STRIDE_UNIT
+    p_q += (i_b * stride_qb + i_h * stride_qh) * STRIDE_UNIT
+    p_k += (i_b * stride_kb + i_h * stride_kh) * STRIDE_UNIT
+    p_v += (i_b * stride_vb + i_h * stride_vh) * STRIDE_UNIT
+    p_grad_out += (i_b * stride_gb + i_h * stride_gh) * STRIDE_UNIT
     p_lse += i_bh * N
     p_delta += i_bh * N
-    p_grad_q += i_b * stride_dqb + i_h * stride_dqh
+    p_grad_q += (i_b * stride_dqb + i_h * stride_dqh) * STRIDE_UNIT
     if p_rstd_k is not None:
         p_rstd_q += i_b * N
         p_rstd_k += i_b * N
@@ -194,3 +205,42 @@ def attention_grad_q_kernel(
                     p_row_dot_q, p_partials, i_tile * BLOCK_M, i_h, N, stride_qn, stride_kn, stride_vn, stride_gn,
                     stride_dqn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
     # fmt: on
+
+
+def grad_q(
+    config: AttentionConfig,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm: QKNorm,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_q: Tensor,
+    scale: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fills grad_q, which holds q~ with QK-norm; returns row_dot_q [B, H, N] and partial sums of the weights' gradient
+    [1, B * programs, H * D] with it."""
+    B, N, H, D = q.shape
+    peel_query, peel_key, tail = config.peeling(N)
+    programs = triton.cdiv(N, config.rows)
+    row_dot_q = partials = None
+    if norm.rstd_q is not None:
+        row_dot_q = q.new_empty((B, H, N), dtype=torch.float32)
+        partials = q.new_empty((1, B * programs, H * D), dtype=torch.float32)
+    strides, unit = head_strides(q, k, v, grad_out, grad_q)
+    launch.run(
+        attention_grad_q_kernel,
+        (programs * B * H,),
+        *(q, k, v, *norm, grad_out, lse, delta, grad_q, row_dot_q, partials, N, H, programs, *strides, scale),
+        **head_blocks(D),
+        STRIDE_UNIT=unit,
+        BLOCK_M=config.rows,
+        BLOCK_N=config.columns,
+        PEEL_QUERY=peel_query,
+        PEEL_KEY=peel_key,
+        TAIL=tail,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return row_dot_q, partials

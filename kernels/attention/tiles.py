@@ -25,10 +25,12 @@ def load_rows(p_x, i_first, N, stride_n, o_d, D: tl.constexpr, ROWS: tl.constexp
     """Rows i_first.. [ROWS, BLOCK_D] of one head, 0 beyond N and beyond D."""
     p = row_pointers(p_x, i_first, stride_n, o_d, ROWS)
     if MASKED:
-        return tl.load(p, mask=row_mask(i_first, N, o_d, D, ROWS), other=0.0)
-    if o_d.shape[0] != D:
-        return tl.load(p, mask=(o_d < D)[None, :], other=0.0)
-    return tl.load(p)
+        b_x = tl.load(p, mask=row_mask(i_first, N, o_d, D, ROWS), other=0.0)
+    elif o_d.shape[0] != D:
+        b_x = tl.load(p, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        b_x = tl.load(p)
+    return b_x
 
 
 @triton.jit
@@ -52,7 +54,7 @@ def scores(b_a, b_b):
 @triton.jit
 def add_product(b_acc, b_p, b_x):
     """b_acc + b_p b_x [M, BLOCK_D], b_p rounded to b_x's dtype. Of a lone row the terms [N, BLOCK_D] are added up, each
-    in its place: who keeps them sums them once, after its loop."""
+    in its place: the caller sums them once, after its loop."""
     b_p = b_p.to(b_x.dtype)
     if b_p.shape[0] == 1:
         b_acc += tl.trans(b_p).to(tl.float32) * b_x.to(tl.float32)
@@ -107,6 +109,6 @@ def probabilities(b_exponent, BOUNDED: tl.constexpr):
     """2^(S - lse). Plain scores have no bound: from 10^9 on, lse's float32 rounding alone is an exponent of 128 and the
     gradients would be infinite; with at most 0 a probability is at most 1. It costs 1 instruction a score in some 28
     (sm_90, D = 64); QK-norm's scores need none."""
-    if BOUNDED:
-        return tl.exp2(b_exponent)
-    return tl.exp2(tl.minimum(b_exponent, 0.0))
+    if not BOUNDED:
+        b_exponent = tl.minimum(b_exponent, 0.0)
+    return tl.exp2(b_exponent)

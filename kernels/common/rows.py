@@ -1,4 +1,4 @@
-"""What the kernels over rows of C channels share: tiles, launch choice, and the sum of partial rows.
+"""What the kernels over rows of C channels share: tiles, configuration, and the sum of partial rows.
 
 A program holds `rows` whole rows in registers, so that each activation is read once. Kernels that also sum over rows
 (gradients of parameters) run at most two programs on each multiprocessor; each walks over its rows, keeps float32 sums
@@ -7,21 +7,24 @@ same input gives the same bits.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
-from internvit.kernels.common.launch import Target
+from internvit.kernels.common.target import Target
 
 MAX_CHANNELS = 8192
 
 
 @dataclass(frozen=True)
-class RowLaunch:
+class RowConfig:
     """Attributes:
     rows: rows of a program's tile.
     warps: warps of a program.
@@ -31,14 +34,14 @@ class RowLaunch:
     warps: int
 
     @classmethod
-    def rule(cls, channels: int) -> "RowLaunch":
+    def rule(cls, channels: int) -> "RowConfig":
         """2048 elements a tile or a whole row, 16 elements a thread: two 16-byte loads in flight per tensor in bf16.
 
         At C = 1024 four rows a program instead of two put a layout conversion between gamma and the tile (4 KiB of
         shared memory instead of 32 bytes, 53 % of loads and stores 16 bytes wide instead of 73 %, 8 bytes spilled).
         3200 columns take a masked 4096: 22 % of lanes idle, but one barrier and 16-byte loads, where exact chunks of
         128 cost 49 barriers and narrow loads. The rule does not see the number of rows, so that a row's result does
-        not depend on its batch.
+        not depend on its batch; for the same reason kernels are not specialised on it (`do_not_specialize`).
         """
         block = triton.next_power_of_2(channels)
         rows = max(1, min(16, 2048 // block))
@@ -46,13 +49,19 @@ class RowLaunch:
 
 
 @functools.cache
-def row_launch(kernel: str, channels: int, target: Target) -> RowLaunch:
+def row_config(kernel: str, channels: int, target: Target) -> RowConfig:
     if channels > MAX_CHANNELS:
         raise ValueError(
             f"{kernel}: the last dimension must be at most {MAX_CHANNELS} for backend 'triton' (a program holds a "
             f"whole row), got {channels}; use backend='reference'"
         )
-    return launch.choose(RowLaunch, kernel, f"C={channels}", target, lambda: RowLaunch.rule(channels))
+    return configs.choose(RowConfig, kernel, f"C={channels}", target, lambda: RowConfig.rule(channels))
+
+
+def call(kernel: str, channels: int, x: Tensor, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(config, *args)` with `kernel`'s configuration for rows of `channels` on x's device."""
+    config = row_config(kernel, channels, launch.target_of(x))
+    return configs.call(kernel, f"C={channels}", config, function, *args)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -61,17 +70,43 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def persistent_programs(rows: int, choice: RowLaunch, target: Target) -> int:
-    return min(triton.cdiv(rows, choice.rows), 2 * target.multiprocessors)
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def stride_unit(*strides: int) -> int:
+    """The number of elements that strides are passed in: 8 where all divide by 8 and one does not by 16, else 1.
+
+    Triton knows of an integer argument that 16 divides it, or nothing: of heads 72 elements apart 2-byte loads would be
+    made. Passed as 9 and multiplied by 8 in the kernel, the loads are 16 bytes wide.
+    """
+    return 8 if any(s % 16 for s in strides) and not any(s % 8 for s in strides) else 1
+
+
+def persistent_programs(rows: int, config: RowConfig, target: Target) -> int:
+    return min(triton.cdiv(rows, config.rows), 2 * target.multiprocessors)
 
 
 @triton.jit
-def row_tile(i_tile, M, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Row numbers (int64, for offsets beyond 2^31), columns and masks of tile i_tile."""
+def columns(BLOCK_C: tl.constexpr, dtype_a: tl.constexpr, dtype_b: tl.constexpr):
+    """Column numbers [BLOCK_C] for rows of tensors of two dtypes.
+
+    Where one is float32 and the other has 16 bits, four neighbours a thread for both: the compiler would else take
+    eight, and a row's sums would be added in another order than by the kernels that read float32 alone (36 % of float32
+    sums of squares differed in bits at C = 1024).
+    """
+    o_cols = tl.arange(0, BLOCK_C)
+    if dtype_a.primitive_bitwidth != dtype_b.primitive_bitwidth:
+        o_cols = tl.max_contiguous(o_cols, 4)
+    return o_cols
+
+
+@triton.jit
+def row_tile(i_tile, M, o_cols, C: tl.constexpr, ROWS: tl.constexpr):
+    """Row numbers (int64, for offsets beyond 2^31) and masks of tile i_tile."""
     o_rows = tl.cast(i_tile, tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    o_cols = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     m_rows = o_rows < M
-    return o_rows, o_cols, m_rows, m_rows[:, None] & (o_cols < C)[None, :]
+    return o_rows, m_rows, m_rows[:, None] & (o_cols < C)[None, :]
 
 
 @triton.jit
@@ -97,7 +132,7 @@ def store_partial(p_partials, i_sum, b_sum, o_cols, C: tl.constexpr):
     tl.store(p_partials + o_row + o_cols, tl.sum(b_sum, 0), mask=o_cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def sum_partials_kernel(
     p_partials,  # [sums, P, C] float32
     p_out_0,
@@ -127,16 +162,17 @@ def sum_partials_kernel(
             tl.store(p_out_2 + o_cols, b_total.to(p_out_2.dtype.element_ty), mask=m_cols)
 
 
-def sum_partials(partials: Tensor, *like: Tensor) -> list[Tensor]:
-    """partials [sums, P, C] float32 -> one [C] tensor of dtype and device of each of `like`."""
-    outs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
-    if outs:
+def sum_partials(partials: Tensor, *like: Tensor | None) -> list[Tensor | None]:
+    """partials [sums, P, C] float32 -> for each of `like` that is not None a [C] tensor of its dtype and device."""
+    outs = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
+    summed = [out for out in outs if out is not None]
+    if summed:
         sums, P, C = partials.shape
         block_p, block_c = 32, 64
         launch.run(
             sum_partials_kernel,
             (triton.cdiv(C, block_c), sums),
-            *(partials, *outs, *[None] * (3 - len(outs)), P, C),
+            *(partials, *summed, *[None] * (3 - len(summed)), P, C),
             BLOCK_P=block_p,
             BLOCK_C=block_c,
             num_warps=4,

@@ -17,7 +17,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Ceiling:
     """Attributes:
-    target: its `launch.Target`'s name.
+    target: the name of its `Target`.
     bandwidth: of device memory, bytes a second.
     flops: dense bfloat16 products with float32 accumulation, a second.
     source: the vendor's data sheet.
@@ -35,9 +35,15 @@ class Ceiling:
 
 CEILINGS = (
     Ceiling("A100 SXM 80GB", "sm_80", 2.039e12, 312e12, "NVIDIA A100 Tensor Core GPU data sheet"),
+    Ceiling("A40", "sm_86", 0.696e12, 149.7e12, "NVIDIA A40 data sheet"),
+    Ceiling("L40S", "sm_89", 0.864e12, 362.05e12, "NVIDIA L40S data sheet, dense"),
     Ceiling("H100 SXM", "sm_90", 3.35e12, 989.4e12, "NVIDIA H100 Tensor Core GPU data sheet, dense = half of sparse"),
     Ceiling("B200", "sm_100", 8.0e12, 2250e12, "NVIDIA HGX B200 data sheet, dense = half of sparse, one of eight GPUs"),
+    Ceiling("RTX 5090", "sm_120", 1.792e12, 209.5e12, "NVIDIA RTX Blackwell GPU architecture, float32 accumulation"),
+    Ceiling("MI250X, one die", "gfx90a", 1.638e12, 191.5e12, "AMD Instinct MI250X data sheet, half of two dies"),
     Ceiling("MI300X", "gfx942", 5.3e12, 1307.4e12, "AMD Instinct MI300X data sheet"),
+    Ceiling("MI355X", "gfx950", 8.0e12, 2516.6e12, "AMD Instinct MI355X data sheet, dense"),
+    Ceiling("RX 7900 XTX", "gfx1100", 0.96e12, 122.8e12, "AMD Radeon RX 7900 XTX specifications"),
 )
 
 ACTIVATIONS = {
@@ -83,10 +89,9 @@ def kernel_work(kernel: str, tensors: Iterable[Tensor]) -> tuple[float, float]:
     return float(sum(t.numel() * t.element_size() for t in unique)), flops
 
 
-def kernel_seconds(target: str, kernel: str, tensors: Iterable[Tensor]) -> float:
-    """The least time of one kernel on the device of `target`."""
-    ceiling = next(c for c in CEILINGS if c.target == target)
-    return ceiling.seconds(*kernel_work(kernel, tensors))
+def seconds(target: str, bytes_moved: float, flops: float) -> float:
+    """The least time of that work on the device of `target`."""
+    return next(c for c in CEILINGS if c.target == target).seconds(bytes_moved, flops)
 
 
 def main() -> None:

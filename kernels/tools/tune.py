@@ -1,93 +1,98 @@
-"""Measures launch choices on the GPU at hand and writes the best to a file that the package reads.
+"""Measures launch configurations on the GPU at hand and writes the best to a file that the package reads.
 
     python -m internvit.kernels.tools.tune --out ~/.cache/internvit/sm_90.json [--only attention] [--dtype bfloat16]
 
-Unmeasured: no GPU has run this yet. Each candidate runs on InternViT's shapes with cold L2 (a buffer larger than it is
-written between runs); candidates are interleaved and compared by their medians. A choice is kept only where it beats
-the analytic rule by 2 %, and only if its results equal the rule's to the last bits of the contract.
+Unmeasured: no GPU has run this yet. The published models train for one step while the calls of their launch functions
+are recorded; each candidate runs on all calls that would take its configuration (attention with QK-norm inside and
+without, with whole tiles and a masked one), and is timed on the first with cold L2 (a buffer larger than it is written
+between runs). Candidates are interleaved and compared by their medians. A configuration is kept only where it beats the
+analytic rule by 2 % and its results differ from the rule's by no more than the inputs' rounding. The file is written
+anew after each kernel: a run that is cut short keeps what it has measured.
 """
 
 import argparse
 import itertools
 import json
-import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from internvit.kernels.attention import backward as attention_backward
-from internvit.kernels.attention import forward as attention
-from internvit.kernels.attention.config import AttentionLaunch, attention_launch
-from internvit.kernels.common import rows
-from internvit.kernels.common.launch import Target, target_of, tuned_files
-from internvit.kernels.common.rows import RowLaunch, row_launch
-from internvit.ops.core.select import implementation
+import internvit
+from internvit import InternViT, InternViTConfig
+from internvit.files import atomic_write
+from internvit.kernels.attention.config import AttentionConfig
+from internvit.kernels.common.config import Call, record_calls, tuned_files
+from internvit.kernels.common.launch import target_of
+from internvit.kernels.common.rows import RowConfig
+from internvit.kernels.common.target import Target
+from internvit.kernels.gelu import GeluConfig
+from internvit.numerics import relative_error
 
 ROUNDS = 20
 DEVICE = "cuda"
-BATCH, TOKENS = 8, 1025
-MODELS = ((25, 128), (16, 64))
+BATCH = 8
+MODELS = tuple(
+    InternViTConfig.from_name(name).replace(name=None, num_hidden_layers=2, drop_path_rate=0.0)
+    for name in ("internvit-6b-448px-v2.5", "internvit-300m-448px")
+)
+WIDE = (448, 532)
+"""A second image size: 1217 tokens, neither whole tiles nor one more."""
 
 
-def row_candidates() -> Iterator[RowLaunch]:
-    return itertools.starmap(RowLaunch, itertools.product((1, 2, 4, 8), (2, 4, 8, 16)))
+def candidates(config: Any) -> Iterator[Any]:
+    """Configurations of the rule's type to try beside it."""
+    if isinstance(config, RowConfig):
+        yield from itertools.starmap(RowConfig, itertools.product((1, 2, 4, 8), (2, 4, 8, 16)))
+    elif isinstance(config, AttentionConfig):
+        tiles = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
+        yield from itertools.starmap(AttentionConfig, tiles)
+    elif isinstance(config, GeluConfig):
+        yield from itertools.starmap(GeluConfig, itertools.product((512, 1024, 2048), (2, 4, 8)))
 
 
-def attention_candidates() -> Iterator[AttentionLaunch]:
-    choices = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4))
-    return itertools.starmap(AttentionLaunch, choices)
+def model_calls(config: InternViTConfig, dtype: torch.dtype) -> dict[tuple[str, str], list[Call]]:
+    """The calls of training steps by (kernel, key): one for each rounding of QK-norm and each image size."""
+    model = InternViT(config, device=DEVICE).to(dtype).train()
+    calls: dict[tuple[str, str], list[Call]] = {}
+    for rounding, size in (("fused", config.image_hw), ("fused", WIDE), ("reference", config.image_hw)):
+        model.set_rounding(rounding)
+        pixels = torch.randn(BATCH, 3, *size, device=DEVICE).to(dtype)
+        # backward's calls are recorded in this thread
+        with internvit.backend("triton"), torch.autograd.set_multithreading_enabled(False), record_calls() as recorded:
+            model(pixels).last_hidden_state.float().sum().backward()
+        for call in {(call.kernel, call.key): call for call in recorded}.values():
+            calls.setdefault((call.kernel, call.key), []).append(call)
+    return calls
 
 
-def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype)
+def _outputs(call: Call, config: Any) -> list[Tensor]:
+    """What the call returns and the tensors it writes to, as float32 rows summed where their number is the config's."""
+    args = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, call.args)
+    returned = call.function(config, *args)
+    return [t for t in tree_leaves((returned, args)) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
 
 
-def row_problems(channels: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """launch name -> a call whose only kernel is of that name."""
-    x, w = _random(BATCH, TOKENS, channels, dtype=dtype), _random(channels, dtype=dtype)
-    stat, scale = _random(BATCH, TOKENS, dtype=torch.float32), _random(BATCH, dtype=torch.float32)
-    calls: dict[str, tuple] = {
-        "rms_norm": (x, w, 1e-6, "fused"),
-        "rms_norm_backward": (x, x, w, stat, (True, True)),
-        "layer_norm": (x, w, w, 1e-6),
-        "layer_norm_backward": (x, x, w, stat, stat, (True,) * 3),
-        "layer_scale_residual": (x, x, w, scale),
-        "layer_scale_residual_backward": (x, x, w, scale, dtype, (True, True)),
-        "layer_scale_residual_norm": (x, x, w, scale, w, None, 1e-6, "rms_norm", "fused"),
-        "layer_scale_residual_norm_backward": (
-            *(x, x, x, x, w, scale, w, stat, stat, "rms_norm"),
-            (True, True, True, True, False),
-        ),
-    }
-    return {op: lambda op=op, args=args: implementation(op, "triton")(*args) for op, args in calls.items()}  # type: ignore[misc]
-
-
-def attention_problems(heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    q, k, v = _random(BATCH, TOKENS, 3, heads, head_dim, dtype=dtype).unbind(2)
-    grads = _random(BATCH, TOKENS, 3, heads, head_dim, dtype=dtype).unbind(2)
-    scale = head_dim**-0.5
-    out, lse = attention.attention(q, k, v, scale, None, None, None, None)
-
-    def backward() -> Any:
-        return attention_backward.attention_backward(
-            out, q, k, v, out, lse, scale, None, None, None, None, *grads
-        ) and tuple(g.clone() for g in grads)
-
-    return {
-        "forward": lambda: attention.attention(q, k, v, scale, None, None, None, None),
-        "grad_kv": backward,
-        "grad_q": backward,
-    }
+def _agree(call: Call, actual: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether results differ by no more than the coarsest input's rounding; partial rows are compared by their sum."""
+    eps = max(torch.finfo(t.dtype).eps for t in tree_leaves(call.args) if isinstance(t, Tensor))
+    for a, b in zip(actual, expected, strict=True):
+        if a.shape != b.shape:
+            a, b = (t.flatten(0, -2).sum(0) for t in (a, b))
+        if not relative_error(a.double(), b.double()) <= 2 * eps:
+            return False
+    return True
 
 
 def measure(calls: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
     """Median milliseconds of each call, interleaved, L2 cold."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
     times: dict[Any, list[float]] = {key: [] for key in calls}
     for _ in range(ROUNDS):
         for key, call in calls.items():
@@ -101,85 +106,47 @@ def measure(calls: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
     return {key: statistics.median(samples) for key, samples in times.items()}
 
 
-def best(problem: Callable[[], Any], candidates: Iterator[Any], rule: Any, use: Callable[[Any], Any]) -> Any:
-    """The fastest candidate that agrees with the rule's result; the rule itself unless beaten by 2 %."""
-
-    def call(choice: Any) -> Callable[[], Any]:
-        def run() -> Any:
-            with use(choice):
-                return problem()
-
-        return run
-
-    def flat(result: Any) -> list[torch.Tensor]:
-        return [t for t in (result if isinstance(result, tuple) else (result,)) if t.numel()]
-
-    expected, calls = flat(call(rule)()), {rule: call(rule)}
-    for choice in candidates:
+def best(calls: list[Call]) -> Any:
+    """The fastest configuration that agrees with the rule's results; the rule's itself unless beaten by 2 %."""
+    first = calls[0]
+    rule, expected = first.config, [_outputs(call, first.config) for call in calls]
+    agreeing = [rule]
+    for config in candidates(rule):
         try:
-            result = flat(call(choice)())
+            if config != rule and all(
+                _agree(call, _outputs(call, config), results) for call, results in zip(calls, expected, strict=True)
+            ):
+                agreeing.append(config)
         except (triton.runtime.errors.OutOfResources, triton.CompilationError):
             continue
-        if all(
-            torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2) for a, b in zip(result, expected, strict=True)
-        ):
-            calls[choice] = call(choice)
-    times = measure(calls)
-    fastest = min(times, key=lambda c: times[c])
+    times = measure({config: lambda config=config: first.function(config, *first.args) for config in agreeing})  # type: ignore[misc]
+    fastest = min(times, key=lambda config: times[config])
     return fastest if times[fastest] < 0.98 * times[rule] else rule
 
 
-def tune(target: Target, dtypes: list[torch.dtype], only: str) -> dict[str, dict[str, dict[str, int]]]:
-    from unittest import mock
-
-    choices: dict[str, dict[str, dict[str, int]]] = {}
-
-    def keep(kernel: str, key: str, choice: Any, rule: Any) -> None:
-        print(f"{target.name} {kernel} {key}: {choice}{'' if choice != rule else ' (the rule)'}", flush=True)
-        if choice != rule:
-            choices.setdefault(kernel, {})[key] = asdict(choice)
-
-    for heads, head_dim in MODELS:
-        for dtype in dtypes:
-            for kernel, problem in attention_problems(heads, head_dim, dtype).items():
-                if only in f"attention_{kernel}":
-                    rule = AttentionLaunch.rule(kernel, head_dim, dtype.itemsize, target)
-
-                    def use(choice: Any, kernel: str = kernel) -> Any:
-                        def chosen(asked: str, *rest: Any) -> AttentionLaunch:
-                            return choice if asked == kernel else attention_launch(asked, *rest)
-
-                        module = attention if kernel == "forward" else attention_backward
-                        return mock.patch.object(module, "attention_launch", chosen)
-
-                    found = best(problem, attention_candidates(), rule, use)
-                    keep(f"attention_{kernel}", f"D={head_dim},bytes={dtype.itemsize}", found, rule)
-        channels = heads * head_dim
-        for op, problem in row_problems(channels, dtypes[0]).items():
-            if only in op:
-
-                def use_rows(choice: Any, op: str = op) -> Any:
-                    def measured(*_: Any) -> RowLaunch:
-                        return choice
-
-                    row_launch.cache_clear()
-                    return mock.patch.object(rows.launch, "choose", measured)
-
-                row_rule = RowLaunch.rule(channels)
-                keep(op, f"C={channels}", best(problem, row_candidates(), row_rule, use_rows), row_rule)
-                row_launch.cache_clear()
-    return choices
+def tune(
+    target: Target, dtypes: Iterable[torch.dtype], only: str, keep: Callable[[dict[str, dict[str, Any]]], None]
+) -> None:
+    """Calls `keep` with all configurations measured so far after each kernel whose name contains `only`."""
+    configs: dict[str, dict[str, Any]] = {}
+    measured: set[tuple[str, str]] = set()
+    for dtype, config in itertools.product(dtypes, MODELS):
+        for (kernel, key), calls in model_calls(config, dtype).items():
+            if only not in kernel or (kernel, key) in measured:
+                continue
+            measured.add((kernel, key))
+            found, rule = best(calls), calls[0].config
+            print(f"{target.name} {kernel} {key}: {found}{'' if found != rule else ' (the rule)'}", flush=True)
+            if found != rule:
+                configs.setdefault(kernel, {})[key] = asdict(found)
+            keep(configs)
 
 
-def write(path: Path, choices: dict[str, Any], **about: str) -> None:
+def write(path: Path, configs: dict[str, Any], **about: str) -> None:
     """Puts the file in place in one step: another process reads the old one or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(json.dumps({**about, "choices": choices}, indent=1) + "\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps({**about, "configs": configs}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -192,11 +159,12 @@ def main() -> None:
     if args.out.is_dir():
         parser.error(f"--out: expected a file, got the folder {args.out}")
     if not torch.cuda.is_available():
-        parser.exit(1, "tune: no GPU is visible to torch; launch choices stay those of the analytic rules\n")
+        parser.exit(1, "tune: no GPU is visible to torch; launch configurations stay those of the analytic rules\n")
     target = target_of(torch.empty(0, device=DEVICE))
-    choices = tune(target, [getattr(torch, d) for d in args.dtype], args.only)
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    write(args.out, choices, target=target.name, device=torch.cuda.get_device_name(), **versions)
+    about = {"target": target.name, "device": torch.cuda.get_device_name()}
+    about |= {"torch": torch.__version__, "triton": triton.__version__}
+    dtypes = [getattr(torch, d) for d in args.dtype]
+    tune(target, dtypes, args.only, lambda configs: write(args.out, configs, **about))
     if args.out not in tuned_files(target):
         print(f"tune: {args.out} is not read from where it is; put it at {tuned_files(target)[0]}")
 

@@ -10,7 +10,7 @@ import torch
 
 from internvit import ops
 from internvit.benchmarks.harness import results, run
-from internvit.benchmarks.harness.cases import MissingPeerError, Setting, Variant
+from internvit.benchmarks.harness.cases import Implementation, MissingPeerError, Setting
 from internvit.benchmarks.harness.timing import Times, copies_past_cache, last_level_cache
 from internvit.benchmarks.model import bench_training
 from internvit.benchmarks.reports import gpu_report, report, table
@@ -142,7 +142,7 @@ def test_files_are_read_back_and_an_interrupted_run_keeps_its_rows(tmp_path) -> 
 
 
 def test_reading_something_else_is_an_error(tmp_path) -> None:
-    (tmp_path / "bench.json").write_text('{"rows": 1}')
+    (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(ValueError, match="internvit bench --out"):
         results.read(tmp_path)
 
@@ -190,10 +190,10 @@ def test_a_peer_that_raises_is_a_gap() -> None:
     def broken():
         raise MissingPeerError("not to be had")
 
-    work = run.works(("rms_norm",), QUICK)[0]
-    work = dataclasses.replace(work, variants=(*work.variants[:1], Variant("peer", broken)))
+    work = run.cases(("rms_norm",), QUICK)[0]
+    work = dataclasses.replace(work, implementations=(*work.implementations[:1], Implementation("peer", broken)))
     limits = run.machine_limits.Limits(1e9, {"float32": 1e9}, {})
-    *_, rows = run.run_work(work, "forward", QUICK, None, 1, limits)
+    *_, rows = run.run_case(work, "forward", QUICK, None, 1, limits)
     assert {r.variant: r.note for r in rows}["peer"] == "not to be had"
 
 

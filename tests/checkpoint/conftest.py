@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from internvit.checkpoint.load import save_pretrained
+from internvit.checkpoint.save import save_pretrained
 from tests.checkpoint.models import PLAIN, make_model
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from internvit.checkpoint.load import load_pretrained, save_pretrained
+from internvit.checkpoint.load import load_pretrained
+from internvit.checkpoint.save import save_pretrained
 from internvit.config import VARIANTS, InternViTConfig
 from internvit.model.vit import InternViT
 from internvit.upstream.state_dict import convert_state_dict

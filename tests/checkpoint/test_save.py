@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from internvit.checkpoint import load as checkpoint
-from internvit.checkpoint.load import load_pretrained, save_pretrained
+from internvit.checkpoint import save as checkpoint
+from internvit.checkpoint.load import load_pretrained
+from internvit.checkpoint.save import save_pretrained
 from internvit.model.vit import InternViT
 from tests.checkpoint.models import PLAIN, assert_loaded, make_model, names
 from tests.support.strategies import random_weights
@@ -39,8 +41,10 @@ def test_weights_are_not_overwritten_unasked(tmp_path) -> None:
 def test_overwriting_leaves_no_stale_file(tmp_path, before: str, after: str) -> None:
     first, second = make_model(PLAIN, seed=1), make_model(PLAIN, seed=2)
     save_pretrained(first, tmp_path, max_shard_size=before)
-    (tmp_path / ".model-00001-of-00002.safetensors.1.writing").write_bytes(b"of a save that was killed")
-    (tmp_path / "model-3-00001-of-00007.safetensors").write_bytes(b"of a save that was killed")
+    (tmp_path / ".checkpoint.0.writing" / "files").mkdir(parents=True)
+    (tmp_path / ".checkpoint.0.writing" / "files" / "0.shard").write_bytes(b"of a save that was killed")
+    shard = {"encoder.layers.0.ls1": torch.zeros(256)}
+    save_file(shard, tmp_path / "model-3-00001-of-00007.safetensors")  # of a save that was killed later
     (tmp_path / "notes.txt").write_text("not ours")
     save_pretrained(second, tmp_path, max_shard_size=after, overwrite=True)
     expected = {"config.json", "notes.txt"}
@@ -72,7 +76,7 @@ def test_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, befor
     monkeypatch.setattr(os, "replace", interrupted(os.replace))
     monkeypatch.setattr(os, "fsync", interrupted(os.fsync))
     unlink, unlink_step = Path.unlink, interrupted(Path.unlink)
-    monkeypatch.setattr(Path, "unlink", lambda p, **kw: (unlink if p.name[0] == "." else unlink_step)(p, **kw))
+    monkeypatch.setattr(Path, "unlink", lambda p, **kw: (unlink if p.name == "lock" else unlink_step)(p, **kw))
     outcomes = []
     for fail_at in range(1, 100):
         folder = tmp_path / str(fail_at)

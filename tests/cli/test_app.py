@@ -77,16 +77,16 @@ def test_features_are_the_librarys_to_the_bit(weights, photos, tmp_path, layers)
     chosen = ["--layers", layers] if layers else []
     run("features", photos, "--weights", weights, "--out", out, "--batch", 4, "--size", "56x84", *chosen)
     model = InternViT.from_pretrained(weights)
-    found = tensors(out)
-    assert len(found) == (12 if layers else 6)
+    features = tensors(out)
+    assert len(features) == (12 if layers else 6)
     for path in sorted(photos.iterdir()):
         with torch.inference_mode():
             result = model(load_pixels(path, (56, 84))[None], output_hidden_states=True)
         if layers:
-            assert torch.equal(found[f"{path}:0"], result.hidden_states[1][0])
-            assert torch.equal(found[f"{path}:-1"], result.last_hidden_state[0])
+            assert torch.equal(features[f"{path}:0"], result.hidden_states[1][0])
+            assert torch.equal(features[f"{path}:-1"], result.last_hidden_state[0])
         else:
-            assert torch.equal(found[f"{path}:last"], result.last_hidden_state[0])
+            assert torch.equal(features[f"{path}:last"], result.last_hidden_state[0])
     with safe_open(out, framework="pt") as file:
         assert file.metadata()["size"] == "56x84"
         assert InternViTConfig.from_dict(json.loads(file.metadata()["config"])) == model.config
@@ -121,7 +121,7 @@ def test_interrupted_and_taken_up_again(weights, tmp_path, how, capsys) -> None:
     process = start(*arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     partial = tmp_path / "features.safetensors.partial"
     deadline = time.monotonic() + 120
-    while (not partial.exists() or len(list(partial.iterdir())) < 3) and time.monotonic() < deadline:
+    while len(list(partial.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(how)
     _, stderr = process.communicate(timeout=60)
@@ -131,7 +131,7 @@ def test_interrupted_and_taken_up_again(weights, tmp_path, how, capsys) -> None:
     left = [p for p in partial.iterdir() if p.suffix == ".safetensors"]
     assert all(tensors(p) for p in left)
     stdout, _ = run(*arguments)
-    assert f"48 images at 448x448, {len(left)} of them taken up" in stdout
+    assert f"48 images at 448x448, {len(left)} of them from an interrupted run" in stdout
     fresh = tmp_path / "fresh.safetensors"
     call(capsys, "features", folder, "--weights", weights, "--out", fresh, "--size", 448)
     first, second = tensors(out), tensors(fresh)
@@ -204,9 +204,16 @@ def test_info_and_plan_fit_the_terminal(width) -> None:
 
 
 def test_json_for_scripts(capsys) -> None:
-    found = json.loads(call(capsys, "info", "--json")[0])
-    assert found["versions"]["internvit"] == internvit.__version__
-    assert {row["backend"] for row in found["backends"]} >= {"reference", "cpu", "triton", "cuda", "sdpa", "flash"}
+    environment = json.loads(call(capsys, "info", "--json")[0])
+    assert environment["versions"]["internvit"] == internvit.__version__
+    assert {row["backend"] for row in environment["backends"]} >= {
+        "reference",
+        "cpu",
+        "triton",
+        "cuda",
+        "sdpa",
+        "flash",
+    }
     made = json.loads(call(capsys, "plan", "--json", "--memory", "24GB")[0])
     assert made["choice"] == "internvit-6b-448px-v2.5"
 

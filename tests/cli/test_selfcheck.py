@@ -7,7 +7,7 @@ import torch
 
 import internvit.cli.app
 from internvit.cli import selfcheck as check
-from internvit.ops.core import select as backends
+from internvit.ops.backends import registry
 
 
 def test_a_sound_machine_passes_and_prints_a_table(capsys, monkeypatch, seed: int) -> None:
@@ -26,16 +26,14 @@ def test_a_sound_machine_passes_and_prints_a_table(capsys, monkeypatch, seed: in
 
 def test_a_broken_kernel_is_found(capsys, monkeypatch) -> None:
     def broken(x, weight, eps, rounding):
-        y, rstd = backends.REFERENCE["layer_norm"](x, weight, None, eps)[::2]
+        y, _, rstd = registry.implementation("layer_norm", "reference")(x, weight, None, eps)
         return y, rstd
 
-    monkeypatch.setitem(backends.REFERENCE, "rms_norm", broken)
-    backends.implementation.cache_clear()
+    monkeypatch.setitem(registry._IMPLEMENTATIONS, ("rms_norm", "reference"), broken)
     some = [c for c in check.checks(quick=True) if c[0].startswith("rms_norm") and c[1] == "reference"][:2]
     monkeypatch.setattr(check, "checks", lambda *_: iter(some))
     with pytest.raises(SystemExit) as exit_info:
         internvit.cli.app.run(["check", "--quick", "--json"])
-    backends.implementation.cache_clear()
     rows = json.loads(capsys.readouterr().out)
     assert exit_info.value.code == 1
     assert all(row["failures"] for row in rows)

@@ -1,7 +1,9 @@
 """Heads, sliding windows, flip test and mIoU against restatements written here."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -147,6 +149,34 @@ def test_sliding_with_a_real_model() -> None:
         out = slide_inference(model, torch.randn(1, 3, 61, 75), (56, 56), (28, 28))
     assert out.shape == (1, 3, 61, 75)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(10, 300), (300, 14), (14, 14), (1, 1), (57, 15)])
+@pytest.mark.parametrize("kind", ["linear", "upernet"])
+def test_a_side_of_one_patch_with_a_pyramid(size, kind) -> None:
+    head = LinearHead(32, 3) if kind == "linear" else upernet()
+    model = Segmenter(backbone(fpn=True), head).eval()
+    pixels = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        out = slide_inference(model, pixels, (56, 56), (28, 28))
+    assert out.shape == (1, 3, *size)
+    assert out.isfinite().all()
+
+
+def test_evaluating_an_image_of_one_patch_with_a_pyramid(tmp_path) -> None:
+    pytest.importorskip("torchmetrics", reason="the segmentation extra is not installed")
+    from internvit.dense.segmentation import Pair
+    from internvit.dense.segmentation.evaluation import Testing, evaluate
+
+    pairs = []
+    for i, (height, width) in enumerate([(10, 300), (30, 5), (3, 3)]):
+        pairs.append(Pair(tmp_path / f"{i}.png", tmp_path / f"{i}-mask.png"))
+        Image.fromarray(np.random.randint(0, 256, (height, width, 3), np.uint8)).save(pairs[-1].image)
+        Image.fromarray(np.random.randint(0, 3, (height, width), np.uint8)).save(pairs[-1].mask)
+    model = Segmenter(backbone(fpn=True), upernet()).eval()
+    for settings in ({"short_side": 0}, {"short_side": 14, "long_side": 100}, {"short_side": 0, "flip": True}):
+        scores = evaluate(model, pairs, 3, Testing(crop=56, stride=28, **settings), 14)
+        assert 0 <= scores.miou <= 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -60,12 +61,12 @@ def broken(folder) -> dict:
 
 def test_what_does_not_fit_is_named_counted_and_left_out(tmp_path, caplog) -> None:
     expected = broken(tmp_path)
-    found = find(tmp_path, on_broken="skip")
-    assert [pair.image.name for pair in found.pairs] == ["good.png", "fine.png"]
-    assert found.left_out.keys() == expected.keys()
+    result = find(tmp_path, on_broken="skip")
+    assert [pair.image.name for pair in result.pairs] == ["good.png", "fine.png"]
+    assert result.left_out.keys() == expected.keys()
     for path, why in expected.items():
-        assert re.search(why, found.left_out[path])
-        assert str(path) in found.left_out[path]
+        assert re.search(why, result.left_out[path])
+        assert str(path) in result.left_out[path]
         assert str(path) in caplog.text
     assert "8 files do not fit; 2 of 9 images are used" in caplog.text
 
@@ -157,3 +158,26 @@ def test_fitted_is_mmcvs_keep_ratio() -> None:
     assert fitted((683, 512), 504, 2016) == (672, 504)
     assert fitted((4000, 500), 504, 2016) == (2016, 252)
     assert fitted((10, 1000), 5, 5) == (1, 5)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("decoder"), MemoryError(), KeyError("tag")])
+def test_any_exception_of_a_decoder_names_the_mask(error, tmp_path, monkeypatch) -> None:
+    pair = write(tmp_path, "a")
+
+    def fails(self, *args):
+        raise error
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fails)
+    with pytest.raises(ValueError, match=r"a\.png: broken mask: \S+"):
+        read_mask(pair.mask, 3)
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path) -> None:
+    write(tmp_path, "a")
+    for name in ("b.heic", "c.CR2"):
+        shutil.copy(write(tmp_path, name[0]).image, tmp_path / "images" / name)
+        (tmp_path / "images" / f"{name[0]}.png").unlink()
+    (tmp_path / "images" / "b.heic").write_bytes(bytes(100))
+    result = find(tmp_path, on_broken="skip")
+    assert [path.name for path in result.left_out] == ["b.heic", "c.CR2"]
+    assert len(result.pairs) == 1

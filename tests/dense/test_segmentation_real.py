@@ -75,12 +75,12 @@ def test_a_short_real_run(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(composed, "COUNTS", {"training": 40, "validation": 12})
     monkeypatch.setattr(real_run, "STEPS", {"linear": 60, "upernet": 10})
     real_run.main([str(tmp_path / "work"), str(tmp_path)], standalone_mode=False)
-    found = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "work" / "results").glob("*.json")}
-    trained, untrained = found["trained-linear"]["miou"], found["random-linear"]["miou"]
+    results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "work" / "results").glob("*.json")}
+    trained, untrained = results["trained-linear"]["miou"], results["random-linear"]["miou"]
     assert trained > untrained + 0.1
-    losses = [np.array(found[f"{name}-linear"]["losses"]) for name in ("trained", "reference")]
+    losses = [np.array(results[f"{name}-linear"]["losses"]) for name in ("trained", "reference")]
     assert np.abs(losses[0] - losses[1]).max() < 1e-3
-    assert all(r["assembled"] > 0.999 for r in found.values())
+    assert all(r["assembled"] > 0.999 for r in results.values())
     assert (tmp_path / "segmentation.png").exists()
     assert (tmp_path / "segmentation-curves.png").exists()
     assert "| none | the most frequent class |" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from internvit import InternViT, InternViTConfig
+from tests.dense.test_segmentation_recipe import RECIPE
 from tests.support import ROOT
 from tests.support.models import random_weights
 
@@ -29,38 +30,6 @@ import train  # noqa: E402
 CONFIG = InternViTConfig(
     image_size=56, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64
 )
-RECIPE = """
-[model]
-image_size = 56
-out_indices = [1, 3]
-freeze = false
-drop_path_rate = 0.3
-precision = "float32"
-[head]
-dropout = 0.2
-[data]
-batch = 4
-micro_batch = 2
-reduce_zero_label = false
-[augment]
-crop = 56
-short_side = 56
-long_side = 112
-[optim]
-lr = 1e-3
-weight_decay = 0.05
-layer_decay = 0.9
-steps = 9
-warmup = 3
-[test]
-crop = 56
-stride = 28
-short_side = 56
-[run]
-log_every = 1
-checkpoint_every = 2
-evaluate_every = 9
-"""
 # Runs train.py with a torch.save that dies half-way into its n-th file.
 DIES_WRITING = """
 import os, runpy, signal, sys, torch
@@ -160,7 +129,7 @@ def test_a_run_leaves_what_it_says(whole) -> None:
 def test_killed_while_writing_a_checkpoint(place, whole) -> None:
     killed = run(command(place, "writing"), DIES_WRITING.format(n=3))
     assert killed.returncode == -signal.SIGKILL
-    assert (place / "writing" / "checkpoint.pt.writing").exists(), "it died half-way"
+    assert list((place / "writing").glob(".*.writing")), "it died half-way"
     previous = torch.load(place / "writing" / "checkpoint.pt", weights_only=True)
     assert previous["step"] == 4
     rows = (place / "writing" / "log.csv").read_text().splitlines()
@@ -168,7 +137,7 @@ def test_killed_while_writing_a_checkpoint(place, whole) -> None:
     resumed = run(command(place, "writing"))
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from step 4" in resumed.stderr
-    assert not (place / "writing" / "checkpoint.pt.writing").exists()
+    assert not list((place / "writing").glob(".*.writing"))
     check_same_run(place / "writing", whole)
 
 
@@ -194,7 +163,7 @@ def test_killed_at_any_moment(place, whole) -> None:
 def test_another_recipe_or_other_images_do_not_go_on(place, whole) -> None:
     done = CliRunner().invoke(train.main, command(place, "whole", "--set", "optim.lr=2e-3")[1:])
     assert done.exit_code == 2
-    assert "written with another setting of the recipe's optim; give another --out" in done.output
+    assert "written with other optim.lr; give another --out" in done.output
 
 
 def test_broken_files_stop_the_run_or_are_counted(place, tmp_path, caplog) -> None:
@@ -235,42 +204,148 @@ def test_a_frozen_tower_is_not_saved_and_upernet_learns_beside_bfloat16(place) -
         optimizer.step()
         schedule.step()
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
-    names = train.kept(model, recipe).keys()
+    names = train.trained_state(model, recipe).keys()
     assert any(n.startswith("backbone.up1.") for n in names)
     assert not any(n.startswith(("backbone.encoder", "backbone.embeddings")) for n in names)
 
 
-@pytest.mark.parametrize("name", ["linear_probing", "head_tuning", "full_tuning", "few_shot"])
-def test_recipes_are_upstreams(name) -> None:
-    """Facts of OpenGVLab's four ADE20K configurations, restated."""
-    found = recipes.read_recipe(EXAMPLE / "recipes" / f"{name}.toml")
-    indices = {"linear_probing": (44,), "few_shot": (47,)}.get(name, (11, 23, 35, 47))
-    tuned = name in ("full_tuning", "few_shot")
-    assert found.model.out_indices == indices
-    assert (found.model.image_size, found.model.patch_size) == (504, 14)
-    assert found.model.freeze is not tuned
-    assert found.model.drop_path_rate == (0.4 if tuned else 0.0)
-    assert found.optim.weight_decay == (0.0 if name == "linear_probing" else 0.05)
-    assert found.optim.layer_decay == (0.95 if tuned else 1.0)
-    assert (found.optim.lr, found.optim.betas, found.data.batch) == (4e-5, (0.9, 0.999), 16)
-    assert found.optim.steps == (5000 if name == "few_shot" else 80_000)
-    assert (found.head.kind, found.model.fpn) == (("upernet", True) if "_tuning" in name else ("linear", False))
-    assert (found.test.crop, found.test.stride) == (504, 322)
+def refused(place: Path, out: str, *more: str) -> str:
+    """The message of a training that ends with exit code 2."""
+    done = CliRunner().invoke(train.main, command(place, out, *more)[1:])
+    assert done.exit_code == 2, (done.output, done.exception)
+    return done.output
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("optim.step=1", "optim: expected one of the keys lr, .*, got step"),
-        ("optim.steps=1.5", r"optim\.steps: expected int, got 1\.5"),
-        ("model.precision='fp8'", "model.precision: expected float32 or bfloat16"),
-        ("head.kind='fcn'", "head.kind: expected linear or upernet"),
-        ("nothing.x=1", "expected the tables model, head, .*, got nothing"),
-        ("data.batch=3", "no multiple of micro_batch"),
-        ("optim", "expected TABLE.KEY=VALUE, got 'optim'"),
-        ("optim.lr=fast", "not TOML"),
-    ],
-)
-def test_bad_recipes(place, change, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        recipes.read_recipe(place / "recipe.toml", [change])
+def test_bad_inputs_are_named_before_anything_is_loaded(place, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "build", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(train, "find_pairs", lambda *args: pytest.fail("images were read"))
+    for number in ("0", "256", "1000"):
+        assert f"num_classes: expected 1 to 255, as masks have 8 bits, got {number}" in refused(
+            place, "bad", "--classes", number
+        )
+    (tmp_path / "names.txt").write_text("cat\ndog\n\ncat\n")
+    assert "has cat more than once" in refused(place, "bad", "--classes", str(tmp_path / "names.txt"))
+    (tmp_path / "names.txt").write_text("\n".join(map(str, range(256))))
+    assert "got 256" in refused(place, "bad", "--classes", str(tmp_path / "names.txt"))
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
+    assert "not a text file" in refused(place, "bad", "--classes", str(tmp_path / "names.txt"))
+    assert "device: 'foo' cannot be used here" in refused(place, "bad", "--device", "foo")
+    assert "'meta' holds no data" in refused(place, "bad", "--device", "meta")
+    if not torch.cuda.is_available():
+        assert "device: 'cuda' cannot be used here" in refused(place, "bad", "--device", "cuda")
+    assert not (place / "bad").exists()
+
+
+@pytest.mark.parametrize("count", [0, 256, 1000])
+def test_the_library_refuses_classes_that_masks_cannot_hold(place, count) -> None:
+    from internvit.dense.segmentation import find_pairs, score
+    from internvit.dense.segmentation.folder import read_mask
+
+    folders = [place / "data" / kind / "training" for kind in ("images", "annotations")]
+    for call in (
+        lambda: find_pairs(*folders, count),
+        lambda: read_mask(folders[1] / "0.png", count),
+        lambda: score([(torch.zeros(2, 2), torch.zeros(2, 2))], count),
+    ):
+        with pytest.raises(ValueError, match=f"num_classes: expected 1 to 255, as masks have 8 bits, got {count}"):
+            call()
+
+
+def test_weights_whose_path_has_quotes(place) -> None:
+    odd = place / 'a "quoted" \\ tower'
+    shutil.copytree(place / "tower", odd)
+    call = command(place, "quoted", "--set", "optim.steps=1", "--set", "run.evaluate_every=1")
+    call[call.index("--weights") + 1] = str(odd)
+    done = CliRunner().invoke(train.main, call[1:])
+    assert done.exit_code == 0, done.output
+
+
+def test_two_trainings_into_one_folder(place) -> None:
+    from internvit.files import locked
+
+    (place / "shared").mkdir()
+    with locked(place / "shared"):
+        assert "shared: another process is writing there" in refused(place, "shared").replace("\n", "")
+    assert list((place / "shared").iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(place) -> None:
+    import resource
+
+    done = subprocess.run(
+        [sys.executable, *command(place, "full")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "checkpoint.pt: cannot be written" in done.stderr.replace("\n", "")
+    assert not (place / "full" / "checkpoint.pt").exists()
+    assert not list((place / "full").glob(".*.writing"))
+
+
+@pytest.fixture
+def frozen(place, tmp_path) -> tuple[Path, list[str]]:
+    """A copy of everything, with a run on a frozen tower that was stopped half-way."""
+    shutil.copytree(place / "data", tmp_path / "data")
+    shutil.copytree(place / "tower", tmp_path / "tower")
+    shutil.copy(place / "recipe.toml", tmp_path)
+    changes = ("--set", "model.freeze=true", "--set", "optim.steps=4", "--set", "run.evaluate_every=4")
+    done = run(command(tmp_path, "out", *changes), DIES_WRITING.format(n=2))
+    assert done.returncode == -signal.SIGKILL
+    return tmp_path, list(changes)
+
+
+def test_a_resumed_run_refuses_other_data_classes_and_weights(frozen) -> None:
+    place, changes = frozen
+    mask = place / "data" / "annotations" / "training" / "0.png"
+    image = place / "data" / "images" / "validation" / "1.png"
+    for path, split in ((mask, "training"), (image, "validation")):
+        content, before = path.read_bytes(), path.stat()
+        pixels = np.asarray(Image.open(path))
+        Image.fromarray(pixels[::-1].copy()).save(path)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        name = path.relative_to(place / "data")
+        assert f"written with other 1 {split} files such as {name};" in refused(place, "out", *changes)
+        path.write_bytes(content)
+    (place / "names.txt").write_text("a\nb\nc\n")
+    assert "written with other the classes" in refused(place, "out", *changes, "--classes", str(place / "names.txt"))
+    tower = InternViT.from_pretrained(place / "tower")
+    with torch.no_grad():
+        tower.encoder.layers[2].norm1.weight[5] += 2**-10
+    tower.save_pretrained(place / "tower", overwrite=True)
+    assert "written with other the frozen weights" in refused(place, "out", *changes)
+
+
+def test_a_resumed_run_on_a_frozen_tower_continues(frozen) -> None:
+    place, changes = frozen
+    done = run(command(place, "out", *changes))
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 2" in done.stderr
+
+
+def test_checkpoints_of_something_else(place, whole, tmp_path) -> None:
+    state = torch.load(whole / "checkpoint.pt", weights_only=True)
+    half = {**state, "model": dict(list(state["model"].items())[:5])}
+    shapes = {**state, "model": {n: t[:1] if t.dim() else t for n, t in state["model"].items()}}
+    (place / "other").mkdir()
+    for content, message in (
+        ([1, 2], "expected a dict, got list"),
+        (state["model"], "expected dict 'recipe', got nothing"),
+        ({n: v for n, v in state.items() if n != "rng"}, "expected dict 'rng', got nothing"),
+        ({**state, "step": "4"}, "expected int 'step', got str"),
+        (half, "missing or unknown parameters such as"),
+        (shapes, "does not fit this run"),
+        ({**state, "optimizer": {}}, "does not fit this run"),
+        ({**state, "rng": {}}, "does not fit this run"),
+    ):
+        torch.save(content, place / "other" / "checkpoint.pt")
+        output = refused(place, "other")
+        assert "checkpoint.pt: " in output
+        assert message in output
+    (place / "other" / "checkpoint.pt").unlink()
+    (place / "other" / "log.csv").write_text("name,price\ntea,2\n")
+    assert "log.csv: not a log of this script" in refused(place, "other")
+    assert (place / "other" / "log.csv").read_text() == "name,price\ntea,2\n"

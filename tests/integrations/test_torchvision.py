@@ -64,7 +64,7 @@ def test_pyramid_is_vitdets() -> None:
 def test_mask_rcnn_trains_and_detects() -> None:
     detection = pytest.importorskip("torchvision.models.detection", reason="torchvision is not installed")
     torch.use_deterministic_algorithms(False)  # RoIAlign's backward has no deterministic form
-    backbone = DetectionBackbone(tower(), out_channels=16, pool=True)
+    backbone = DetectionBackbone(tower(), out_channels=16)
     sizes = tuple((s,) for s in (8, 16, 32, 64, 128))
     anchors = detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
     model = detection.MaskRCNN(
@@ -81,13 +81,30 @@ def test_mask_rcnn_trains_and_detects() -> None:
     assert all(torch.isfinite(x) for x in losses.values())
     assert not [n for n, p in backbone.named_parameters() if p.grad is None]
     with torch.no_grad():
-        found = model.eval()(images)
-    assert [x["boxes"].shape[1] for x in found] == [4, 4]
-    assert found[0]["masks"].shape[1:] == (1, 60, 90)
+        detections = model.eval()(images)
+    assert [x["boxes"].shape[1] for x in detections] == [4, 4]
+    assert detections[0]["masks"].shape[1:] == (1, 60, 90)
+
+
+@pytest.mark.parametrize("name", ["MaskRCNN", "FasterRCNN", "KeypointRCNN", "RetinaNet", "FCOS"])
+def test_detectors_take_the_backbone_with_their_default_anchors(name) -> None:
+    detection = pytest.importorskip("torchvision.models.detection", reason="torchvision is not installed")
+    model = getattr(detection, name)(DetectionBackbone(tower(), 256), num_classes=3, min_size=64, max_size=128).eval()
+    with torch.no_grad():
+        detections = model([torch.rand(3, 60, 90), torch.rand(3, 80, 64)])
+    assert [x["boxes"].shape[1] for x in detections] == [4, 4]
+
+
+@pytest.mark.parametrize("size", [(16, 64), (64, 16), (16, 16), (48, 16)])
+def test_a_side_of_one_patch(size) -> None:
+    maps = DetectionBackbone(tower(), 8)(torch.randn(1, 3, *size))
+    rows, columns = size[0] // 16, size[1] // 16
+    assert maps["3"].shape[2:] == (max(rows // 2, 1), max(columns // 2, 1))
+    assert maps["pool"].isfinite().all()
 
 
 def test_strides_are_what_torchvision_reads() -> None:
-    maps = DetectionBackbone(tower(), 8)(torch.randn(1, 3, 96, 64))
+    maps = DetectionBackbone(tower(), 8, pool=False)(torch.randn(1, 3, 96, 64))
     assert [(96 / x.shape[2], 64 / x.shape[3]) for x in maps.values()] == [(4, 4), (8, 8), (16, 16), (32, 32)]
     assert list(maps) == ["0", "1", "2", "3"]
 

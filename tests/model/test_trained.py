@@ -19,9 +19,9 @@ photos = pytest.mark.parametrize("name", trained.PHOTOS)
 
 
 @pytest.fixture(scope="module")
-def network() -> tuple[trained.TrainedViTS, trained.Judge]:
+def network() -> tuple[trained.TrainedViTS, trained.OnnxReference]:
     graph = trained.load_graph()
-    return trained.TrainedViTS(graph), trained.Judge(graph)
+    return trained.TrainedViTS(graph), trained.OnnxReference(graph)
 
 
 def smallest_cosine(a: Tensor, b: Tensor) -> float:

@@ -170,12 +170,42 @@ def test_tiles_go_through_the_tower_in_one_batch() -> None:
     assert connector.extract_feature(model, tiles).shape == (len(tiles), 4, 40)
 
 
+def test_tiles_of_arrays_with_any_strides(generator) -> None:
+    pixels = torch.randint(0, 256, (70, 110, 3), dtype=torch.uint8, generator=generator).numpy()
+    read_only = pixels.copy()
+    read_only.flags.writeable = False
+    wide = numpy.repeat(pixels, 2, 1)
+    for view in (pixels[::-1], pixels[:, ::-1], pixels[..., ::-1], pixels[::-2, ::3], wide[:, ::2], read_only):
+        expected = tile_image(numpy.ascontiguousarray(view).copy(), image_size=28)
+        assert torch.equal(tile_image(view, image_size=28), expected)
+    assert torch.equal(tile_image(numpy.asfortranarray(pixels), 28), tile_image(pixels, 28))
+
+
+def test_tiles_of_files(tmp_path, generator) -> None:
+    pixels = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8, generator=generator).numpy()
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert torch.equal(tile_image(path, image_size=28), tile_image(pixels, image_size=28))
+    deep = pixels[..., 0].astype(numpy.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    grey = numpy.repeat(pixels[..., :1], 3, -1)
+    for image in (tmp_path / "deep.png", Image.open(tmp_path / "deep.png")):
+        assert torch.equal(tile_image(image, image_size=28), tile_image(grey, image_size=28))
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.png: not an image"):
+        tile_image(tmp_path / "text.png")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        tile_image(tmp_path / "nowhere.png")
+
+
 def test_tiling_errors() -> None:
     for call, message in (
         (lambda: best_grid(0, 5), "at least 1"),
         (lambda: best_grid(5, 5, min_tiles=3, max_tiles=2), "min_tiles <= max_tiles"),
         (lambda: tile_image(torch.rand(3, 8, 8)), "8-bit RGB"),
         (lambda: tile_image(torch.zeros(4, 8, 8, dtype=torch.uint8)), r"got shape \[4, 8, 8\]"),
+        (lambda: tile_image(numpy.zeros((8, 8, 3), numpy.uint16)), "ndarray of dtype uint16"),
+        (lambda: tile_image(None), "NoneType of dtype object"),
         (lambda: tile_image(numpy.zeros((8, 8), numpy.uint8)), r"got shape \[8, 8\]"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -8,8 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.numerics import product_failures, relative_error, sample
-from internvit.ops.core.select import BACKENDS
+from internvit.numerics import product_violations, relative_error, sample
+from internvit.ops.attention import SavedAttention, attention_backward_reference, attention_reference
+from internvit.ops.backends import sdpa
+from internvit.ops.backends.registry import BACKENDS
 from tests.ops.cases import backends_here
 
 backends = pytest.mark.parametrize("backend", backends_here("attention"))
@@ -48,7 +50,7 @@ def test_contract_on_packed_views(backend, tokens, heads, head_dim, dtype, gener
         emulation = attend(q, k, v, scale)
     else:
         emulation = emulate(q.double(), k.double(), v.double(), scale, dtype)
-    assert product_failures(out, truth, emulation) == []
+    assert product_violations(out, truth, emulation) == []
 
 
 @pytest.mark.parametrize("backend", [b for b in backends_here("attention") if BACKENDS[b].exposes_lse_on("cpu")])
@@ -76,14 +78,14 @@ def test_gradients(backend, tokens, heads, head_dim, generator) -> None:
 @backends
 def test_large_scores_stay_finite(backend, generator) -> None:
     q, k, v = (100 * t for t in qkv(33, 1, 64, torch.bfloat16, generator).unbind(2))
-    out = ops.attention(q, k, v, 1.0, backend=backend)
+    out = ops.attention(q, k, v, scale=1.0, backend=backend)
     assert relative_error(out, attend(q.double(), k.double(), v.double(), 1.0)) < 0.02
 
 
 def test_sdpa_backward_where_no_log_sum_exp_is_exposed(monkeypatch, generator) -> None:
     tensors = [t.contiguous().requires_grad_() for t in qkv(9, 2, 8, torch.float64, generator).unbind(2)]
     expected = torch.autograd.grad(ops.attention(*tensors, backend="reference").square().sum(), tensors)
-    monkeypatch.setattr("internvit.ops.backends.sdpa._flash_on", lambda x: False)
+    monkeypatch.setattr("internvit.ops.backends.sdpa._kernels", lambda *_: sdpa._PLAIN)
     actual = torch.autograd.grad(ops.attention(*tensors, backend="sdpa").square().sum(), tensors)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
@@ -141,13 +143,12 @@ def test_flash_calls_the_package_by_its_recorded_signature_without_copies(monkey
 
     packed = qkv(9, 2, 8, torch.bfloat16, generator)
     q, k, v = packed.unbind(2)
-    out, lse = attention_flash.attention(q, k, v, 0.3, None, None, None, None)
+    out, lse = attention_flash.attention(q, k, v, 0.3)
     assert seen == [(q.data_ptr(), k.data_ptr(), v.data_ptr())]
-    assert torch.equal(out, ops.attention(q, k, v, 0.3, backend="reference"))
+    assert torch.equal(out, ops.attention(q, k, v, scale=0.3, backend="reference"))
     grad_packed = torch.full_like(packed, torch.nan)
-    attention_flash.attention_backward(
-        torch.ones_like(out), q, k, v, out, lse, 0.3, None, None, None, None, *grad_packed.unbind(2)
-    )
+    saved = SavedAttention(q, k, v, out, lse, 0.3, None)
+    attention_flash.attention_backward(torch.ones_like(out), saved, grad_packed.unbind(2))
     assert grad_packed.isfinite().all()
 
 
@@ -189,3 +190,19 @@ def test_bad_input(change, message) -> None:
     heads = {n: torch.ones(2, 3, 2, 8) for n in "qkv"}
     with pytest.raises((ValueError, RuntimeError), match=message):
         ops.attention(**{**heads, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e17, 1e30])
+def test_the_reference_is_normalised_for_any_scores(dtype: torch.dtype, size: float, generator) -> None:
+    """exp(scores - lse) carries lse's rounding: of two equal keys at 1e8 in float32 each would get 1, not 1/2."""
+    q, k = ((torch.randn(2, 10, 2, 8, generator=generator, dtype=dtype) * size**0.5) for _ in range(2))
+    k[:, 1::2] = k[:, ::2]
+    ones = torch.ones_like(q)
+    out, lse = attention_reference(q, k, ones, 0.3, None)
+    torch.testing.assert_close(out, ones)
+    assert lse.isfinite().all()
+    grads = [torch.empty_like(q) for _ in range(3)]
+    attention_backward_reference(ones, SavedAttention(q, k, ones, out, lse, 0.3, None), grads)
+    assert all(g.isfinite().all() for g in grads)
+    torch.testing.assert_close(grads[2].sum(1), torch.full_like(grads[2].sum(1), 10))  # each query gives its 1 away

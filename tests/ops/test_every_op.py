@@ -1,6 +1,7 @@
 """What every op owes on every backend here, whatever it computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 import internvit
 from internvit.numerics import relative_error
 from internvit.ops.core.registration import LIBRARY
+from internvit.ops.core.spec import Arguments, converted
 from tests.ops.cases import CASES, CASES_AND_BACKENDS, Case
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -25,25 +27,36 @@ def strided(t: Tensor) -> Tensor:
     return t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t.repeat_interleave(2)[::2]
 
 
-def leaves(
-    arguments: dict[str, Tensor], dtype: torch.dtype, lay: Callable[[Tensor], Tensor] = plain
-) -> dict[str, Tensor]:
-    return {n: lay(t.to(dtype, copy=True)).requires_grad_() for n, t in arguments.items()}
+def leaves(case: Case, arguments: Arguments, dtype: torch.dtype, lay: Callable[[Tensor], Tensor] = plain) -> Arguments:
+    arguments = converted(arguments, dtype)
+    return arguments | {n: lay(t.clone()).requires_grad_() for n, t in case.tensors(arguments).items()}
 
 
-def gradients(case: Case, arguments: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
+def loss_of(outputs: Iterable[Tensor]) -> Tensor:
+    return sum((o.double() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in outputs)
+
+
+def gradients(case: Case, arguments: Arguments, backend: str) -> tuple[list[Tensor], list[Tensor]]:
     outputs = case.run(arguments, backend)
-    loss = sum((o.double() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in outputs)
-    return list(outputs), list(torch.autograd.grad(loss, list(arguments.values())))
+    return list(outputs), list(torch.autograd.grad(loss_of(outputs), list(case.tensors(arguments).values())))
 
 
 @each_case
 def test_gradcheck_of_the_reference(case: Case, generator: torch.Generator) -> None:
-    arguments = leaves(case.make(generator), torch.float64)
-    names = list(arguments)
+    arguments = leaves(case, case.make(generator), torch.float64)
+    tensors = case.tensors(arguments)
     assert torch.autograd.gradcheck(
-        lambda *tensors: case.run(dict(zip(names, tensors, strict=True)), "reference"), tuple(arguments.values())
+        lambda *values: case.run(arguments | dict(zip(tensors, values, strict=True)), "reference"),
+        tuple(tensors.values()),
     )
+
+
+@each_case
+def test_the_formula_is_what_the_reference_computes(case: Case, generator: torch.Generator) -> None:
+    arguments = case.make(generator)
+    for actual, expected in zip(case.run(arguments, "reference"), case.spec.plain(arguments), strict=True):
+        # Statistics and the rounding "reference" of QK-norm's steps are in float64 here, as everything is.
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def pooled_errors(
@@ -57,9 +70,10 @@ def pooled_errors(
     softmax is one-hot the gradients of q and k all but cancel (one draw in 300 is past 2e-6 in float32)."""
     draws = []
     for _ in range(8):
-        made = {n: t.to(dtype).double() for n, t in case.make(generator).items()}
-        truth = gradients(case, leaves(made, torch.float64), "reference")
-        actual = gradients(case, leaves(made, dtype, lay), backend)
+        made = case.make(generator)
+        made = converted(converted(made, dtype), torch.float64)
+        truth = gradients(case, leaves(case, made, torch.float64), "reference")
+        actual = gradients(case, leaves(case, made, dtype, lay), backend)
         draws.append((actual[0] + actual[1], truth[0] + truth[1]))
     errors = []
     for every in zip(*(zip(*draw, strict=True) for draw in draws), strict=True):
@@ -87,11 +101,11 @@ def test_non_contiguous_input(case: Case, backend: str, generator: torch.Generat
 
 @each_backend
 def test_no_images(case: Case, backend: str, generator: torch.Generator) -> None:
-    arguments = {n: t.float() for n, t in case.make(generator).items()}
-    empty = {n: (t[:0] if n in case.batched else t).clone().requires_grad_() for n, t in arguments.items()}
+    arguments = case.make(generator)
+    empty = leaves(case, arguments | {n: arguments[n][:0] for n in case.batched(arguments)}, torch.float32)
     outputs, grads = gradients(case, empty, backend)
     assert all(o.shape[0] == 0 for o in outputs)
-    for name, grad in zip(empty, grads, strict=True):
+    for name, grad in zip(case.tensors(empty), grads, strict=True):
         assert grad.shape == empty[name].shape
         assert not grad.any(), f"the gradient of {name} over no images is 0"
 
@@ -99,16 +113,16 @@ def test_no_images(case: Case, backend: str, generator: torch.Generator) -> None
 @each_backend
 def test_same_bits_each_run(case: Case, backend: str, generator: torch.Generator) -> None:
     made = case.make(generator)
-    first = gradients(case, leaves(made, torch.float32), backend)
-    second = gradients(case, leaves(made, torch.float32), backend)
+    first = gradients(case, leaves(case, made, torch.float32), backend)
+    second = gradients(case, leaves(case, made, torch.float32), backend)
     for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
         assert torch.equal(a, b)
 
 
 @each_backend
 def test_an_image_alone_and_in_a_batch(case: Case, backend: str, generator: torch.Generator) -> None:
-    arguments = {n: t.bfloat16() for n, t in case.make(generator).items()}
-    alone = {n: t[:1] if n in case.batched else t for n, t in arguments.items()}
+    arguments = converted(case.make(generator), torch.bfloat16)
+    alone = arguments | {n: arguments[n][:1] for n in case.batched(arguments)}
     for both, one in zip(case.run(arguments, backend), case.run(alone, backend), strict=True):
         assert torch.equal(both[:1], one)
 
@@ -116,39 +130,69 @@ def test_an_image_alone_and_in_a_batch(case: Case, backend: str, generator: torc
 @each_backend
 def test_frozen_inputs_get_no_gradient(case: Case, backend: str, generator: torch.Generator) -> None:
     made = case.make(generator)
-    everything = gradients(case, leaves(made, torch.float32), backend)[1]
-    for index, name in enumerate(made):
-        arguments = {n: t.float().requires_grad_(n == name) for n, t in made.items()}
-        outputs = case.run(arguments, backend)
-        loss = sum((o.double() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in outputs)
+    everything = gradients(case, leaves(case, made, torch.float32), backend)[1]
+    for index, name in enumerate(case.tensors(made)):
+        arguments = made | {n: t.float().requires_grad_(n == name) for n, t in case.tensors(made).items()}
+        loss = loss_of(case.run(arguments, backend))
         torch.testing.assert_close(torch.autograd.grad(loss, arguments[name])[0], everything[index])
 
 
 @each_backend
 def test_compiles_whole_with_the_same_result(case: Case, backend: str, generator: torch.Generator) -> None:
-    arguments = leaves(case.make(generator), torch.float32)
+    arguments = leaves(case, case.make(generator), torch.float32)
     eager = gradients(case, arguments, backend)
 
-    def run(**tensors: Tensor) -> tuple[Tensor, ...]:
-        return case.run(tensors, backend)
+    def run(**named: Any) -> tuple[Tensor, ...]:
+        return case.run(named, backend)
 
     torch._dynamo.reset()  # else the cases count as recompilations of one function
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     outputs = compiled(**arguments)
-    loss = sum((o.double() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in outputs)
-    grads = torch.autograd.grad(loss, list(arguments.values()))
+    grads = torch.autograd.grad(loss_of(outputs), list(case.tensors(arguments).values()))
     for a, b in zip(eager[0] + eager[1], [*outputs, *grads], strict=True):
         torch.testing.assert_close(a, b)
 
 
 @each_case
 def test_double_backward_is_a_clear_error(case: Case, generator: torch.Generator) -> None:
-    arguments = leaves(case.make(generator), torch.float64)
-    outputs = case.run(arguments, "reference")
-    loss = sum(o.square().sum() for o in outputs)
-    grads = torch.autograd.grad(loss, list(arguments.values()), create_graph=True)
+    arguments = leaves(case, case.make(generator), torch.float64)
+    tensors = list(case.tensors(arguments).values())
+    loss = sum(o.square().sum() for o in case.run(arguments, "reference"))
+    grads = torch.autograd.grad(loss, tensors, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(sum(g.sum() for g in grads), list(arguments.values()), allow_unused=True)
+        torch.autograd.grad(sum(g.sum() for g in grads), tensors, allow_unused=True)
+
+
+@each_backend
+def test_forward_mode_and_torch_func(case: Case, backend: str, generator: torch.Generator) -> None:
+    """jvp, vjp, jacobians and vmap give the formula's derivatives, on any backend."""
+    arguments = case.make(generator)
+    tensors = case.tensors(arguments)
+    tangents = {n: torch.randn(t.shape, generator=generator, dtype=t.dtype) for n, t in tensors.items()}
+
+    def ours(named: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        dtype = torch.float64 if backend in ("reference", "sdpa") else torch.float32
+        return case.run(arguments | {n: t.to(dtype) for n, t in named.items()}, backend)
+
+    def plain(named: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return case.spec.plain(arguments | named)
+
+    expected = torch.func.jvp(plain, (tensors,), (tangents,))[1]
+    close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+    torch.testing.assert_close(torch.func.jvp(ours, (tensors,), (tangents,))[1], expected, **close)
+    with torch.autograd.forward_ad.dual_level():
+        duals = {n: torch.autograd.forward_ad.make_dual(t, tangents[n]) for n, t in tensors.items()}
+        outputs = tuple(torch.autograd.forward_ad.unpack_dual(o).tangent for o in ours(duals))
+    torch.testing.assert_close(outputs, expected, **close)
+
+    def loss(function: Callable) -> Callable:
+        return lambda named: sum(o.double().square().sum() for o in function(named))
+
+    torch.testing.assert_close(torch.func.grad(loss(ours))(tensors), torch.func.grad(loss(plain))(tensors), **close)
+    stacked = {n: torch.stack([t, 2 * t]) for n, t in tensors.items()}
+    each = [ours({n: t[i] for n, t in stacked.items()}) for i in range(2)]
+    together = torch.func.vmap(ours)(stacked)
+    torch.testing.assert_close(together, tuple(map(torch.stack, zip(*each, strict=True))), **close)
 
 
 def recorded_calls(case: Case, backend: str, generator: torch.Generator) -> list[tuple]:
@@ -161,7 +205,7 @@ def recorded_calls(case: Case, backend: str, generator: torch.Generator) -> list
                 calls.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    arguments = leaves(case.make(generator), torch.float32)
+    arguments = leaves(case, case.make(generator), torch.float32)
     with Record():
         gradients(case, arguments, backend)
     return calls
@@ -196,8 +240,7 @@ def test_ops_take_keyword_arguments_of_their_schema(case: Case, generator: torch
 
 def test_every_defined_op_has_a_case() -> None:
     defined = {name.split("::")[1].split(".")[0] for name in LIBRARY._op_defs}
-    covered = {c.name.split("-")[0] for c in CASES}
-    assert {n.removesuffix("_backward") for n in defined} == covered
+    assert {n.removesuffix("_backward") for n in defined} == {c.spec.op for c in CASES}
 
 
 def test_backend_may_change_between_forward_and_backward() -> None:

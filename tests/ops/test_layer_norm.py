@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.numerics import layer_norm_terms, norm_failures, relative_error, sample
+from internvit.numerics import layer_norm_terms, norm_violations, relative_error, sample
 from tests.ops.cases import backends_here
 from tests.ops.shapes import in_draws, mean_over_std, norm_shapes, pooled, pooled_gradients
 
@@ -16,10 +16,10 @@ def test_contract(backend, rows, width, distribution, dtype, generator) -> None:
     x = sample((pooled(rows), width), distribution, dtype, generator)
     weight, bias = (sample((width,), "normal", dtype, generator) for _ in range(2))
     truth = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-6)
-    y = torch.cat([ops.layer_norm(part, weight, bias, 1e-6, backend) for part in in_draws(x, rows)])
+    y = torch.cat([ops.layer_norm(part, weight, bias, backend=backend) for part in in_draws(x, rows)])
     assert y.dtype == dtype
     eager = F.layer_norm(x, (width,), weight, bias, 1e-6)
-    assert norm_failures(y, truth, eager, layer_norm_terms(x, weight, bias), mean_over_std(x)) == []
+    assert norm_violations(y, truth, eager, layer_norm_terms(x, weight, bias), mean_over_std(x)) == []
 
 
 @backends

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from internvit import ops
-from internvit.numerics import norm_failures, relative_error, sample
+from internvit.numerics import norm_violations, relative_error, sample
 from tests.ops.cases import backends_here
 from tests.ops.shapes import norm_shapes
 
@@ -17,10 +17,10 @@ def test_contract(backend, rows, width, distribution, dtype, generator) -> None:
     gamma = sample((width,), "normal", dtype, generator)
     row_scale = torch.tensor([0.0, 1.25])
     truth = residual.double() + row_scale.double().view(-1, 1, 1) * gamma.double() * branch.double()
-    out = ops.layer_scale_residual(residual, branch, gamma, row_scale, backend)
+    out = ops.layer_scale_residual(residual, branch, gamma, row_scale, backend=backend)
     eager = residual + row_scale.view(-1, 1, 1).to(dtype) * gamma * branch
     magnitude = residual.double().abs() + (truth - residual).abs()
-    assert norm_failures(out, truth, eager, magnitude) == []
+    assert norm_violations(out, truth, eager, magnitude) == []
     assert torch.equal(out[0], residual[0])
 
 

@@ -3,27 +3,29 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.numerics import layer_norm_terms, norm_failures, relative_error, sample
+from internvit.numerics import layer_norm_terms, norm_violations, relative_error, sample
 from tests.ops.cases import backends_here
 from tests.ops.shapes import in_draws, mean_over_std, norm_shapes, pooled, pooled_gradients
 
 backends = pytest.mark.parametrize("backend", backends_here("layer_scale_residual_norm"))
-kinds = pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
+kinds = pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
 
 
-def arguments(rows: int, width: int, kind: str, dtype: torch.dtype, generator, distribution: str = "normal") -> dict:
+def arguments(
+    rows: int, width: int, norm_type: str, dtype: torch.dtype, generator, distribution: str = "normal"
+) -> dict:
     return dict(
         residual=sample((2, rows, width), distribution, dtype, generator),
         branch=sample((2, rows, width), "normal", dtype, generator),
         gamma=sample((width,), "normal", dtype, generator),
         row_scale=torch.tensor([1.25, 0.0]),
         weight=sample((width,), "normal", dtype, generator),
-        bias=sample((width,), "normal", dtype, generator) if kind == "layer_norm" else None,
+        bias=sample((width,), "normal", dtype, generator) if norm_type == "layer_norm" else None,
     )
 
 
-def norm_of(x, weight, bias, kind: str):
-    if kind == "rms_norm":
+def norm_of(x, weight, bias, norm_type: str):
+    if norm_type == "rms_norm":
         return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
     return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
 
@@ -31,37 +33,37 @@ def norm_of(x, weight, bias, kind: str):
 @backends
 @kinds
 @norm_shapes
-def test_contract_and_same_bits_as_two_ops(backend, kind, rows, width, distribution, dtype, generator) -> None:
-    a = arguments(pooled(rows), width, kind, dtype, generator, distribution)
+def test_contract_and_same_bits_as_two_ops(backend, norm_type, rows, width, distribution, dtype, generator) -> None:
+    a = arguments(pooled(rows), width, norm_type, dtype, generator, distribution)
     parts = zip(in_draws(a["residual"], rows, 1), in_draws(a["branch"], rows, 1), strict=True)
     draws = [{**a, "residual": residual, "branch": branch} for residual, branch in parts]
-    results = [ops.layer_scale_residual_norm(**draw, kind=kind, backend=backend) for draw in draws]
+    results = [ops.layer_scale_residual_norm(**draw, norm_type=norm_type, backend=backend) for draw in draws]
     out, normed = (torch.cat(tensors, 1) for tensors in zip(*results, strict=True))
-    alone = ops.layer_scale_residual(a["residual"], a["branch"], a["gamma"], a["row_scale"], backend)
+    alone = ops.layer_scale_residual(a["residual"], a["branch"], a["gamma"], a["row_scale"], backend=backend)
     assert torch.equal(out, alone)
     # The norm's truth is taken of the rounded residual, as its statistics are.
     wide = [None if t is None else t.double() for t in (a["weight"], a["bias"])]
-    truth, eager = norm_of(out.double(), *wide, kind), norm_of(out, a["weight"], a["bias"], kind)
-    if kind == "rms_norm":
-        assert norm_failures(normed, truth, eager) == []
+    truth, eager = norm_of(out.double(), *wide, norm_type), norm_of(out, a["weight"], a["bias"], norm_type)
+    if norm_type == "rms_norm":
+        assert norm_violations(normed, truth, eager) == []
         assert torch.equal(normed, ops.rms_norm(out, a["weight"], backend=backend))
     else:
         magnitude = layer_norm_terms(out, a["weight"], a["bias"])
-        assert norm_failures(normed, truth, eager, magnitude, mean_over_std(out)) == []
+        assert norm_violations(normed, truth, eager, magnitude, mean_over_std(out)) == []
         assert torch.equal(normed, ops.layer_norm(out, a["weight"], a["bias"], backend=backend))
 
 
 @backends
 @kinds
 @pytest.mark.parametrize("rounding", ["fused", "reference"])
-def test_float32_residual_stream(backend, kind, rounding, generator) -> None:
-    a = arguments(17, 384, kind, torch.bfloat16, generator)
+def test_float32_residual_stream(backend, norm_type, rounding, generator) -> None:
+    a = arguments(17, 384, norm_type, torch.bfloat16, generator)
     a["residual"] = a["residual"].float()
-    out, normed = ops.layer_scale_residual_norm(**a, kind=kind, rounding=rounding, backend=backend)
+    out, normed = ops.layer_scale_residual_norm(**a, norm_type=norm_type, rounding=rounding, backend=backend)
     assert (out.dtype, normed.dtype) == (torch.float32, torch.bfloat16)
     two_ops = (
         ops.rms_norm(out, a["weight"], rounding=rounding, backend=backend)
-        if kind == "rms_norm"
+        if norm_type == "rms_norm"
         else ops.layer_norm(out, a["weight"], a["bias"], backend=backend)
     )
     assert torch.equal(normed, two_ops.bfloat16())
@@ -69,16 +71,16 @@ def test_float32_residual_stream(backend, kind, rounding, generator) -> None:
 
 @backends
 @kinds
-def test_gradients_at_true_width_through_both_outputs(backend, kind, generator) -> None:
+def test_gradients_at_true_width_through_both_outputs(backend, norm_type, generator) -> None:
     def chain(x: dict) -> tuple:
         out = x["residual"] + x["row_scale"].to(x["branch"].dtype).view(-1, 1, 1) * x["gamma"] * x["branch"]
-        return out, norm_of(out, x["weight"], x["bias"], kind)
+        return out, norm_of(out, x["weight"], x["bias"], norm_type)
 
     def fused(x: dict) -> tuple:
-        return ops.layer_scale_residual_norm(**x, kind=kind, backend=backend)
+        return ops.layer_scale_residual_norm(**x, norm_type=norm_type, backend=backend)
 
     def draw() -> list:
-        a = arguments(33, 1024, kind, torch.float32, generator, "massive")
+        a = arguments(33, 1024, norm_type, torch.float32, generator, "massive")
         names = [n for n, t in a.items() if t is not None and n != "row_scale"]
         grads = [sample((2, 33, 1024), "normal", torch.float32, generator) for _ in range(2)]
         ways = []
@@ -96,8 +98,8 @@ def test_only_one_output_used(backend, generator) -> None:
     a = arguments(3, 40, "rms_norm", torch.float64 if backend == "reference" else torch.float32, generator)
     leaves = {n: t.requires_grad_(n != "row_scale") for n, t in a.items() if t is not None}
     out, normed = ops.layer_scale_residual_norm(**leaves, backend=backend)
-    alone = ops.layer_scale_residual(*(leaves[n] for n in ("residual", "branch", "gamma", "row_scale")), backend)
-    again = ops.layer_scale_residual(*(leaves[n] for n in ("residual", "branch", "gamma", "row_scale")), backend)
+    terms = [leaves[n] for n in ("residual", "branch", "gamma", "row_scale")]
+    alone, again = (ops.layer_scale_residual(*terms, backend=backend) for _ in range(2))
     wanted = torch.autograd.grad(alone.square().sum(), [leaves[n] for n in ("residual", "branch", "gamma")])
     got = torch.autograd.grad(
         out.square().sum(), [leaves[n] for n in ("residual", "branch", "gamma")], retain_graph=True
@@ -113,8 +115,8 @@ def test_only_one_output_used(backend, generator) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(kind="batch_norm"), "kind must be one of 'rms_norm', 'layer_norm', got 'batch_norm'"),
-        (dict(bias=torch.ones(8)), "bias must be None for kind='rms_norm'"),
+        (dict(norm_type="batch_norm"), "norm_type must be one of 'rms_norm', 'layer_norm', got 'batch_norm'"),
+        (dict(bias=torch.ones(8)), "bias must be None for norm_type='rms_norm'"),
         (dict(weight=torch.ones(9)), r"weight must have shape \[8\] \(residual's last dimension\), got \[9\]"),
     ],
 )

@@ -3,8 +3,9 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.numerics import product_failures, relative_error, sample
-from internvit.ops.linear_gelu import gelu, linear_gelu_with_pre_activation
+from internvit.numerics import product_violations, relative_error, sample
+from internvit.ops.gelu import gelu
+from internvit.ops.linear_gelu import linear_gelu_with_pre_activation
 from tests.ops.cases import backends_here
 from tests.ops.shapes import in_draws, pooled
 
@@ -18,20 +19,20 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 def test_contract(backend, dtype, rows, width, out, generator) -> None:
     x = sample((2, pooled(rows), width), "normal", dtype, generator)
     weight, bias = sample((out, width), "normal", dtype, generator) / 8, sample((out,), "normal", dtype, generator)
-    y = torch.cat([ops.linear_gelu(part, weight, bias, backend) for part in in_draws(x, rows, 1)], 1)
+    y = torch.cat([ops.linear_gelu(part, weight, bias, backend=backend) for part in in_draws(x, rows, 1)], 1)
     pre = F.linear(x.double(), weight.double(), bias.double())
     truth = F.gelu(pre)
     eager = F.gelu(F.linear(x, weight, bias))
     emulation = eager if dtype == torch.float32 else F.gelu(pre.to(dtype).double()).to(dtype)
-    assert product_failures(y, truth, emulation) == []
+    assert product_violations(y, truth, emulation) == []
 
 
 @backends
 @dtypes
 def test_gelu_is_rebuilt_to_the_bit(backend, dtype, generator) -> None:
     x, weight = sample((3, 40), "normal", dtype, generator), sample((64, 40), "normal", dtype, generator)
-    y, pre, name = linear_gelu_with_pre_activation(x, weight, None, True, backend)
-    assert torch.equal(gelu(pre, name), y)
+    y, pre, name = linear_gelu_with_pre_activation(x, weight, None, backend=backend)
+    assert torch.equal(gelu(pre, backend=name), y)
 
 
 @backends
@@ -40,7 +41,7 @@ def test_gradients(backend, generator) -> None:
     weight = (sample((256, 384), "normal", torch.float32, generator) / 16).requires_grad_()
     bias = sample((256,), "normal", torch.float32, generator).requires_grad_()
     grad = sample((2, 17, 256), "normal", torch.float32, generator)
-    actual = torch.autograd.grad(ops.linear_gelu(x, weight, bias, backend), (x, weight, bias), grad)
+    actual = torch.autograd.grad(ops.linear_gelu(x, weight, bias, backend=backend), (x, weight, bias), grad)
     wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     truth = torch.autograd.grad(F.gelu(F.linear(*wide)), wide, grad.double())
     for a, t in zip(actual, truth, strict=True):

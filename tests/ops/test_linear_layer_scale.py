@@ -6,7 +6,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.numerics import product_failures, relative_error, sample
+from internvit.numerics import product_violations, relative_error, sample
 from tests.ops.cases import backends_here
 from tests.ops.shapes import in_draws, pooled
 
@@ -27,14 +27,15 @@ def parameters(out: int, width: int, dtype: torch.dtype, generator: torch.Genera
 def test_contract(backend, dtype, rows, width, out, generator) -> None:
     x = sample((2, pooled(rows), width), "normal", dtype, generator)
     weight, bias, gamma = parameters(out, width, dtype, generator)
-    y = torch.cat([ops.linear_layer_scale(part, weight, bias, gamma, backend) for part in in_draws(x, rows, 1)], 1)
+    parts = in_draws(x, rows, 1)
+    y = torch.cat([ops.linear_layer_scale(part, weight, gamma, bias, backend=backend) for part in parts], 1)
     truth = F.linear(x.double(), weight.double(), bias.double()) * gamma.double()
     # The operands that are rounded are the folded ones.
     folded, folded_bias = (weight * gamma[:, None]).double(), (bias * gamma).double()
     emulation = F.linear(x, weight, bias) * gamma
     if dtype != torch.float32:
         emulation = F.linear(x.double(), folded, folded_bias).to(dtype)
-    assert product_failures(y, truth, emulation) == []
+    assert product_violations(y, truth, emulation) == []
 
 
 @backends
@@ -45,7 +46,7 @@ def test_gradients_are_those_of_a_linear_and_layer_scale(backend, with_bias, dty
     weight, bias, gamma = parameters(1030, 384, dtype, generator)  # more rows than one piece
     leaves = [t.requires_grad_() for t in (x, weight, *([bias] if with_bias else []), gamma)]
     grad = sample((2, 129, 1030), "normal", dtype, generator)
-    y = ops.linear_layer_scale(x, weight, bias if with_bias else None, gamma, backend)
+    y = ops.linear_layer_scale(x, weight, gamma, bias if with_bias else None, backend=backend)
     actual = torch.autograd.grad(y, leaves, grad)
     wide = [t.detach().double().requires_grad_() for t in leaves]
     truth = torch.autograd.grad(F.linear(*wide[:-1]) * wide[-1], wide, grad.double())
@@ -71,7 +72,7 @@ def test_the_folded_weight_is_not_kept(backend) -> None:
     with Record():
         linear_layer_scale_reference(x.detach(), weight.detach(), None, gamma.detach())
     assert max(n for _, n in made) == weight.nbytes, "the folded weight is made inside"
-    y = ops.linear_layer_scale(x, weight, None, gamma, backend)
+    y = ops.linear_layer_scale(x, weight, gamma, None, backend=backend)
     kept = [t for t in y.grad_fn.saved_tensors if t is not None]
     gc.collect()
     assert sorted(t.data_ptr() for t in kept) == sorted(t.data_ptr() for t in (x, weight, gamma))
@@ -82,7 +83,7 @@ def test_autocast_rounds_the_folded_weight_once(backend, generator) -> None:
     x = sample((3, 40), "normal", torch.float32, generator).requires_grad_()
     weight, bias, gamma = (t.requires_grad_() for t in parameters(24, 40, torch.float32, generator))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = ops.linear_layer_scale(x, weight, bias, gamma, backend)
+        y = ops.linear_layer_scale(x, weight, gamma, bias, backend=backend)
     assert y.dtype == torch.bfloat16
     folded, folded_bias = (weight * gamma[:, None]).bfloat16(), (bias * gamma).bfloat16()
     assert torch.equal(y, F.linear(x.bfloat16(), folded, folded_bias))
@@ -94,20 +95,20 @@ def test_autocast_rounds_the_folded_weight_once(backend, generator) -> None:
 def test_float16_is_refused_where_the_folded_weight_underflows(backend) -> None:
     x, gamma = torch.ones(2, 8).half(), torch.full((4,), 0.1).half()
     normal = torch.full((4, 8), 0.02).half()
-    assert torch.isfinite(ops.linear_layer_scale(x, normal, None, gamma, backend)).all()
+    assert torch.isfinite(ops.linear_layer_scale(x, normal, gamma, None, backend=backend)).all()
     small = normal.clone()
     small[1, 2] = 2e-4  # normal itself, 2e-5 once folded
     with pytest.raises(ValueError, match="leaves float16's normal range"):
-        ops.linear_layer_scale(x, small, None, gamma, backend)
+        ops.linear_layer_scale(x, small, gamma, None, backend=backend)
     gone = normal.clone()
     gone[0, 0] = 7e-5
     with pytest.raises(ValueError, match="leaves float16's normal range"):
-        ops.linear_layer_scale(x, gone, None, torch.full((4,), 1e-4).half(), backend)  # 0 in float16
+        ops.linear_layer_scale(x, gone, torch.full((4,), 1e-4).half(), None, backend=backend)  # 0 in float16
     with pytest.raises(ValueError, match="leaves float16's normal range"):
-        ops.linear_layer_scale(x, torch.full((4, 8), 1e3).half(), None, torch.full((4,), 1e3).half(), backend)
+        ops.linear_layer_scale(x, torch.full((4, 8), 1e3).half(), torch.full((4,), 1e3).half(), None, backend=backend)
     with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="float16"):
-        ops.linear_layer_scale(x.float(), small.float(), None, gamma.float(), backend)
-    assert torch.isfinite(ops.linear_layer_scale(x.bfloat16(), small.bfloat16(), None, gamma.bfloat16())).all()
+        ops.linear_layer_scale(x.float(), small.float(), gamma.float(), None, backend=backend)
+    assert torch.isfinite(ops.linear_layer_scale(x.bfloat16(), small.bfloat16(), gamma.bfloat16(), None)).all()
 
 
 @pytest.mark.parametrize(

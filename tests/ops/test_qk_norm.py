@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from internvit import ops
-from internvit.numerics import norm_failures, relative_error, sample
+from internvit.numerics import norm_violations, relative_error, sample
 from tests.ops.cases import backends_here
 from tests.ops.shapes import in_draws, norm_shapes, pooled
 
@@ -24,7 +24,7 @@ def test_contract_on_packed_views(backend, rows, width, distribution, dtype, gen
     for x, weight, y, rstd in zip((q, k), (q_weight, k_weight), outputs, statistics, strict=True):
         truth = F.rms_norm(x.flatten(2).double(), (width,), weight.double(), 1e-6)
         eager = F.rms_norm(x.flatten(2), (width,), weight, 1e-6)
-        assert norm_failures(y.flatten(2), truth, eager) == []
+        assert norm_violations(y.flatten(2), truth, eager) == []
         assert rstd.dtype == torch.float32
         assert relative_error(rstd, torch.rsqrt(x.flatten(2).double().square().mean(-1) + 1e-6)) < 5e-7
         # One more rounding, so that a statistic of one head alone would be seen: heads are normalised together.

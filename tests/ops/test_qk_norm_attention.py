@@ -40,7 +40,7 @@ def test_error_is_at_most_upstreams(backend, rounding, distribution, dtype, gene
     for _ in range(16 if distribution == "massive" else 1):
         qkv = sample((1, 257, 3, 5 * 128), distribution, dtype, generator).view(1, 257, 3, 5, 128)
         q_weight, k_weight = (1 + 0.3 * sample((640,), "normal", dtype, generator) for _ in range(2))
-        out = ops.qk_norm_attention(qkv, None, None, q_weight, k_weight, rounding=rounding, backend=backend)
+        out = ops.qk_norm_attention_qkvpacked(qkv, q_weight, k_weight, rounding=rounding, backend=backend)
         truth = truth_of(qkv, q_weight, k_weight)
         errors.append((relative_error(out, truth), relative_error(upstream(qkv, q_weight, k_weight), truth)))
     error, allowed = (torch.tensor(e).norm().item() for e in zip(*errors, strict=True))
@@ -55,7 +55,7 @@ def test_packed_and_separate_inputs_give_the_same_bits(backend, rounding, genera
     q, k, v = (t.detach().clone().requires_grad_() for t in qkv.unbind(2))
     q_weight, k_weight = (sample((128,), "normal", torch.float32, generator).requires_grad_() for _ in range(2))
     settings = {"rounding": rounding, "backend": backend}
-    packed = ops.qk_norm_attention(qkv, None, None, q_weight, k_weight, **settings)
+    packed = ops.qk_norm_attention_qkvpacked(qkv, q_weight, k_weight, **settings)
     separate = ops.qk_norm_attention(q, k, v, q_weight, k_weight, **settings)
     assert torch.equal(packed, separate)
     grad = sample(tuple(packed.shape), "normal", torch.float32, generator)
@@ -72,7 +72,7 @@ def test_gradients_at_25_heads(backend, rounding, generator) -> None:
     qkv = sample((1, 65, 3, 25, 128), "normal", torch.float32, generator).requires_grad_()
     weights = [(1 + 0.3 * sample((3200,), "normal", torch.float32, generator)).requires_grad_() for _ in range(2)]
     grad = sample((1, 65, 25, 128), "normal", torch.float32, generator)
-    out = ops.qk_norm_attention(qkv, None, None, *weights, rounding=rounding, backend=backend)
+    out = ops.qk_norm_attention_qkvpacked(qkv, *weights, rounding=rounding, backend=backend)
     actual = torch.autograd.grad(out, (qkv, *weights), grad)
     wide = [t.detach().double().requires_grad_() for t in (qkv, *weights)]
     truth = torch.autograd.grad(truth_of(*wide), wide, grad.double())
@@ -84,12 +84,11 @@ def test_gradients_at_25_heads(backend, rounding, generator) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.ones(2, 3, 2, 8),), r"q alone must be the packed \[B, N, 3, H, D\], got \[2, 3, 2, 8\]"),
-        ((torch.ones(2, 3, 2, 8), torch.ones(2, 3, 2, 8)), "k and v go together, got None for v"),
-        ((torch.ones(2, 3, 3, 2, 8), None, None, torch.ones(16)), "q_weight and k_weight go together"),
-        ((torch.ones(2, 3, 3, 2, 8), None, None, torch.ones(9), torch.ones(16)), r"q_weight must have shape \[16\]"),
+        ((torch.ones(2, 3, 2, 8),), r"qkv must have shape \[B, N, 3, H, D\], got \[2, 3, 2, 8\]"),
+        ((torch.ones(2, 3, 3, 2, 8), torch.ones(16)), "q_weight and k_weight go together"),
+        ((torch.ones(2, 3, 3, 2, 8), torch.ones(9), torch.ones(16)), r"q_weight must have shape \[16\]"),
     ],
 )
 def test_bad_input(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
-        ops.qk_norm_attention(*arguments)
+        ops.qk_norm_attention_qkvpacked(*arguments)

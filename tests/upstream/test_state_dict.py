@@ -312,3 +312,49 @@ def test_infer_config_of_published_variants() -> None:
 def test_infer_config_asks_where_it_cannot_know(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         infer_config(random_weights(PLAIN.replace(**change)))
+
+
+# ---- shapes that are no InternViT's ----
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        (
+            "patch_embedding.weight",
+            (256, 3, 2, 14, 14),
+            r"with 4 dimensions, got \(256, 3, 2, 14, 14\); .* video model",
+        ),
+        ("patch_embedding.weight", (256, 588), r"with 4 dimensions, got \(256, 588\); .* by a Linear"),
+        ("patch_embedding.weight", (256, 3, 14, 16), "expected square patches, got 14x16"),
+        ("patch_embedding.weight", (0,), r"with 4 dimensions, got \(0,\); an empty parameter .* ZeRO-3"),
+        ("position_embedding", (10, 256), r"position_embedding with 3 dimensions, got \(10, 256\)"),
+        ("position_embedding", (1, 0, 256), "a square grid, got width 256 and -1 patches"),
+        ("class_embedding", (0,), "ZeRO-3"),
+    ],
+)
+def test_infer_config_says_what_is_odd(name: str, shape: tuple, message: str) -> None:
+    shapes = {**PLAIN.parameter_shapes(), f"embeddings.{name}": shape}
+    with pytest.raises(ValueError, match=message):
+        infer_config(shapes)
+    with pytest.raises(ValueError, match=message):
+        infer_config({f"vision_model.{key}": value for key, value in shapes.items()})
+
+
+def test_zero3_shapes_are_named_with_a_config_too() -> None:
+    weights = {name: torch.zeros(0) for name in PLAIN.parameter_shapes()}
+    with pytest.raises(ValueError, match=r"wrong shapes: .*ZeRO-3 has partitioned: gather them first"):
+        convert_state_dict(weights, config=PLAIN)
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        infer_config(weights)
+
+
+def test_a_cycle_of_dicts_is_an_error() -> None:
+    cycle: dict = {}
+    cycle["state_dict"] = cycle
+    with pytest.raises(ValueError, match="or a cycle"):
+        convert_state_dict(cycle)
+    deep: dict = random_weights(PLAIN)
+    for _ in range(3):
+        deep = {"module": deep}
+    assert_same(convert_state_dict(deep), random_weights(PLAIN))

@@ -3,7 +3,6 @@
 resize to fit short_side and long_side -> sliding windows (and the mirror image) -> resize to the mask -> argmax
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from internvit.dense.segmentation.folder import Pair, read_pair
 from internvit.dense.segmentation.heads import IGNORE, Segmenter
 from internvit.dense.segmentation.metrics import Scores, score
 from internvit.dense.segmentation.sliding import predict, slide_inference
+from internvit.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Testing:
 
 
 @torch.no_grad()
-def classes_of(model: Segmenter, image: np.ndarray, how: Testing, patch_size: int) -> Tensor:
+def predict_classes(model: Segmenter, image: np.ndarray, how: Testing, patch_size: int) -> Tensor:
     """The class [H, W] of each pixel of an image [H, W, 3] uint8."""
     photo = Image.fromarray(image)
     width, height = photo.size
@@ -55,10 +55,10 @@ def classes_of(model: Segmenter, image: np.ndarray, how: Testing, patch_size: in
     def network(x: Tensor) -> Tensor:
         return slide_inference(model, x, (how.crop,) * 2, (how.stride,) * 2, patch_size, how.batch)
 
-    found = predict(network, pixels, how.flip)
-    if found.shape[-2:] != image.shape[:2]:
-        found = F.interpolate(found, size=image.shape[:2], mode="bilinear", align_corners=False)
-    return found[0].argmax(0).cpu()
+    probabilities = predict(network, pixels, how.flip)
+    if probabilities.shape[-2:] != image.shape[:2]:
+        probabilities = F.interpolate(probabilities, size=image.shape[:2], mode="bilinear", align_corners=False)
+    return probabilities[0].argmax(0).cpu()
 
 
 def evaluate(model: Segmenter, pairs: Iterable[Pair], num_classes: int, how: Testing, patch_size: int) -> Scores:
@@ -69,7 +69,7 @@ def evaluate(model: Segmenter, pairs: Iterable[Pair], num_classes: int, how: Tes
     def predictions() -> Iterator[tuple[Tensor, Tensor]]:
         for pair in pairs:
             image, classes = read_pair(pair, num_classes, how.reduce_zero_label)
-            yield classes_of(model, image, how, patch_size), torch.from_numpy(classes.astype(np.int64))
+            yield predict_classes(model, image, how, patch_size), torch.from_numpy(classes.astype(np.int64))
 
     try:
         return score(predictions(), num_classes)
@@ -108,6 +108,5 @@ def draw_predictions(
     if len(names) <= 20:
         patches = [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
         figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 6), fontsize=9, frameon=False)
-    temporary = out.with_name(out.name + ".writing")
-    figure.savefig(temporary, dpi=dpi, format="png")
-    os.replace(temporary, out)
+    with atomic_write(out) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")

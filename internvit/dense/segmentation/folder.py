@@ -1,12 +1,13 @@
-"""A folder of images and one of masks as a data set: what does not fit is named and counted, never passed over.
+"""A folder of images and one of masks as a data set; every file that does not fit is reported.
 
     images/a.jpg, images/sub/b.png  beside  masks/a.png, masks/sub/b.png
 
 A mask is an 8-bit PNG, grey or with a palette, that holds each pixel's class; 255 is no class. `find_pairs` opens every
 file once: a broken image, a mask of another size or with classes that do not exist, and a file without its partner are
-errors, or are left out and reported. After that the list is fixed, so the order of the data is known from a seed.
+errors, or are left out and reported. After that the list is fixed, so that a seed determines the order of the data.
 """
 
+import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from internvit.data.images import SUFFIXES, find_images, open_photo
-from internvit.dense.segmentation.heads import IGNORE
+from internvit.data.images import SUFFIXES, find_images, open_photo, printable, read_file
+from internvit.dense.segmentation.heads import IGNORE, check_num_classes
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Found:
-    """What `find_pairs` found.
+class FolderPairs:
+    """Result of `find_pairs`.
 
     Attributes:
         pairs: in the order of their names.
@@ -48,7 +49,7 @@ def read_mask(path: Path, num_classes: int, reduce_zero_label: bool = False) -> 
 
     Args:
         path: an 8-bit image with one channel.
-        num_classes: classes from it on are an error, except `IGNORE`.
+        num_classes: at most 255; larger values in the mask are an error, except `IGNORE`.
         reduce_zero_label: 0 is no class and the others count from 1, as in ADE20K.
 
     Raises:
@@ -57,24 +58,24 @@ def read_mask(path: Path, num_classes: int, reduce_zero_label: bool = False) -> 
     """
     from PIL import Image, UnidentifiedImageError
 
+    check_num_classes(num_classes)
+    name, data = printable(path), read_file(path)
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(data)) as file:
             file.load()
             mode, classes = file.mode, np.asarray(file)
-    except FileNotFoundError:
-        raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: broken mask: {error}") from error
+        raise ValueError(f"{name}: not an image that Pillow can read") from error
+    except Exception as error:  # decoders raise RuntimeError, struct.error, MemoryError and more
+        raise ValueError(f"{name}: broken mask: {str(error) or type(error).__name__}") from error
     if mode not in ("L", "P"):
-        raise ValueError(f"{path}: expected a mask of one 8-bit channel (mode L or P), got mode {mode}")
+        raise ValueError(f"{name}: expected a mask of one 8-bit channel (mode L or P), got mode {mode}")
     if reduce_zero_label:
         classes = np.where(classes == 0, IGNORE, np.where(classes == IGNORE, IGNORE, classes - 1)).astype(np.uint8)
     unknown = np.setdiff1d(np.unique(classes), [*range(num_classes), IGNORE])
     if unknown.size:
         listed = ", ".join(map(str, unknown[:5]))
-        raise ValueError(f"{path}: expected classes from 0 to {num_classes - 1} or {IGNORE}, got {listed}")
+        raise ValueError(f"{name}: expected classes from 0 to {num_classes - 1} or {IGNORE}, got {listed}")
     return classes
 
 
@@ -88,7 +89,9 @@ def read_pair(pair: Pair, num_classes: int, reduce_zero_label: bool = False) -> 
     classes = read_mask(pair.mask, num_classes, reduce_zero_label)
     if image.shape[:2] != classes.shape:
         (h, w), (mask_h, mask_w) = image.shape[:2], classes.shape
-        raise ValueError(f"{pair.mask}: expected its image's size {h}x{w} (height x width), got {mask_h}x{mask_w}")
+        raise ValueError(
+            f"{printable(pair.mask)}: expected its image's size {h}x{w} (height x width), got {mask_h}x{mask_w}"
+        )
     return image, classes
 
 
@@ -103,25 +106,24 @@ def find_pairs(
     on_broken: str = "raise",
     reduce_zero_label: bool = False,
     progress: Callable[[Sequence[Pair]], Iterable[Pair]] = _same,
-) -> Found:
-    """The images of a folder with their masks, every file read once.
+) -> FolderPairs:
+    """The images of a folder with their masks; every file is read once.
 
     Args:
         images, masks: folders; a mask has its image's name with ".png", in the same subfolder.
         num_classes, reduce_zero_label: see `read_mask`.
-        on_broken: "raise" stops at the first file that does not fit; "skip" leaves out, logs each by name and reason,
-            and in the end how many.
+        on_broken: "raise" stops at the first file that does not fit; "skip" leaves it out and logs its name, the reason
+            and the number of such files.
         progress: wraps the reading, as tqdm does.
 
     Raises:
-        ValueError: a file that does not fit, with "raise"; no pair at all; two images for one mask.
+        ValueError: a file that does not fit, with "raise"; no pair at all; two images for one mask; num_classes over
+            255.
         FileNotFoundError: no such folder, or no image in it.
     """
     if on_broken not in ON_BROKEN:
         raise ValueError(f"on_broken: expected one of {', '.join(ON_BROKEN)}, got {on_broken!r}")
-    for folder in (images, masks):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
+    check_num_classes(num_classes)
     left_out: dict[Path, str] = {}
 
     def complain(path: Path, why: str) -> None:
@@ -130,31 +132,41 @@ def find_pairs(
         left_out[path] = why
         logger.warning("left out: %s", why)
 
-    pairs = [Pair(path, masks / path.relative_to(images).with_suffix(".png")) for path in find_images([images])]
-    owners: dict[Path, Path] = {}
-    for image, mask in pairs:
-        if mask in owners:
-            raise ValueError(f"{mask}: expected one image for it, got {owners[mask]} and {image}")
-        owners[mask] = image
-    for path in sorted(p for p in masks.rglob("*") if p.suffix.lower() in SUFFIXES and p not in owners):
-        complain(path, f"{path}: a mask without its image in {images}")
+    pairs, orphans = _partners(images, masks)
+    for path in orphans:
+        complain(path, f"{printable(path)}: a mask without its image in {images}")
     kept = []
     for pair in progress(pairs):
-        if not pair.mask.is_file():
-            complain(pair.image, f"{pair.image}: no mask {pair.mask}")
-            continue
         try:
+            if not pair.mask.is_file():
+                raise ValueError(f"{printable(pair.image)}: no mask {printable(pair.mask)}")
             read_pair(pair, num_classes, reduce_zero_label)
         except (ValueError, OSError) as error:
-            broken = pair.mask if str(pair.mask) in str(error) else pair.image
-            complain(broken, str(error) if str(broken) in str(error) else f"{broken}: {error}")
-            continue
-        kept.append(pair)
+            complain(pair.mask if str(error).startswith(printable(pair.mask)) else pair.image, str(error))
+        else:
+            kept.append(pair)
     if left_out:
         logger.warning("%d files do not fit; %d of %d images are used", len(left_out), len(kept), len(pairs))
     if not kept:
         raise ValueError(f"{images}: none of {len(pairs)} images has a mask that fits")
-    return Found(tuple(kept), left_out)
+    return FolderPairs(tuple(kept), left_out)
+
+
+def _partners(images: Path, masks: Path) -> tuple[list[Pair], list[Path]]:
+    """Every image with the path of its mask, and the masks without an image."""
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {printable(folder)}")
+    owners: dict[Path, Path] = {}
+    for image in find_images([images]):
+        mask = masks / image.relative_to(images).with_suffix(".png")
+        if mask in owners:
+            raise ValueError(
+                f"{printable(mask)}: expected one image for it, got {printable(owners[mask])} and {printable(image)}"
+            )
+        owners[mask] = image
+    orphans = sorted(p for p in masks.rglob("*") if p.suffix.lower() in SUFFIXES and p not in owners)
+    return [Pair(image, mask) for mask, image in owners.items()], orphans
 
 
 def batches(count: int, batch: int, seed: int, start: int = 0) -> Iterator[list[int]]:

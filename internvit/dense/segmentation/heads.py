@@ -18,6 +18,12 @@ from torch.nn import functional as F
 IGNORE = 255  # the label of pixels without a class
 
 
+def check_num_classes(num_classes: int) -> None:
+    """Raises ValueError unless masks of 8 bits can hold this many classes beside `IGNORE`."""
+    if not 1 <= num_classes <= IGNORE:
+        raise ValueError(f"num_classes: expected 1 to {IGNORE}, as masks have 8 bits, got {num_classes}")
+
+
 class LinearHead(nn.Module):
     """The linear probe: BatchNorm and a 1x1 convolution on the last map.
 
@@ -120,10 +126,10 @@ def segmentation_loss(head: LinearHead | UPerNetHead, maps: Sequence[Tensor], la
         total = F.cross_entropy(_resized(logits, labels.shape[-2:]), labels, ignore_index=IGNORE, reduction="sum")
         return total / (labels != IGNORE).sum().clamp(min=1)
 
-    found = loss(head(maps))
+    total = loss(head(maps))
     if head.auxiliary is not None:
-        found = found + head.auxiliary_weight * loss(head.auxiliary(_cast(maps, head)))
-    return found
+        total = total + head.auxiliary_weight * loss(head.auxiliary(_cast(maps, head)))
+    return total
 
 
 class Segmenter(nn.Module):

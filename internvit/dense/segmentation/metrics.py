@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from internvit.dense.segmentation.heads import IGNORE
+from internvit.dense.segmentation.heads import IGNORE, check_num_classes
 
 
 class Scores(NamedTuple):
@@ -31,9 +31,10 @@ def score(predictions: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Sco
     """Scores of pairs (predicted classes, true classes), integers of one shape; `IGNORE` among the true is left out.
 
     Raises:
-        ValueError: no pair, or nothing but IGNORE.
+        ValueError: no pair, nothing but IGNORE, or more classes than masks of 8 bits hold.
         ImportError: torchmetrics is not installed.
     """
+    check_num_classes(num_classes)
     try:
         from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
     except ImportError as error:

@@ -67,8 +67,8 @@ def slide_inference(
         logits = network(windows)[:, :, :rows, :columns]
         if total is None:
             total = logits.new_zeros(pixels.shape[0], logits.shape[1], height, width)
-        for (image, y, x), found in zip(chunk, logits, strict=True):
-            total[image, :, y : y + rows, x : x + columns] += found
+        for (image, y, x), window in zip(chunk, logits, strict=True):
+            total[image, :, y : y + rows, x : x + columns] += window
     assert total is not None
     return total / count.to(total.dtype)
 
@@ -81,7 +81,7 @@ def predict(network: Callable[[Tensor], Tensor], pixels: Tensor, flip: bool = Fa
         pixels: [B, channels, H, W].
         flip: also look at the mirror image, and take the mean.
     """
-    found = network(pixels).float().softmax(1)
+    probabilities = network(pixels).float().softmax(1)
     if not flip:
-        return found
-    return (found + network(pixels.flip(-1)).float().softmax(1).flip(-1)) / 2
+        return probabilities
+    return (probabilities + network(pixels.flip(-1)).float().softmax(1).flip(-1)) / 2

@@ -31,6 +31,7 @@ from internvit.config import InternViTConfig
 from internvit.model.block import InternViTLayer
 from internvit.model.embeddings import Embeddings, embed
 from internvit.model.vit import InternViT
+from internvit.names import listed
 from internvit.ops import attention
 
 try:
@@ -66,6 +67,22 @@ class InternVisionConfig(BackboneConfigMixin, PretrainedConfig):
         else:
             align = sys.modules[BackboneConfigMixin.__module__].get_aligned_output_features_output_indices
             self._out_features, self._out_indices = align(features, indices, self.stage_names)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "InternVisionConfig":
+        """As transformers' own; the config.json of another layout is an error.
+
+        Raises:
+            ValueError: its keys mean other things, and its weights have other names.
+        """
+        model_type = config_dict.get("model_type") or cls.model_type
+        if "internvit" in config_dict or not str(model_type).startswith("intern_vit"):
+            layout = config_dict.get("layout") or config_dict.get("architecture") or model_type
+            raise ValueError(
+                f"InternVisionConfig: expected model_type {cls.model_type}, got the configuration of {layout}; "
+                f"internvit.InternViT reads it, `internvit convert SOURCE TARGET --to opengvlab` converts it"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def to_internvit(self) -> InternViTConfig:
         """The same architecture as this library's configuration.
@@ -103,6 +120,24 @@ class InternVisionModel(PreTrainedModel):
                 for parameter in (module.class_embedding, module.position_embedding):
                     if not getattr(parameter, "_is_hf_initialized", False):
                         parameter.normal_(std=self.config.initializer_range or 0.02)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers' own, which would start with random weights where a checkpoint lacks some of the tower's.
+
+        Raises:
+            ValueError: the checkpoint has not all parameters of the tower under OpenGVLab's names.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        missing = sorted(name for name in info["missing_keys"] if name.startswith(("embeddings.", "encoder.")))
+        if missing:
+            raise ValueError(
+                f"{args[0] if args else cls.__name__}: expected the tower under OpenGVLab's names, {listed(missing)} "
+                f"missing; internvit.InternViT reads every layout, `internvit convert SOURCE TARGET --to opengvlab` "
+                f"converts it"
+            )
+        return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -184,7 +219,7 @@ def attention_forward(
             **kwargs,
         )
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return attention(q, k, v, scaling), None
+    return attention(q, k, v, scale=scaling), None
 
 
 def register() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from internvit.ops.core.registration import empty_grad
+from internvit.ops.attention import Heads, QKNorm, SavedAttention
+from internvit.ops.backends.registry import implements
 
 _NO_WINDOW = -1
 _NO_SOFTCAP = 0.0
@@ -21,16 +22,8 @@ def _interface() -> Any:
     return flash_attn_interface
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    rstd_q: Tensor | None,
-    rstd_k: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+@implements("attention", "flash")
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None = None) -> tuple[Tensor, Tensor]:
     out, lse, _, _ = _interface()._flash_attn_forward(
         q,
         k,
@@ -47,22 +40,9 @@ def attention(
     return out, lse
 
 
-def attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    rstd_q: Tensor | None,
-    rstd_k: Tensor | None,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@implements("attention_backward", "flash")
+def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> None:
+    q, k, v, out, lse, scale, _ = saved
     _interface()._flash_attn_backward(
         grad_out,
         q,
@@ -70,9 +50,7 @@ def attention_backward(
         v,
         out,
         lse,
-        grad_q,
-        grad_k,
-        grad_v,
+        *grads,
         dropout_p=0.0,
         softmax_scale=scale,
         causal=False,
@@ -82,5 +60,3 @@ def attention_backward(
         alibi_slopes=None,
         deterministic=True,
     )
-    nothing = empty_grad(q)
-    return nothing, nothing, nothing, nothing

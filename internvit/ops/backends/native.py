@@ -5,7 +5,6 @@ and are built on torch's stable ABI, so that one binary serves every Python and 
 """
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,11 +29,4 @@ def _load(library: str) -> str | None:
     return None
 
 
-missing = _load
-
-
-def find(library: str, op: str) -> Callable | None:
-    """The raw op of that name, None where the library has none."""
-    if _load(library) is not None:
-        return None
-    return getattr(getattr(torch.ops, library), op, None)
+unavailable_reason = _load

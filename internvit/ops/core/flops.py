@@ -6,42 +6,15 @@ imported it.
 
 import sys
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _COUNTER = "torch.utils.flop_counter"
-_Shape = tuple[int, ...]
+FORMULAS: dict[str, Callable[..., int]] = {}
+"""op -> FLOPs from its arguments, tensors given as their shapes; filled by the op files."""
 
-
-def _attention(q: _Shape, products: int) -> int:
-    batch, tokens, heads, head_dim = q
-    return products * 2 * batch * heads * tokens * tokens * head_dim
-
-
-def _without_kind(qkv: _Shape) -> _Shape:
-    return (*qkv[:2], *qkv[3:])
-
-
-# Forward: q k^T and p v. Backward: both again as dv, dp, dq, dk, and the scores recomputed.
-_FORMULAS: dict[str, Callable[..., int]] = {
-    "attention": lambda q, *args, **kwargs: _attention(q, 2),
-    "attention_backward": lambda grad, q, *args, **kwargs: _attention(q, 5),
-    "qk_norm_attention": lambda q, *args, **kwargs: _attention(q, 2),
-    "qk_norm_attention_backward": lambda grad, q, *args, **kwargs: _attention(q, 5),
-    "qk_norm_attention_packed": lambda qkv, *args, **kwargs: _attention(_without_kind(qkv), 2),
-    "qk_norm_attention_packed_backward": lambda grad, qkv, *args, **kwargs: _attention(_without_kind(qkv), 5),
-    "linear_gelu": lambda x, weight, *args, **kwargs: 2 * prod(x) * weight[0],
-    "linear_gelu_backward": lambda grad, x, weight, pre, mask, *args, **kwargs: (
-        2 * prod(grad) * weight[1] * (bool(mask[0]) + bool(mask[1]))
-    ),
-    "linear_layer_scale": lambda x, weight, *args, **kwargs: 2 * prod(x) * weight[0],
-    "linear_layer_scale_backward": lambda grad, x, weight, bias, gamma, mask, *args, **kwargs: (
-        2 * prod(grad) * weight[1] * (bool(mask[0]) + bool(mask[1] or mask[3]))
-    ),
-}
 _registered = False
 
 
@@ -52,7 +25,7 @@ def register_when_counted() -> None:
         return
     _registered = True
     module: Any = sys.modules[_COUNTER]
-    ops = {getattr(torch.ops.internvit, name): formula for name, formula in _FORMULAS.items()}
+    ops = {getattr(torch.ops.internvit, name): formula for name, formula in FORMULAS.items()}
     for op, formula in ops.items():
         module.register_flop_formula(op)(formula)
     # A counter that is counting already took its copy of the registry before.

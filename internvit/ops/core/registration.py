@@ -1,121 +1,243 @@
-"""Defines the ops of namespace `internvit`, once, in Python: schema, fake, autograd, choice of implementation.
+"""Defines the ops of namespace `internvit`, once, in Python: schema, fake, gradient, choice of implementation.
 
-Every schema ends in `str backend`, a name already resolved (see `backends.resolve`): it is kept for backward, so that
-backward runs where forward ran, and it is baked into compiled and exported graphs. Calls go through the dispatcher
-always, so that selective checkpointing, FLOP counters, fake tensors and export see them.
+Every registered schema ends in `str backend`, a name already resolved (see `select.resolve`): it is kept for backward,
+so that backward runs where forward ran, and it is part of compiled and exported graphs.
 
-The Autograd key is implemented directly with an `autograd.Function` (20.8 us a call with gradients against 31.0 us
-through `torch.library.register_autograd`, 2 outputs, torch 2.14, one Xeon core).
+An op goes through the dispatcher wherever something sees it there: torch.compile and export, dispatch and function
+modes (fake tensors, selective checkpointing, FLOP counters), torch.jit.trace, profilers, tensor subclasses. Elsewhere
+an eager call runs the implementation directly. Under torch.func and forward-mode differentiation, ops run as the
+reference implementation, which is plain PyTorch and so has every derivative.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import Function, forward_ad
-from torch.autograd.function import _SingleLevelFunction
+from torch import Tensor
 
-from internvit.ops.core.flops import register_when_counted
-from internvit.ops.core.select import implementation
+from internvit.ops.backends.registry import implementation
+from internvit.ops.core.autocast import autocast_dtype, cast
+from internvit.ops.core.derivative import Plan, below_autograd, derive_function, empty_grad, underivable
+from internvit.ops.core.direct import PLAIN, nothing_watches, plain, transformed
+from internvit.ops.core.flops import FORMULAS, register_when_counted
+from internvit.ops.core.select import requested, resolve
 
 Mask: TypeAlias = "tuple[bool, ...] | list[bool]"
 
 LIBRARY = torch.library.Library("internvit", "DEF")
+OPS: dict[str, "Op"] = {}
+"""Every registered op, backward ops too."""
+
+_MOST_CHOICES = 4096
 
 
-def below_autograd(op: Callable, *args: Any) -> Any:
-    """Calls `op` past its own Autograd kernel: how an `autograd.Function` runs the forward it wraps."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+def fill_gradients(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """Gradients with placeholders for those that are None."""
+    return tuple(empty_grad(like) if g is None else g for g in grads)
+
+
+class Op:
+    """A registered op: `op(*args)` runs it, with `backend` as the last argument.
+
+    Attributes:
+        name: in namespace `internvit`.
+        schema: `name(arguments) -> outputs` without `str backend`: that of the compiled libraries' op of this name.
+        run: the function behind the dispatcher; takes all arguments.
+        overload: the op as torch knows it.
+    """
+
+    def __init__(self, schema: str, run: Callable | None) -> None:
+        self.schema = schema
+        self.name = schema[: schema.index("(")]
+        arguments, _, returns = schema.rpartition(") -> ")
+        LIBRARY.define(f"{arguments}, str backend) -> {returns}")
+        self.overload = getattr(torch.ops.internvit, self.name).default
+        self.run = run or self._run_in_backend
+        self.function: Any = underivable(self, self.overload)
+        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        LIBRARY.impl(self.name, self._dispatch_autograd, "Autograd")
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        if not (nothing_watches() and plain(args)) or torch.is_grad_enabled():
+            return self.overload(*args)
+        return self.run(*args)
+
+    def _run_in_backend(self, *args: Any) -> Any:
+        outputs = implementation(self.name, args[-1])(*args[:-1])
+        if type(outputs) is tuple and any(o is None for o in outputs):
+            return fill_gradients(outputs, next(a for a in args if isinstance(a, Tensor)))
+        return outputs
+
+    def _dispatch_autograd(self, *args: Any) -> Any:
+        register_when_counted()
+        if torch.jit.is_tracing():  # the graph holds the op, which is differentiated when the graph runs
+            return below_autograd(self.overload, *args)
+        if transformed(args):
+            return self.run(*args[:-1], "reference")
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return self.function.apply(*args)
+        return below_autograd(self.overload, *args)
+
+
+class PublicOp(Op):
+    """An op with a public function: arguments are cast, validated and given a backend here.
+
+    Args:
+        validate: called with the arguments without `backend`; raises ValueError.
+        autocast: the arguments that autocast casts, as for torch's own products.
+        choose: (arguments, backend asked for) -> the name of a backend; by default `resolve` of the first argument.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        run: Callable | None,
+        validate: Callable[..., None],
+        autocast: Sequence[str] = (),
+        choose: Callable[[tuple[Any, ...], str | None], str] | None = None,
+    ) -> None:
+        super().__init__(schema, run)
+        names = [a.name for a in self.overload._schema.arguments[:-1]]
+        self._tensor_names = [
+            (i, a.name, "Optional" in str(a.type))
+            for i, a in enumerate(self.overload._schema.arguments[:-1])
+            if "Tensor" in str(a.type)
+        ]
+        self._validate = validate
+        self._cast_positions = frozenset(names.index(name) for name in autocast)
+        self._choose = choose or (lambda args, asked: resolve(self.name, args[0], asked))
+        self._choices: dict[tuple[Any, ...], str] = {}
+
+    def call(self, args: tuple[Any, ...], backend: str | None) -> Any:
+        """The op on `args` as in its schema, on the backend asked for or chosen.
+
+        Arguments are validated once for each combination of their shapes, dtypes, devices and values.
+        """
+        if self._cast_positions:
+            args = self._autocast(args)
+        if not nothing_watches():
+            return self._call_watched(args, backend)
+        key: list[Any] = [backend, requested()]
+        differentiate = False
+        for a in args:
+            kind = type(a)
+            if kind in PLAIN:
+                needs = a.requires_grad
+                key += (a.shape, a.dtype, a.device, needs)
+                differentiate = differentiate or needs
+            elif isinstance(a, Tensor):
+                return self._call_watched(args, backend)
+            else:
+                key.append(a)
+        try:
+            name = self._choices.get(tuple(key))
+        except TypeError:  # an argument that cannot be hashed is none of ours
+            return self._call_watched(args, backend)
+        if name is None:
+            name = self._check_and_choose(args, backend)
+            if len(self._choices) >= _MOST_CHOICES:
+                self._choices.clear()
+            self._choices[tuple(key)] = name
+        if transformed(args):
+            return self.run(*args, "reference")
+        if differentiate and torch.is_grad_enabled():
+            return self.function.apply(*args, name)
+        return self.run(*args, name)
+
+    def _call_watched(self, args: tuple[Any, ...], backend: str | None) -> Any:
+        name = self._check_and_choose(args, backend)
+        return self.run(*args, "reference") if transformed(args) else self.overload(*args, name)
+
+    def _check_and_choose(self, args: tuple[Any, ...], backend: str | None) -> str:
+        for i, name, optional in self._tensor_names:
+            if not isinstance(args[i], Tensor) and not (optional and args[i] is None):
+                raise TypeError(f"{self.name}: {name} must be a torch.Tensor, got {type(args[i]).__name__}")
+        self._validate(*args)
+        return self._choose(args, backend)
+
+    def _autocast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not isinstance(args[0], Tensor):
+            return args
+        dtype = autocast_dtype(args[0].device.type)
+        if dtype is None:
+            return args
+        return tuple(cast(a, dtype) if i in self._cast_positions else a for i, a in enumerate(args))
+
+    def forget_choices(self) -> None:
+        """For tests that replace backends."""
+        self._choices.clear()
+
+
+GradLike: TypeAlias = "str | Callable[[dict[str, Any]], Tensor]"
 
 
 def define(
     schema: str,
     *,
     fake: Callable,
+    validate: Callable[..., None],
     run: Callable | None = None,
-    autograd: type[Function] | None = None,
-) -> Callable:
-    """Defines one op and returns its overload.
+    autocast: Sequence[str] = (),
+    choose: Callable[[tuple[Any, ...], str | None], str] | None = None,
+    flops: Callable[..., int] | None = None,
+) -> PublicOp:
+    """Defines an op.
 
     Args:
-        schema: `name(arguments, str backend) -> outputs`.
-        fake: the outputs' shapes, strides and dtypes from fake inputs; takes all arguments.
-        run: called with all arguments; by default it looks the op up in the backend and calls it without `backend`.
-        autograd: the Function whose forward calls `below_autograd`; without one, differentiating the op is an error.
+        schema: `name(arguments) -> outputs`; the registered op has `str backend` as its last argument.
+        fake: the outputs' shapes, strides and dtypes from fake inputs; takes all arguments, `backend` too.
+        validate, run, autocast, choose: see `PublicOp` and `Op`.
+        flops: FLOPs from the arguments, tensors given as their shapes, as in torch.utils.flop_counter.
     """
-    name = schema[: schema.index("(")]
-    LIBRARY.define(schema)
-    op = getattr(torch.ops.internvit, name).default
-
-    def run_in_backend(*args: Any) -> Any:
-        return implementation(name, args[-1])(*args[:-1])
-
-    LIBRARY.impl(name, run or run_in_backend, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"internvit::{name}", fake, lib=LIBRARY)
-
-    function = autograd or _undifferentiable(name, op)
-    single_level = _single_level(function)
-
-    def dispatch_autograd(*args: Any) -> Any:
-        register_when_counted()
-        if torch.jit.is_tracing():  # the graph holds the op, which is differentiated when the graph runs
-            return below_autograd(op, *args)
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
-            # The reference is plain PyTorch, whose ops have forward derivatives.
-            return (run or run_in_backend)(*args[:-1], "reference")
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            if not torch._C._are_functorch_transforms_active():
-                return function.apply(*args)
-            with enable_single_level_autograd_function():
-                return single_level.apply(*args)
-        return below_autograd(op, *args)
-
-    LIBRARY.impl(name, dispatch_autograd, "Autograd")
+    op = PublicOp(schema, run, validate, autocast, choose)
+    if flops is not None:
+        FORMULAS[op.name] = flops
+    torch.library.register_fake(f"internvit::{op.name}", fake, lib=LIBRARY)
     return op
 
 
-def _single_level(function: type[Function]) -> Any:
-    """`function` for torch.func, where the dispatcher has unwrapped the arguments to one level of differentiation.
+def define_backward(
+    forward: PublicOp,
+    schema: str,
+    *,
+    grads_like: Mapping[str, GradLike] | None = None,
+    run: Callable | None = None,
+    saved_for: Mapping[str, tuple[str, ...]] | None = None,
+    passes_through: str | None = None,
+    when_differentiated: Mapping[str, Any] | None = None,
+    flops: Callable[..., int] | None = None,
+) -> Op:
+    """Defines the backward of `forward`, and with it the autograd Function of `forward` (see `derivative`).
 
-    `Function.apply` would ask for a setup_context there. Gradients and tangents of the levels below pass through the
-    forward, for which autograd turns them off.
+    Args:
+        schema: `name_backward(arguments) -> (Tensor grad_x, ...)`.
+        grads_like: output -> the argument whose shape and dtype it has, or a function of the named arguments; by
+            default `grad_x` is like the argument `x`.
+        saved_for: input -> the inputs of which one must need a gradient for it to be saved.
+        passes_through: the input whose gradient is that of the first output, unchanged.
+        when_differentiated: inputs of `forward` that have this value where a gradient is needed.
+        flops: as for `define`.
     """
+    op = Op(schema, run)
+    if flops is not None:
+        FORMULAS[op.name] = flops
+    names = [a.name for a in op.overload._schema.arguments]
+    returns = [r.name for r in op.overload._schema.returns]
+    likes = {name: name.removeprefix("grad_") for name in returns} | dict(grads_like or {})
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            return function.forward(ctx, *args)
+    def fake(*args: Any) -> Any:
+        named = dict(zip(names, args, strict=True))
+        mask = named.get("output_mask", [True] * len(returns))
+        grads = []
+        for name, needed in zip(returns, mask, strict=True):
+            like = likes[name]
+            x = named.get(like) if isinstance(like, str) else like(named) if needed else None
+            grads.append(x.new_empty(x.shape) if needed and x is not None else empty_grad(args[0]))
+        return grads[0] if len(grads) == 1 else tuple(grads)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    return type(function.__name__, (_SingleLevelFunction,), methods)
-
-
-def _has_tangent(argument: Any) -> bool:
-    return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
-
-
-def _undifferentiable(name: str, op: Callable) -> type[Function]:
-    class Undifferentiable(Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            return below_autograd(op, *args)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(
-                f"internvit::{name} has no derivative: double backward is not implemented; "
-                "use internvit.reference or plain PyTorch where second derivatives are needed"
-            )
-
-    return Undifferentiable
-
-
-def empty_grad(like: torch.Tensor) -> torch.Tensor:
-    """Stands in an op's outputs for a gradient nobody asked for (schemas know no optional output): float32 [0]."""
-    return like.new_empty(0, dtype=torch.float32)
-
-
-def wanted(grads: tuple[torch.Tensor, ...], mask: tuple[bool, ...] | list[bool]) -> tuple[torch.Tensor | None, ...]:
-    """A backward op's outputs as autograd wants them: None where no gradient was asked for."""
-    return tuple(g if asked else None for g, asked in zip(grads, mask, strict=True))
+    torch.library.register_fake(f"internvit::{op.name}", fake, lib=LIBRARY)
+    schemas = forward.overload._schema, op.overload._schema
+    plan = Plan(*schemas, saved_for or {}, passes_through, when_differentiated or {})
+    forward.function = derive_function(forward, forward.overload, op, plan)
+    return op

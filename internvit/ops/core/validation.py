@@ -5,7 +5,7 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROUNDINGS = ("fused", "reference")
-KINDS = ("rms_norm", "layer_norm")
+NORM_TYPES = ("rms_norm", "layer_norm")
 
 
 def shape_of(t: Tensor) -> str:
@@ -34,6 +34,13 @@ def vector(op: str, name: str, t: Tensor | None, length: int, whose: str) -> Non
         raise ValueError(f"{op}: {name} must have shape [{length}] ({whose}), got {shape_of(t)}")
 
 
+def linear_weight(op: str, x: Tensor, weight: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: weight must have shape [M, {x.shape[-1]}] (x's last dimension), got {shape_of(weight)}"
+        )
+
+
 def same_shape(op: str, name: str, t: Tensor, first: str, x: Tensor) -> None:
     if t.shape != x.shape:
         raise ValueError(f"{op}: {name} must have {first}'s shape {shape_of(x)}, got {shape_of(t)}")
@@ -51,7 +58,7 @@ def choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def eps(op: str, eps: float) -> None:
-    if not eps >= 0:
+    if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"{op}: eps must be a number >= 0, got {eps!r}")
 
 

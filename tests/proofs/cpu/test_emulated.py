@@ -11,7 +11,7 @@ from internvit.ops.backends import native
 from tests.proofs.cpu import emulated
 from tests.support.building import ROOT
 
-MISSING = native.missing("internvit_cpu")
+MISSING = native.unavailable_reason("internvit_cpu")
 UNITS = "" if MISSING else torch.ops.internvit_cpu.instruction_sets()
 pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from internvit.ops.core import select as backends
+from internvit.ops.backends import registry
 from tests.proofs.cuda import host
+from tests.support.choices import forget_choices
 
 
 @pytest.fixture(scope="session")
@@ -17,9 +18,7 @@ def host_library(tmp_path_factory) -> Path:
 @pytest.fixture
 def on_host(host_library, monkeypatch) -> Iterator[None]:
     """Backend `cuda` takes CPU tensors, and its kernels run on the host."""
-    monkeypatch.setitem(backends.BACKENDS, "cuda", host.as_backend(host_library))
-    for cache in (backends.implementation, backends._resolve_once):
-        cache.cache_clear()
+    monkeypatch.setitem(registry.BACKENDS, "cuda", host.as_backend(host_library))
+    forget_choices()
     yield
-    for cache in (backends.implementation, backends._resolve_once):
-        cache.cache_clear()
+    forget_choices()

@@ -7,6 +7,7 @@ sources are the very files that nvcc compiles.
 """
 
 import dataclasses
+import importlib
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvit.ops.backends import cuda
-from internvit.ops.core import select as backends
-from tests.support import ROOT
+from internvit.ops.backends import registry
+from internvit.ops.core.registration import OPS
+from tests.support.building import ROOT, setup_module
 
-SOURCES = ROOT / "csrc" / "cuda"
-HARNESS = ROOT / "tests" / "native" / "cuda"
+SOURCES = ROOT / "csrc"
+HARNESS = ROOT / "tests" / "proofs" / "native" / "cuda"
 UNITS = ("float32", "bfloat16", "bfloat16_float32", "float16", "float16_float32")
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas"]  # `#pragma unroll` is nvcc's
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DINTERNVIT_CUDA_HOST", *WARNINGS]
@@ -53,7 +54,7 @@ def compile_objects(folder: Path, sources: list[Path], *extra: str, root: Path =
 
 
 def units(root: Path = SOURCES) -> list[Path]:
-    return [root / f"unit_{name}.cu" for name in UNITS]
+    return [root / "cuda" / "instantiate" / f"{name}.cu" for name in UNITS]
 
 
 def build_library(folder: Path) -> Path:
@@ -64,9 +65,10 @@ def build_library(folder: Path) -> Path:
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         *(f"-isystem{p}" for p in cpp_extension.include_paths()),
     ]
-    names = ["-DINTERNVIT_LIBRARY=internvit_cuda_host", "-DINTERNVIT_DEVICE_KEY=CPU"]
+    names = ["-DINTERNVIT_LIBRARY=internvit_cuda_host", "-DINTERNVIT_DEVICE_KEY=CPU", f"-I{folder}"]
+    setup_module().write_schemas("internvit_cuda", folder / "schemas.h")
     objects = compile_objects(folder, [*units(), HARNESS / "cuda_host.cpp"], "-O2")
-    objects += compile_objects(folder, [SOURCES / "bindings.cpp"], "-O1", *torch_flags, *names)
+    objects += compile_objects(folder, [SOURCES / "cuda" / "torch" / "bindings.cpp"], "-O1", *torch_flags, *names)
     libraries = [f"-L{p}" for p in cpp_extension.library_paths()]
     library = folder / "internvit_cuda_host.so"
     link = ["c++", "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o", str(library)]
@@ -74,18 +76,19 @@ def build_library(folder: Path) -> Path:
     return library
 
 
-def as_backend(library: Path) -> backends.Backend:
+def as_backend(library: Path) -> registry.Backend:
     """Backend `cuda` as it is, but for where its library comes from and the tensors it takes."""
     torch.ops.load_library(str(library))
-    raw = torch.ops.internvit_cuda_host
+    importlib.import_module("internvit.ops.backends.cuda")
+    registry.implements_all(torch.ops.internvit_cuda_host, "cuda", OPS)
     return dataclasses.replace(
-        backends.BACKENDS["cuda"],
-        find=backends.with_linear_gelu("cuda", lambda op: getattr(raw, op, None) or getattr(cuda, op, None)),
-        missing=lambda: None,
-        rejects=backends._only(("cpu",), (torch.float32, torch.bfloat16, torch.float16)),
+        registry.BACKENDS["cuda"],
+        module=None,
+        unavailable_reason=lambda: None,
+        unsupported_reason=registry._only(("cpu",), (torch.float32, torch.bfloat16, torch.float16)),
     )
 
 
 if __name__ == "__main__":
-    backends.BACKENDS["cuda"] = as_backend(Path(sys.argv[1]))
+    registry.BACKENDS["cuda"] = as_backend(Path(sys.argv[1]))
     sys.exit(pytest.main(sys.argv[2:]))

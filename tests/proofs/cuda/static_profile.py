@@ -30,7 +30,7 @@ LIMITS = ("registers", "stack_bytes", "shared_bytes")
 
 _GLOBAL = re.compile(r"\b(LDG|STG)\.([\w.]+)")
 _SPILL = re.compile(r"\bSTL(?:\.(64|128))?\b")
-_TYPES = {"float": "float32", "internvit::cuda::bf16": "bfloat16", "internvit::cuda::f16": "float16"}
+_TYPES = {"float": "float32", "internvit::bf16": "bfloat16", "internvit::f16": "float16"}
 _THREADS = {"gelu_kernel": 256, "sum_partials_kernel": 256}
 
 
@@ -71,7 +71,7 @@ def kernel_and_config(mangled: str) -> tuple[str, str]:
 
 
 def threads_of(kernel: str, config: str) -> int:
-    """Of a block at the widths of InternViT (csrc/cuda/launch.h)."""
+    """Of a block at the widths of InternViT (csrc/cuda/device/launch.h)."""
     return _THREADS.get(kernel, 160 if "vectors=5" in config else 128)
 
 

@@ -11,21 +11,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import internvit
-from internvit.ops import layer_norm, layer_scale_residual_norm, linear_gelu, qk_norm_attention, rms_norm
+from internvit.ops import layer_norm, layer_scale_residual_norm, linear_gelu, qk_norm_attention_qkvpacked, rms_norm
+from internvit.ops.backends import native, registry, schemas
+from internvit.ops.backends.registry import implementation
 from internvit.ops.core import select as backends
-from internvit.ops.core.select import REFERENCE
 from tests.proofs.cuda.static_profile import LIBRARY
+from tests.support.choices import forget_choices
 
-NAMES = (
-    "rms_norm",
-    "layer_norm",
-    "layer_scale_residual",
-    "layer_scale_residual_norm",
-    "qk_norm_stats",
-    "qk_norm",
-    "gelu",
-)
-OPS = [op for name in NAMES for op in (name, f"{name}_backward")]
+OPS = schemas.OPS["internvit_cuda"]
 
 pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None and not LIBRARY.exists(), reason="needs nvcc: internvit_cuda is not built without it"
@@ -38,7 +31,7 @@ import torch
 def refuse(*args): raise AssertionError("a device was asked for")
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_properties = refuse
 from internvit.ops.backends import native
-assert native.missing("internvit_cuda") is None, native.missing("internvit_cuda")
+assert native.unavailable_reason("internvit_cuda") is None, native.unavailable_reason("internvit_cuda")
 assert not torch.cuda.is_initialized()
 print(sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "internvit_cuda" in name))
 """
@@ -49,9 +42,9 @@ print(sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names
 
 @pytest.mark.parametrize("op", OPS)
 def test_each_op_has_the_references_arguments(op) -> None:
-    raw = backends.BACKENDS["cuda"].find(op)
-    schema = raw.default._schema
-    assert len(schema.arguments) == len(inspect.signature(REFERENCE[op]).parameters)
+    native.unavailable_reason("internvit_cuda")  # loads it
+    schema = getattr(torch.ops.internvit_cuda, op).default._schema
+    assert len(schema.arguments) == len(inspect.signature(implementation(op, "reference")).parameters)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "CUDA")
 
 
@@ -73,9 +66,9 @@ class Seam(torch.nn.Module):
         self.fc = torch.nn.Linear(48, 96, device="cuda", dtype=torch.bfloat16)
 
     def forward(self, x, branch):
-        x, normed = layer_scale_residual_norm(x, branch, self.weight, None, self.weight)
+        x, normed = layer_scale_residual_norm(x, branch, self.weight, gamma=self.weight)
         qkv = torch.stack([normed.unflatten(-1, (3, 16))] * 3, 2)
-        out = qk_norm_attention(qkv, None, None, self.weight, self.weight).flatten(2)
+        out = qk_norm_attention_qkvpacked(qkv, self.weight, self.weight).flatten(2)
         out = rms_norm(out, self.weight) + layer_norm(x, self.weight)
         return linear_gelu(out, self.fc.weight, self.fc.bias)
 
@@ -105,15 +98,15 @@ def test_fake_cuda_tensors_forward_export_and_compile() -> None:
 def test_without_triton_auto_takes_it(monkeypatch) -> None:
     import dataclasses
 
-    absent = dataclasses.replace(backends.BACKENDS["triton"], missing=lambda: "not here")
-    monkeypatch.setitem(backends.BACKENDS, "triton", absent)
-    backends._resolve_once.cache_clear()
+    absent = dataclasses.replace(registry.BACKENDS["triton"], unavailable_reason=lambda: "not here")
+    monkeypatch.setitem(registry.BACKENDS, "triton", absent)
+    forget_choices()
     with FakeTensorMode():
         x = torch.empty(2, 17, 2, 8, device="cuda", dtype=torch.bfloat16)
         for op in ("rms_norm", "qk_norm", "attention", "linear_gelu"):
             assert backends.resolve(op, x, head_dim=8) == "cuda"
         assert backends.resolve("attention", x, head_dim=8, folded=True) == "reference"
-    backends._resolve_once.cache_clear()
+    forget_choices()
 
 
 def test_flash_attn_is_used_where_it_takes_the_tensors(monkeypatch) -> None:
@@ -122,8 +115,8 @@ def test_flash_attn_is_used_where_it_takes_the_tensors(monkeypatch) -> None:
     from internvit.ops.backends import cuda
 
     assert importlib.util.find_spec("flash_attn") is not None or cuda._attention_backend(torch.ones(1)) == "sdpa"
-    present = dataclasses.replace(backends.BACKENDS["flash"], missing=lambda: None)
-    monkeypatch.setitem(backends.BACKENDS, "flash", present)
+    present = dataclasses.replace(registry.BACKENDS["flash"], unavailable_reason=lambda: None)
+    monkeypatch.setitem(registry.BACKENDS, "flash", present)
     with FakeTensorMode():
         q = torch.empty(1, 2, 2, 8, device="cuda", dtype=torch.bfloat16)
         assert cuda._attention_backend(q) == "flash"

@@ -30,13 +30,13 @@ def rows(request):
 
 
 def test_the_library_is_that_of_the_sources() -> None:
-    newest = max((p for p in SOURCES.glob("cuda/*")), key=lambda p: p.stat().st_mtime)
+    newest = max((p for p in SOURCES.glob("c[ou]*/**/*") if p.is_file()), key=lambda p: p.stat().st_mtime)
     assert LIBRARY.stat().st_mtime > newest.stat().st_mtime, f"{newest.name} is newer than the library: make setup"
 
 
 def test_every_instantiation_is_there(rows) -> None:
     """Three vector counts for five pairs of dtypes: forward aligned and scalar; backward twice aligned, once scalar."""
-    listed = re.findall(r"INTERNVIT_VECTORS_\d+_BIT\(X\) (.*)", (SOURCES / "cuda/launch.h").read_text())
+    listed = re.findall(r"INTERNVIT_VECTORS_\d+_BIT\(X\) (.*)", (SOURCES / "cuda/device/launch.h").read_text())
     ladders = [len(re.findall(r"X\(\d+\)", line)) for line in listed]  # 16 bit, 32 bit
     row_kernels = 4 * ladders[0] + ladders[1]
     count = {

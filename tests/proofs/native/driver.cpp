@@ -20,7 +20,7 @@
 #include <thread>
 #include <vector>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 using namespace internvit;
 
@@ -105,7 +105,8 @@ struct Driver {
     p.dtype = p.residual_dtype = dtype;
     p.x = filled(dtype, rows * channels);
     p.residual = filled(dtype, rows * channels);
-    p.x_stride = p.residual_stride = p.channels = channels;
+    p.x_stride = p.residual_stride = channels;
+    p.channels = int32_t(channels);
     p.gamma = floats(channels);
     p.row_scale = floats(1);
     p.rows_per_image = p.rows = rows;
@@ -129,7 +130,8 @@ struct Driver {
     b.grad_residual_out = filled(dtype, rows * channels);
     b.x = p.residual_out;
     b.branch = p.x;
-    b.grad_normed_stride = b.grad_residual_out_stride = b.x_stride = b.branch_stride = b.channels = channels;
+    b.grad_normed_stride = b.grad_residual_out_stride = b.x_stride = b.branch_stride = channels;
+    b.channels = int32_t(channels);
     b.gamma = p.gamma;
     b.row_scale = p.row_scale;
     b.rows_per_image = b.rows = rows;
@@ -138,16 +140,17 @@ struct Driver {
     b.rstd = p.rstd;
     b.grad_residual = guarded(bytes);
     b.grad_branch = guarded(bytes);
-    for (float** sum : {&b.grad_gamma, &b.grad_weight, &b.grad_bias}) *sum = empty_floats(channels);
-    b.partial = empty_floats(norm_backward_chunks(rows) * 3 * channels);
+    for (float*& sum : b.grads) sum = empty_floats(channels);
+    b.partial_rows = int32_t(norm_backward_chunks(rows));
+    b.partial = empty_floats(b.partial_rows * kParameterKinds * channels);
     kernels.norm_backward(b, executor);
     add(b.grad_residual, bytes);
     add(b.grad_branch, bytes);
-    for (float* sum : {b.grad_gamma, b.grad_weight, b.grad_bias}) add(sum, channels * 4);
+    for (float* sum : b.grads) add(sum, channels * 4);
     report("norm_backward", dtype);
 
-    const QKNormStatsBackwardParams s = {dtype,    floats(rows), p.rstd, p.x, channels, filled(dtype, rows * channels),
-                                         channels, rows,         channels};
+    const QKNormStatsBackwardParams s = {floats(rows), p.rstd, p.x, channels, filled(dtype, rows * channels), channels, rows,
+                                         int32_t(channels), dtype};
     kernels.qk_norm_stats_backward(s, executor);
     add(s.grad_x, bytes);
     report("qk_norm_stats_backward", dtype);
@@ -155,7 +158,7 @@ struct Driver {
 
   void gelu(DType dtype, int64_t size) {
     for (const void* grad : {static_cast<const void*>(nullptr), static_cast<const void*>(filled(dtype, size))}) {
-      const GeluParams p = {dtype, filled(dtype, size), grad, guarded(size * size_of(dtype)), size};
+      const GeluParams p = {filled(dtype, size), grad, guarded(size * size_of(dtype)), size, dtype};
       kernels.gelu(p, executor);
       add(p.y, size * size_of(dtype));
     }

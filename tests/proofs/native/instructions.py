@@ -41,7 +41,9 @@ def count(driver: Path, unit: str, dtype: str) -> dict[str, int]:
     text = subprocess.run(annotate, capture_output=True, text=True, check=True).stdout
     counts = {}
     for kernel in KERNELS:
-        found = re.search(rf"([\d,]+) \([^)]*\)\s+\S*:internvit::{unit}::{kernel}\(internvit::\w+Params const&", text)
+        found = re.search(
+            rf"([\d,]+) \([^)]*\)\s+\S*:internvit::{unit}::{kernel}\(internvit::\w+Params(?:Of<[^>]*>)? const&", text
+        )
         if found is None:
             raise LookupError(f"callgrind saw no call of {kernel} in the unit {unit}")
         counts[kernel] = int(found[1].replace(",", ""))

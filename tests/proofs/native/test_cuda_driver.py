@@ -49,74 +49,84 @@ def test_a_planted_row_too_many_hits_the_guard(plain) -> None:
 
 def test_sanitizers(tmp_path) -> None:
     flags = (*ONE_UNIT, "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    driver = build(tmp_path, [host.SOURCES / "unit_bfloat16.cu", *DRIVER], *flags)
+    driver = build(tmp_path, [host.SOURCES / "cuda/instantiate/bfloat16.cu", *DRIVER], *flags)
     done = run(driver, "shuffled")
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
 
 
 BUGS = {
     "missing barrier in the row sum": (
-        "rows.cuh",
+        "device/rows.cuh",
         "  __syncthreads();\n#pragma unroll\n  for (int n = 0; n < N; ++n) x[n] = 0.0f;",
         "#pragma unroll\n  for (int n = 0; n < N; ++n) x[n] = 0.0f;",
         "shared memory",
     ),
     "one buffer for every row of a persistent block": (
-        "norm_backward.cuh",
+        "ops/norm_backward.cuh",
         "sum_over_row(mean_of, group_sums, turn)",
         "sum_over_row(mean_of, group_sums, 0)",
         "shared memory that another thread read since the last barrier",
     ),
     "missing barrier between sums of a block": (
-        "norm_backward.cuh",
+        "ops/norm_backward.cuh",
         "  if (last > 0) __syncthreads();",
         "",
         "shared memory",
     ),
     "missing barrier in the final sum": (
-        "norm_backward.cuh",
+        "ops/norm_backward.cuh",
         "  __syncthreads();\n  if (threadIdx.y > 0) return;",
         "  if (threadIdx.y > 0) return;",
         "shared memory",
     ),
     "wrong shuffle mask": (
-        "rows.cuh",
+        "device/rows.cuh",
         "__shfl_xor_sync(0xffffffffu, x[n], offset)",
         "__shfl_xor_sync(0xffffu, x[n], offset)",
         "mask",
     ),
     "a lane that leaves before the others shuffle": (
-        "norm.cuh",
+        "ops/norm.cuh",
         "  if (!p.rstd) return;",
         "  if (!p.rstd || !active) return;",
         "has ended",
     ),
     "a barrier that not all threads reach": (
-        "rows.cuh",
+        "device/rows.cuh",
         "  __syncthreads();\n#pragma unroll\n  for (int n = 0; n < N; ++n) x[n] = 0.0f;",
         "  if (threadIdx.x >= 16) __syncthreads();\n#pragma unroll\n  for (int n = 0; n < N; ++n) x[n] = 0.0f;",
         "",
     ),
     "off by one in the last vector": (
-        "rows.cuh",
+        "device/rows.cuh",
         "count(channels - c < W ? channels - c : W)",
         "count(channels - c < W - 1 ? channels - c : W)",
         "",
     ),
     "off by one in the rows": (
-        "norm.cuh",
+        "ops/norm.cuh",
         "const bool active = row < p.rows;",
         "const bool active = row <= p.rows;",
         "",
     ),
     "a group too few in the sum": (
-        "rows.cuh",
+        "device/rows.cuh",
         "for (int g = 0; g < groups; ++g)",
         "for (int g = 0; g < groups - 1; ++g)",
         "off by",
     ),
-    "a partial row too few": ("norm_backward.cuh", "program < p.programs;", "program < p.programs - 1;", "off by"),
-    "the first pivot's mean only": ("norm.cuh", "s.rest = centred[0] / float(channels);", "s.rest = 0.0f;", "off by"),
+    "a partial row too few": (
+        "ops/norm_backward.cuh",
+        "program < p.partial_rows;",
+        "program < p.partial_rows - 1;",
+        "off by",
+    ),
+    "the first pivot's mean only": (
+        "ops/norm.cuh",
+        "s.rest = centred[0] / float(channels);",
+        "s.rest = 0.0f;",
+        "off by",
+    ),
 }
 
 
@@ -129,12 +139,13 @@ def harness(tmp_path_factory) -> list[str]:
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(bug, tmp_path, harness) -> None:
     file, right, wrong, message = BUGS[bug]
-    copy = tmp_path / "cuda"
+    copy = tmp_path / "csrc"
     shutil.copytree(host.SOURCES, copy)
-    text = (copy / file).read_text()
+    path = copy / "cuda" / file
+    text = path.read_text()
     assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {file}"
-    (copy / file).write_text(text.replace(right, wrong))
-    unit = host.compile_objects(tmp_path, [copy / "unit_bfloat16.cu"], *ONE_UNIT, root=copy)
+    path.write_text(text.replace(right, wrong))
+    unit = host.compile_objects(tmp_path, [copy / "cuda/instantiate/bfloat16.cu"], *ONE_UNIT, root=copy)
     driver = link(tmp_path, [*unit, *harness])
     done = run(driver, "shuffled")
     assert done.returncode != 0, "the driver saw nothing"

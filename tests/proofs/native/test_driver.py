@@ -15,8 +15,8 @@ import pytest
 
 from tests.support.building import ROOT, setup_module
 
-SOURCES = ROOT / "csrc" / "cpu"
-EMULATED = ROOT / "tests" / "native" / "isa_amx_emulated.cpp"
+SOURCES = ROOT / "csrc"
+EMULATED = ROOT / "tests" / "proofs" / "native" / "amx_emulated.cpp"
 UNITS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 pytestmark = [
@@ -25,13 +25,13 @@ pytestmark = [
 ]
 
 
-def compile_all(folder: Path, sources: list[Path], *extra: str) -> list[str]:
+def compile_all(folder: Path, sources: list[Path], *extra: str, root: Path = SOURCES) -> list[str]:
     unit_flags = setup_module().UNIT_FLAGS
-    flags = {**unit_flags, EMULATED.name: unit_flags["isa_avx512_bf16.cpp"]}
+    flags = {**unit_flags, EMULATED.name: unit_flags["avx512_bf16.cpp"]}
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.stem}.o"
-        command = ["c++", "-std=c++17", "-Wno-psabi", *extra, *flags.get(source.name, []), f"-I{SOURCES}"]
+        command = ["c++", "-std=c++17", "-Wno-psabi", *extra, *flags.get(source.name, []), f"-I{root}"]
         subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
@@ -44,8 +44,9 @@ def link(folder: Path, objects: list[str], *extra: str) -> Path:
     return folder / "driver"
 
 
-INSTRUMENTED = [SOURCES / "isa_generic.cpp", SOURCES / "dispatch.cpp", Path(__file__).parent / "driver.cpp"]
-VECTOR_UNITS = [SOURCES / f"isa_{unit}.cpp" for unit in UNITS[1:]]
+ISA = SOURCES / "cpu" / "isa"
+INSTRUMENTED = [ISA / "generic.cpp", ISA / "dispatch.cpp", Path(__file__).parent / "driver.cpp"]
+VECTOR_UNITS = [ISA / f"{unit}.cpp" for unit in UNITS[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def driver(tmp_path_factory) -> Path:
 def emulated(tmp_path_factory, driver: Path) -> Path:
     """The driver with the AMX unit on emulated tiles in place of the AVX512-BF16 unit."""
     folder = tmp_path_factory.mktemp("emulated")
-    others = [str(path) for path in driver.parent.glob("*.o") if path.stem != "isa_avx512_bf16"]
+    others = [str(path) for path in driver.parent.glob("*.o") if path.stem != "avx512_bf16"]
     return link(folder, [*compile_all(folder, [EMULATED], "-O2"), *others])
 
 
@@ -128,8 +129,8 @@ def test_units_leave_no_symbol_for_the_linker_to_mix_up(driver: Path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("needs nm (binutils)")
     for unit in UNITS:
-        listing = subprocess.run(["nm", "-C", str(driver.parent / f"isa_{unit}.o")], capture_output=True, text=True)
+        listing = subprocess.run(["nm", "-C", str(driver.parent / f"{unit}.o")], capture_output=True, text=True)
         assert listing.returncode == 0
         symbols = [line.split(maxsplit=2) for line in listing.stdout.splitlines() if line[:1] in "0123456789abcdef"]
         weak = [s[2] for s in symbols if s[1] in "WVu" and f"internvit::{unit}::" not in s[2]]
-        assert weak == [], f"isa_{unit}.o"
+        assert weak == [], f"{unit}.o"

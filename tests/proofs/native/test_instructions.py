@@ -36,17 +36,17 @@ def test_no_kernel_takes_more_instructions(budget, driver) -> None:
 
 def test_a_wasted_pass_is_caught(budget, driver, tmp_path) -> None:
     """A row's statistics taken twice: the norm's count rises, and no other kernel's."""
-    sources = tmp_path / "cpu"
+    sources = tmp_path / "csrc"
     shutil.copytree(test_driver.SOURCES, sources)
-    header = sources / "norm.h"
+    header = sources / "cpu" / "ops" / "norm.h"
     once = "      const RowStatistics s = row_statistics(x, p.channels, p.layer_norm, p.eps);\n"
     twice = (
         "      volatile float wasted = row_statistics(x, p.channels, p.layer_norm, p.eps).rstd;\n      (void)wasted;\n"
     )
     assert header.read_text().count(once) == 1
     header.write_text(header.read_text().replace(once, twice + once))
-    (slower,) = test_driver.compile_all(tmp_path, [sources / "isa_generic.cpp"], *instructions.FLAGS)
-    others = [str(p) for p in driver.parent.glob("*.o") if p.stem != "isa_generic"]
+    (slower,) = test_driver.compile_all(tmp_path, [sources / "cpu/isa/generic.cpp"], *instructions.FLAGS, root=sources)
+    others = [str(p) for p in driver.parent.glob("*.o") if p.stem != "generic"]
     counts = instructions.count(test_driver.link(tmp_path, [slower, *others]), "generic", "float32")
     (line,) = instructions.risen({"generic float32": budget["generic float32"]}, {"generic float32": counts})
     assert line.startswith("norm in the unit generic float32")

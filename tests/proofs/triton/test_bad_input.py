@@ -95,8 +95,9 @@ def test_every_argument_on_another_device_is_named(op):
 
 @pytest.mark.parametrize("channels", [8193, 9000])
 def test_too_wide(channels):
-    from internvit.kernels.common.launch import TARGETS, record
-    from internvit.ops.core.select import implementation
+    from internvit.kernels.common.launch import record
+    from internvit.kernels.common.target import TARGETS
+    from internvit.ops.backends.registry import implementation
 
     x, w = (torch.empty(s, device="meta") for s in ((2, channels), (channels,)))
     message = rf": the last dimension must be at most 8192 .* got {channels}; use backend='reference'"

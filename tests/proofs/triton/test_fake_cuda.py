@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from internvit.ops import layer_norm, layer_scale_residual_norm, linear_gelu, qk_norm_attention, rms_norm
+from internvit.ops import layer_norm, layer_scale_residual_norm, linear_gelu, qk_norm_attention_qkvpacked, rms_norm
 
 
 class Seam(torch.nn.Module):
@@ -14,9 +14,9 @@ class Seam(torch.nn.Module):
         self.fc = torch.nn.Linear(48, 96, device="cuda", dtype=torch.bfloat16)
 
     def forward(self, x, branch):
-        x, normed = layer_scale_residual_norm(x, branch, self.weight, None, self.weight)
+        x, normed = layer_scale_residual_norm(x, branch, self.weight, gamma=self.weight)
         qkv = torch.stack([normed.unflatten(-1, (3, 16))] * 3, 2)
-        out = qk_norm_attention(qkv, None, None, self.weight, self.weight).flatten(2)
+        out = qk_norm_attention_qkvpacked(qkv, self.weight, self.weight).flatten(2)
         out = rms_norm(out, self.weight) + layer_norm(x, self.weight)
         return linear_gelu(out, self.fc.weight, self.fc.bias)
 

@@ -7,25 +7,25 @@ import torch
 import triton
 from torch import Tensor
 
-from internvit.kernels.attention.config import AttentionLaunch
+from internvit.kernels.attention.config import AttentionConfig
+from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
-from internvit.kernels.common.launch import TARGETS
-from internvit.kernels.common.rows import RowLaunch, persistent_programs, row_launch
-from internvit.kernels.tools import roofline as ceilings
+from internvit.kernels.common.rows import RowConfig, persistent_programs, row_config
+from internvit.kernels.common.target import TARGETS
 from internvit.kernels.tools import tune
-from internvit.ops.core.select import implementation
+from internvit.ops.backends.registry import implementation
 
 
 def test_row_rule_holds_whole_rows():
     for channels in (1, 40, 384, 1024, 3200, 8192):
-        choice = RowLaunch.rule(channels)
+        choice = RowConfig.rule(channels)
         assert choice.rows >= 1
         assert choice.warps in (1, 2, 4, 8, 16)
-    assert RowLaunch.rule(1024).rows > 1
+    assert RowConfig.rule(1024).rows > 1
 
 
 def test_persistent_programs_are_at_most_two_per_multiprocessor():
-    choice, target = RowLaunch.rule(3200), TARGETS["sm_90"]
+    choice, target = RowConfig.rule(3200), TARGETS["sm_90"]
     assert persistent_programs(0, choice, target) == 0
     assert persistent_programs(5, choice, target) == 5
     assert persistent_programs(100_000, choice, target) == 264
@@ -35,11 +35,11 @@ def test_persistent_programs_are_at_most_two_per_multiprocessor():
 def tuned_file(tmp_path, monkeypatch):
     """Where sm_90's measured choices lie in a user's cache directory of this test's own; nothing is remembered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path, _ = launch.tuned_files(TARGETS["sm_90"])
-    for cached in (launch._tuned, row_launch):
+    path, _ = configs.tuned_files(TARGETS["sm_90"])
+    for cached in (configs._tuned, row_config):
         cached.cache_clear()
     yield path
-    for cached in (launch._tuned, row_launch):
+    for cached in (configs._tuned, row_config):
         cached.cache_clear()
 
 
@@ -50,31 +50,31 @@ def test_a_measured_file_goes_before_the_rule(tuned_file):
     tune.write(tuned_file, MEASURED, device="a test")
     assert json.loads(tuned_file.read_text())["device"] == "a test"
     target = TARGETS["sm_90"]
-    assert row_launch("rms_norm", 1024, target) == RowLaunch(1, 2)
-    assert row_launch("layer_norm", 1024, target) == RowLaunch.rule(1024)
-    assert row_launch("rms_norm", 1024, TARGETS["sm_80"]) == RowLaunch.rule(1024)
+    assert row_config("rms_norm", 1024, target) == RowConfig(1, 2)
+    assert row_config("layer_norm", 1024, target) == RowConfig.rule(1024)
+    assert row_config("rms_norm", 1024, TARGETS["sm_80"]) == RowConfig.rule(1024)
 
 
 def test_the_users_file_goes_before_the_packages(tuned_file, tmp_path, monkeypatch):
     shipped = tmp_path / "package" / "sm_90.json"
-    monkeypatch.setattr(launch, "tuned_files", lambda target: (tuned_file, shipped))
+    monkeypatch.setattr(configs, "tuned_files", lambda target: (tuned_file, shipped))
     tune.write(shipped, {"rms_norm": {"C=1024": {"rows": 4, "warps": 4}, "C=3200": {"rows": 1, "warps": 4}}})
     tune.write(tuned_file, MEASURED)
-    assert row_launch("rms_norm", 1024, TARGETS["sm_90"]) == RowLaunch(1, 2)
-    assert row_launch("rms_norm", 3200, TARGETS["sm_90"]) == RowLaunch(1, 4)
+    assert row_config("rms_norm", 1024, TARGETS["sm_90"]) == RowConfig(1, 2)
+    assert row_config("rms_norm", 3200, TARGETS["sm_90"]) == RowConfig(1, 4)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "",
-        '{"choices": ',
+        '{"configs": ',
         "[]",
         '{"kernels": {}}',
-        '{"choices": {"rms_norm": 3}}',
-        '{"choices": {"rms_norm": {"C=1024": {"rows": "two", "warps": 2}}}}',
-        '{"choices": {"rms_norm": {"C=1024": {"rows": 1, "warps": -2}}}}',
-        '{"choices": {"rms_norm": {"C=1024": {"lines": 1}}}}',
+        '{"configs": {"rms_norm": 3}}',
+        '{"configs": {"rms_norm": {"C=1024": {"rows": "two", "warps": 2}}}}',
+        '{"configs": {"rms_norm": {"C=1024": {"rows": 1, "warps": -2}}}}',
+        '{"configs": {"rms_norm": {"C=1024": {"lines": 1}}}}',
     ],
 )
 def test_a_broken_file_is_ignored_with_a_warning(tuned_file, text):
@@ -83,7 +83,7 @@ def test_a_broken_file_is_ignored_with_a_warning(tuned_file, text):
     with pytest.warns(
         RuntimeWarning, match=r"rules are used instead; .* `python -m internvit.kernels.tools.tune --out FILE`"
     ):
-        assert row_launch("rms_norm", 1024, TARGETS["sm_90"]) == RowLaunch.rule(1024)
+        assert row_config("rms_norm", 1024, TARGETS["sm_90"]) == RowConfig.rule(1024)
 
 
 def test_a_failed_write_leaves_the_old_file(tuned_file):
@@ -119,7 +119,7 @@ def test_attention_rule_is_made_for_each_target(arch):
     for kernel in ("forward", "grad_q", "grad_kv", "delta"):
         for block_d in (16, 64, 128):
             for itemsize in (2, 4):
-                choice = AttentionLaunch.rule(kernel, block_d, itemsize, TARGETS[arch])
+                choice = AttentionConfig.rule(kernel, block_d, itemsize, TARGETS[arch])
                 assert choice.rows % 16 == 0
                 assert choice.columns % 16 == 0
 
@@ -151,17 +151,3 @@ def test_recorded_launches_run_nothing():
         implementation("rms_norm", "triton")(x, weight, 1e-6, "fused")
     assert [one.kernel.fn.__name__ for one in launches] == ["norm_kernel"]
     assert all(a.device.type == "meta" for a in launches[0].args if isinstance(a, Tensor))
-
-
-def test_ceilings():
-    h100 = ceilings.CEILINGS[1]
-    bytes_moved, flops = ceilings.work("layer_scale_residual_norm", 8, 25, 128)
-    assert bytes_moved == 4 * 8 * 1025 * 3200 * 2
-    assert flops == 0
-    assert h100.seconds(3.35e12, 0) == 1
-    assert h100.seconds(0, 989.4e12) == 1
-    q, lse = torch.empty(2, 1025, 16, 64, device="meta", dtype=torch.bfloat16), torch.empty(2, 16, 1025, device="meta")
-    bytes_moved, flops = ceilings.kernel_work("attention_kernel", [q, q, lse])
-    assert bytes_moved == q.numel() * 2 + lse.numel() * 4, "a tensor given twice is moved once"
-    assert flops == ceilings.work("attention", 2, 16, 64)[1]
-    assert {c.target for c in ceilings.CEILINGS} == set(TARGETS)

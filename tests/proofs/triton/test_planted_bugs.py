@@ -1,4 +1,4 @@
-"""The suite can fail: four bugs, planted one at a time in a copy of the package, are each caught by a part of it."""
+"""The suite can fail: bugs, planted one at a time in a copy of the package, are each caught by a part of it."""
 
 import os
 import shutil
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from internvit.kernels.tools.static_profile import failures
+from tests.proofs.triton.test_models_compile import profile
 from tests.support import ROOT
 
 BUGS = {
@@ -20,7 +22,7 @@ BUGS = {
     "missing mask": (
         "common/rows.py",
         "m_rows[:, None] & (o_cols < C)[None, :]",
-        "m_rows[:, None] & (o_cols < BLOCK_C)[None, :]",
+        "m_rows[:, None] & (o_cols < o_cols.shape[0])[None, :]",
         ("test_norms.py", "rows:3-channels:40"),
     ),
     "int32 offset": (
@@ -51,17 +53,50 @@ def run_suite(root: Path, file: str, name: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug, tmp_path):
-    file, right, wrong, where = BUGS[bug]
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package, its kernels and tests."""
+    root = tmp_path / "copy"
     for folder in ("internvit", "kernels", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    source = tmp_path / "kernels" / file
-    text = source.read_text()
+        shutil.copytree(ROOT / folder, root / folder, symlinks=True)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    return root
+
+
+def plant(file, right, wrong):
+    text = file.read_text()
     assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {file}"
-    source.write_text(text.replace(right, wrong))
-    result = run_suite(tmp_path, *where)
+    file.write_text(text.replace(right, wrong))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug, copy):
+    file, right, wrong, where = BUGS[bug]
+    plant(copy / "kernels" / file, right, wrong)
+    result = run_suite(copy, *where)
     output = f"{result.stdout[-2000:]}{result.stderr[-2000:]}"
     assert result.returncode == 1, f"the suite did not fail, or died:\n{output}"
     assert "1 failed" in result.stdout, output
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted, not compiled")
+def test_planted_early_return_does_not_compile(copy, tmp_path):
+    """Triton compiles what follows a `return` inside a static `if`, with a pointer that is None: only models that leave
+    LayerScale or DropPath out launch such a kernel."""
+    plant(
+        copy / "kernels/layer_scale_residual.py",
+        """        b_gamma = tl.full([o_cols.shape[0]], 1.0, tl.float32)
+    else:
+        b_gamma = load_vector(p_gamma, o_cols, C)
+    return b_gamma
+""",
+        """        return tl.full([o_cols.shape[0]], 1.0, tl.float32)
+    return load_vector(p_gamma, o_cols, C)
+""",
+    )
+    only = "300m-448px bfloat16: optimize_for_inference"
+    arguments = ("--arch", "sm_90", "--only", only)
+    rows = profile(tmp_path, *arguments, root=copy, PYTHONPATH=str(copy))
+    found = {row["kernel"]: list(failures(row)) for row in rows}
+    assert "does not compile: CompilationError" in found["layer_scale_residual_norm_kernel"][0]
+    assert not found["attention_kernel"]

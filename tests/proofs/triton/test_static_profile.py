@@ -1,91 +1,101 @@
-"""Every kernel compiles for every target without spills and within the committed budget; no GPU is needed.
-
-`python -m tests.proofs.triton.test_static_profile` writes the budget anew: read the difference before you commit it.
-"""
+"""The static profile's rows, its judgement of them, and the runs of models that they come from."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 import triton
+from torch import Tensor
 
-from internvit.kernels.common.launch import TARGETS
-from internvit.kernels.tools.static_profile import profile_all
-
-BUDGET = Path(__file__).with_name("budget.json")
-LIMITS = ("registers", "shared_bytes", "stack_bytes")
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process, not compiled"
-)
-
-
-def key(row):
-    return f"{row['arch']} {row['kernel']}: {row['config']}"
+from internvit.config import VARIANTS
+from internvit.kernels.common.target import TARGETS
+from internvit.kernels.tools import roofline
+from internvit.kernels.tools.compile_only import Specialization, WithoutComputing, gpu_target
+from internvit.kernels.tools.model_launches import MODES, architectures
+from internvit.kernels.tools.static_profile import failures, occupancy
+from tests.proofs.triton.test_models_compile import profile, pytestmark  # noqa: F401 (pytest reads it)
 
 
-def check(rows, budget):
-    failures = []
-    for row in rows:
-        if row["spills"]:
-            failures.append(f"{key(row)}: {row['spills']} bytes spilled")
-        if row["shared_bytes"] > TARGETS[row["arch"]].shared_bytes:
-            failures.append(f"{key(row)}: {row['shared_bytes']} bytes of shared memory are more than the device has")
-        if "attention_kernel" in row["kernel"] or "grad" in row["kernel"].removesuffix("_kernel").split("_")[1:2]:
-            wide = "bfloat16" in row["config"] or "float16" in row["config"]
-            if wide and not row["matrix_instructions"]:
-                failures.append(f"{key(row)}: no matrix instructions")
-        if budget is not None:
-            allowed = budget.get(key(row))
-            if allowed is None:
-                failures.append(f"{key(row)}: has no budget; run python {Path(__file__).name}")
-            else:
-                over = [f"{k} {row[k]} > {allowed[k]}" for k in LIMITS if row[k] > allowed[k]]
-                failures += [f"{key(row)}: {', '.join(over)}"] if over else []
-    assert not failures, "\n".join(failures)
-
-
-@pytest.mark.parametrize("arch", TARGETS)
-def test_within_budget(arch):
-    committed = json.loads(BUDGET.read_text())
-    same = triton.__version__ == committed["triton"]
-    rows = list(profile_all([arch]))
-    assert len(rows) > 20
-    check(rows, committed["rows"] if same else None)  # another Triton allocates registers its own way
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("arch", TARGETS)
-def test_other_dtypes_do_not_spill(arch, dtype):
-    check(list(profile_all([arch], [dtype])), None)
-
-
-def test_rows_can_be_compiled_by_another_program():
+def test_rows_can_be_compiled_by_another_program(tmp_path):
     """`source` alone is enough: the kernel's module and name, its signature, constants and options."""
-    import importlib
-
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    row = json.loads(json.dumps(next(iter(profile_all(["sm_90"], only="gelu")))))
-    fields = "kernel config arch registers spills stack_bytes shared_bytes occupancy matrix_instructions"
-    assert set(row) == {*fields.split(), "global_16_byte_share", "ceiling_us", "source"}
-    assert row["ceiling_us"] == round(2 * 2 * 1025 * 12800 * 2 / 3.35e12 * 1e6, 3)
-    source = row["source"]
-    kernel = getattr(importlib.import_module(source["module"]), source["function"])
-    constants = {(kernel.arg_names.index(name),): value for name, value in source["constants"].items()}
-    attributes = {(i,): [["tt.divisibility", 16]] for i in source["divisible_by_16"]}
-    compiled = triton.compile(
-        ASTSource(kernel, source["signature"], constants, attributes),
-        target=GPUTarget("cuda", int(source["target"].removeprefix("sm_")), 32),
-        options={"num_warps": source["num_warps"], "num_stages": source["num_stages"]},
-    )
+    rows = profile(tmp_path, "--arch", "sm_90", "--only", "300m-448px bfloat16: eval, wide")
+    fields = "kernel config arch registers spills stack_bytes shared_bytes occupancy matrix_instructions modes"
+    row = next(row for row in rows if row["kernel"] == "gelu_kernel")
+    assert set(row) >= {*fields.split(), "global_16_byte_share", "ceiling_us", "source"}
+    assert row["ceiling_us"] == pytest.approx(2 * 2 * (32 * 38 + 1) * 4096 * 2 / 3.35e12 * 1e6, abs=1e-3)
+    source = dict(row["source"])
+    assert source.pop("target") == "sm_90"
+    one = Specialization(**source)
+    compiled = one.compile(TARGETS["sm_90"])
     assert compiled.metadata.shared == row["shared_bytes"]
+    assert compiled.metadata.target == gpu_target(TARGETS["sm_90"])
 
 
-if __name__ == "__main__":
-    budget = {key(row): {k: row[k] for k in LIMITS} for row in profile_all()}
-    BUDGET.write_text(json.dumps({"triton": triton.__version__, "rows": budget}, indent=1) + "\n")
+def test_every_published_model_is_run_in_every_way_that_matters():
+    configs = architectures()
+    assert {c.hidden_size for c in configs.values()} == {c.hidden_size for c in VARIANTS.values()}
+    assert {c.image_size for c in configs.values()} == {c.image_size for c in VARIANTS.values()}
+    assert sum(len(mode.dtypes) for mode in MODES.values()) > 50
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"spills": 8}, "sm_89 attention_kernel: bf16 D=64 (a model: train): 8 bytes spilled"),
+        ({"shared_bytes": 101377}, "101377 bytes of shared memory, the device has 101376"),
+        ({"matrix_instructions": {}}, "no matrix instructions"),
+        ({"error": "CompilationError: 'NoneType'"}, "does not compile: CompilationError: 'NoneType'"),
+    ],
+)
+def test_failures_name_the_kernel(change, says):
+    row = {"kernel": "attention_kernel", "config": "bf16 D=64", "arch": "sm_89", "modes": ["a model: train"]}
+    row |= {"spills": 0, "shared_bytes": 101376, "matrix_instructions": {"HMMA": 4}}
+    found = list(failures(row | change))
+    assert len(found) == (says is not None)
+    assert all(says in failure for failure in found)
+
+
+def test_nothing_is_computed_and_shapes_are_right():
+    with WithoutComputing():
+        x = torch.empty(1 << 15, 1 << 14)  # 2 GiB that are never touched, and a product of 4 million million terms
+        y = torch.nn.functional.gelu(x.t() @ torch.empty(1 << 15, 1 << 14)).sum(0, keepdim=True)
+        x.mul_(2)
+        assert not bool((x > 1).any())
+    assert y.shape == (1, 1 << 14)
+    assert isinstance(y, Tensor)
+    assert y.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "expected"),
+    [
+        ("sm_90", 128, 0, 8, 0.25),  # 65536 / (128 * 256) = 2 programs of 8 warps, of 64
+        ("sm_89", 128, 0, 8, 1 / 3),
+        ("sm_89", 32, 60_000, 4, 4 / 48),  # 100 KiB a multiprocessor
+        ("gfx942", 128, 0, 4, 0.5),
+        ("gfx1100", 96, 0, 4, 1.0),
+    ],
+)
+def test_occupancy(arch, registers, shared, warps, expected):
+    assert occupancy(TARGETS[arch], registers, shared, warps) == pytest.approx(expected)
+
+
+def test_ceilings():
+    h100 = next(c for c in roofline.CEILINGS if c.target == "sm_90")
+    bytes_moved, flops = roofline.work("layer_scale_residual_norm", 8, 25, 128)
+    assert bytes_moved == 4 * 8 * 1025 * 3200 * 2
+    assert flops == 0
+    assert h100.seconds(3.35e12, 0) == 1
+    assert h100.seconds(0, 989.4e12) == 1
+    q, lse = torch.empty(2, 1025, 16, 64, device="meta", dtype=torch.bfloat16), torch.empty(2, 16, 1025, device="meta")
+    bytes_moved, flops = roofline.kernel_work("attention_kernel", [q, q, lse])
+    assert bytes_moved == q.numel() * 2 + lse.numel() * 4, "a tensor given twice is moved once"
+    assert flops == roofline.work("attention", 2, 16, 64)[1]
+    assert {c.target for c in roofline.CEILINGS} == set(TARGETS)
+
+
+def test_rows_are_json(tmp_path):
+    rows = profile(tmp_path, "--arch", "sm_80", "--only", "300m-448px bfloat16: patched timm, eval")
+    assert rows == json.loads(json.dumps(rows))
+    assert triton.__version__

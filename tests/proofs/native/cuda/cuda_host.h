@@ -14,7 +14,7 @@
 #include <functional>
 #include <string>
 
-#include "kernels.h"
+#include "cuda/kernels.h"
 
 #define __global__ static
 #define __device__

@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "cuda_host.h"
-#include "kernels.h"
-#include "launch.h"
+#include "cuda/kernels.h"
+#include "cuda/device/launch.h"
 
 using namespace internvit::cuda;
 
@@ -94,7 +94,7 @@ struct Driver {
     printf("%s %s %016llx\n", label.c_str(), what, static_cast<unsigned long long>(hash));
   }
 
-  void seam(int64_t rows, int64_t channels, bool layer_norm) {
+  void fused_add_norm(int64_t rows, int64_t channels, bool layer_norm) {
     label = std::to_string(dtype) + "/" + std::to_string(residual_dtype) + " " + std::to_string(rows) + "x" +
             std::to_string(channels) + (layer_norm ? " layer_norm" : " rms_norm");
     const int64_t n = rows * channels;
@@ -107,7 +107,7 @@ struct Driver {
     NormParams& p = jobs.job[0];
     p = {x.data, channels, residual.data, channels, {gamma.data, wide}, scale.floats(), rows, {weight.data, true},
          {layer_norm ? bias.data : nullptr, wide}, out.data, normed.data, layer_norm ? mean.floats() : nullptr,
-         rstd.floats(), rows, int32_t(channels), 1e-6f, layer_norm, false};
+         rstd.floats(), rows, int32_t(channels), 1e-6f, layer_norm, false, dtype, residual_dtype};
     if (plant_bounds) p.rows += 1;
     check("norm", kernels.norm(jobs, nullptr));
 
@@ -142,9 +142,9 @@ struct Driver {
          {gamma.data, wide}, scale.floats(), rows, {weight.data, true}, layer_norm ? mean.floats() : nullptr,
          rstd.floats(), grad_residual.data, grad_branch.data,
          {{grads[0].data, true}, {grads[1].data, true}, {layer_norm ? grads[2].data : nullptr, wide}},
-         nullptr, rows, int32_t(channels), 0};
-    b.programs = int32_t(backward_programs(rows, row_launch(channels, wide ? 4 : 8), 2));
-    const Tensor partial(kFloat32, b.programs * kGradKinds * channels);
+         nullptr, rows, int32_t(channels), 0, dtype, residual_dtype};
+    b.partial_rows = int32_t(backward_programs(rows, row_launch(channels, wide ? 4 : 8), 2));
+    const Tensor partial(kFloat32, b.partial_rows * kParameterKinds * channels);
     b.partial = partial.floats();
     check("norm_backward", kernels.norm_backward(back, nullptr));
 
@@ -187,11 +187,11 @@ struct Driver {
       gelu_slope[size_t(i)] = grad[i] * (cdf + x[i] * std::exp(-x[i] * x[i] / 2) / std::sqrt(2 * M_PI));
       expected[size_t(i)] = added[i] - slope[i / channels] * r * r * r / double(channels) * x[i];
     }
-    check("gelu", kernels.gelu({x.data, nullptr, y.data, n}, nullptr));
-    check("gelu_backward", kernels.gelu({x.data, grad.data, y_slope.data, n}, nullptr));
+    check("gelu", kernels.gelu({x.data, nullptr, y.data, n, dtype}, nullptr));
+    check("gelu_backward", kernels.gelu({x.data, grad.data, y_slope.data, n, dtype}, nullptr));
     Jobs<QKNormStatsBackwardParams> jobs = {};
     jobs.count = 1;
-    jobs.job[0] = {slope.floats(), rstd.floats(), x.data, channels, added.data, channels, rows, int32_t(channels)};
+    jobs.job[0] = {slope.floats(), rstd.floats(), x.data, channels, added.data, channels, rows, int32_t(channels), dtype};
     check("qk_norm_stats_backward", kernels.qk_norm_stats_backward(jobs, nullptr));
     compare("gelu", y, gelu, 2 * y.eps());
     compare("gelu_backward", y_slope, gelu_slope, 2 * y.eps());
@@ -221,7 +221,7 @@ int main(int argc, char** argv) {
     Driver driver{kernels, dtype, residual_dtype, plant_bounds, ""};
     for (const bool layer_norm : {false, true}) {
       const std::pair<int64_t, int64_t> shapes[] = {{1, 1}, {3, 7}, {21, 40}, {17, 384}, {9, 1024}, {3, 1025}, {9, 3200}, {3, 4104}};
-      for (const auto& [rows, channels] : shapes) driver.seam(rows, channels, layer_norm);
+      for (const auto& [rows, channels] : shapes) driver.fused_add_norm(rows, channels, layer_norm);
     }
     if (dtype != residual_dtype) continue;
     driver.elementwise(1, 1);

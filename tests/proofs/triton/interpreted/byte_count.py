@@ -4,7 +4,7 @@
 
 prints, per op, the bytes of activations (tensors with a row per token) over the floor, those of parameters and partial
 rows, and what eager PyTorch's sequence of ops and Liger's kernels (extra `bench`) move for the same result; for
-attention also how often each tile choice reads K, V, Q and grad_out again. `--update` writes the counts to
+attention also how often each tile config reads K, V, Q and grad_out again. `--update` writes the counts to
 tests/proofs/triton/bytes.json, which the tests hold the kernels to, and the table of them into docs/lower-bounds.md.
 """
 
@@ -23,12 +23,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from internvit.kernels.attention import backward as attention_backward
-from internvit.kernels.attention import forward as attention
-from internvit.kernels.attention.config import AttentionLaunch
-from internvit.ops.core.select import REFERENCE
+from internvit.kernels.attention import config as attention_configs
+from internvit.kernels.attention.config import AttentionConfig
 from tests.proofs.triton.interpreted.harness import Memory, run
 from tests.support import ROOT, interpreter
+from tests.support.implementations import call
 
 BUDGET = ROOT / "tests/proofs/triton/bytes.json"
 DOC = ROOT / "docs/lower-bounds.md"
@@ -212,7 +211,7 @@ def measure(op: str, C: int) -> dict[str, float]:
     assert moved.within(storages) + 4 * ROWS * 8 >= everything, "some bytes are not in the buffers known"
     eager = EagerBytes(ROWS * C)
     with eager:
-        REFERENCE[op](*args)
+        call(op, "reference", *args)
     row = {
         "activations": activations / floor,
         "parameters and partials": (everything - activations) / floor,
@@ -233,13 +232,10 @@ def measure(op: str, C: int) -> dict[str, float]:
 
 def measure_attention(tokens: int, rows: int = 128) -> dict[str, float]:
     """Forward and backward with tiles of `rows` rows, one head of D = 64: how often each tensor is read or written."""
-    memory, choice = Memory(), AttentionLaunch(rows, 64, 4, 1)
+    memory, config = Memory(), AttentionConfig(rows, 64, 4, 1)
     q, k, v, grad_out, *grads = (memory.place(torch.randn(1, tokens, 1, 64).bfloat16()) for _ in range(7))
     one = q.numel() * 2
-    with (
-        mock.patch.object(attention, "attention_launch", return_value=choice),
-        mock.patch.object(attention_backward, "attention_launch", return_value=choice),
-    ):
+    with mock.patch.object(attention_configs, "attention_config", return_value=config):
         with counting() as forward:
             out, lse = run(memory, "attention", q, k, v, 0.125, *[None] * 4)
         with counting() as backward:

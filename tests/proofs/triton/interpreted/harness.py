@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from internvit import numerics
-from internvit.kernels.common.launch import INTERPRETER
-from internvit.kernels.common.rows import RowLaunch, persistent_programs
-from internvit.ops.core.select import REFERENCE, implementation
+from internvit.kernels.common.rows import RowConfig, persistent_programs
+from internvit.kernels.common.target import INTERPRETER
+from tests.support.implementations import call
 
 GUARD = 64  # elements on either side of every buffer; 128 bytes keep 16-byte alignment
 DTYPES = ("float32", "bfloat16", "float16")
@@ -138,9 +138,9 @@ class Memory:
 def run(memory: Memory, op: str, *args: Any) -> tuple[Tensor, ...]:
     """The op's kernels on guarded, poisoned memory."""
     with memory.allocations():
-        outputs = implementation(op, "triton")(*args)
+        outputs = call(op, "triton", *args)
     memory.check_guards()
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(torch.empty(0) if t is None else t for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
 def _as(dtype: torch.dtype, value: Any) -> Any:
@@ -149,7 +149,7 @@ def _as(dtype: torch.dtype, value: Any) -> Any:
 
 def reference(op: str, dtype: torch.dtype, *args: Any) -> tuple[Tensor, ...]:
     """The reference in `dtype` arithmetic of the same rounded inputs."""
-    outputs = REFERENCE[op](*(_as(dtype, a) for a in args))
+    outputs = call(op, "reference", *(_as(dtype, a) for a in args))
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -166,7 +166,7 @@ def agree(
 ) -> None:
     """Every output keeps the contract: 'norm' element by element, 'sum' in relative error (sums cancel).
 
-    `terms` and `roundings` are `numerics.norm_failures`'s. `addends` is how many numbers a float32 sum over rows adds
+    `terms` and `roundings` are `numerics.norm_violations`'s. `addends` is how many numbers a float32 sum over rows adds
     one after the other: each addition rounds, and n errors of random signs add up to about sqrt(n) of them, where
     eager's pairwise sum has log2(n); at least 4, for of few channels that count eager's error may be nothing by luck.
     `summed` has the terms [rows, C] of such a sum by its name: its additions round in proportion to their root sum of
@@ -178,21 +178,21 @@ def agree(
             assert a.numel() == 0 or t is None or t.shape == a.shape, f"{name}: shape {a.shape}, expected {t.shape}"
             continue
         if kind == "norm" or a.dtype == torch.float32:
-            found = numerics.norm_failures(a, t, e, terms, roundings=roundings)
+            found = numerics.norm_violations(a, t, e, terms, roundings=roundings)
             allowed = max(4.0, addends**0.5) * torch.finfo(torch.float32).eps
             if summed and name in summed:
                 allowed *= max(1.0, (summed[name].norm() / t.norm().clamp_min(torch.finfo(t.dtype).tiny)).item())
             if kind == "sum" and numerics.relative_error(a, t) <= allowed:
                 found = []
         else:
-            found = numerics.product_failures(a, t, t.to(a.dtype))
+            found = numerics.product_violations(a, t, t.to(a.dtype))
         failures += [f"{name}: {f}" for f in found]
     assert not failures, "; ".join(failures)
 
 
 def addends(rows: int, channels: int) -> int:
     """How many rows a program of the interpreter's target adds one after the other."""
-    choice = RowLaunch.rule(channels)
+    choice = RowConfig.rule(channels)
     return -(-rows // (choice.rows * persistent_programs(rows, choice, INTERPRETER)))
 
 

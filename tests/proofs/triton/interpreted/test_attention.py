@@ -7,7 +7,7 @@ import torch
 from test_qk_norm import LAYOUTS, heads
 
 from internvit import numerics
-from internvit.ops import attention, qk_norm_attention, qk_norm_stats
+from internvit.ops import attention, qk_norm_attention, qk_norm_attention_qkvpacked, qk_norm_stats
 from tests.proofs.triton.interpreted.harness import DTYPES, Memory, generator, parametrize, reference, run
 
 FACTORS = {
@@ -146,10 +146,10 @@ def test_attention(case):
         assert out.isfinite().all()
         assert all(t.isfinite().all() for t in actual if dtype != torch.float16)
         if case["distribution"] == "large_mean":
-            failures = numerics.product_failures(out, truth_out, eager_out if wide else emulated_out)
+            failures = numerics.product_violations(out, truth_out, eager_out if wide else emulated_out)
             assert not failures, failures
         return
-    failures = [f"out: {f}" for f in numerics.product_failures(out, truth_out, eager_out if wide else emulated_out)]
+    failures = [f"out: {f}" for f in numerics.product_violations(out, truth_out, eager_out if wide else emulated_out)]
     judged = NAMES
     # eager's P of one key is 1 to the bit; exp(S - lse) has the score, the stored lse and its way to base 2 rounded by
     # half a unit each
@@ -167,7 +167,7 @@ def test_attention(case):
         expected = emulated[0] + emulated[1]
     for name, a, t, e in zip(NAMES, actual, truth, expected, strict=False):
         if name in judged and not (case["tokens"] == 1 and numerics.relative_error(a, t) <= one_key):
-            failures += [f"{name}: {f}" for f in numerics.product_failures(a, t, e)]
+            failures += [f"{name}: {f}" for f in numerics.product_violations(a, t, e)]
     assert not failures, "; ".join(failures)
 
 
@@ -236,7 +236,7 @@ def test_weights_of_zero_get_gradients():
     for backend in ("triton", "reference"):
         weights = [torch.zeros(32).requires_grad_(), torch.ones(32).requires_grad_()]
         rstd = qk_norm_stats(q, k, backend=backend)
-        out = attention(q, k, v, None, *weights, *rstd, backend=backend)
+        out = attention(q, k, v, *weights, *rstd, backend=backend)
         results.append(torch.autograd.grad(out.square().sum(), weights))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -257,11 +257,11 @@ def test_same_bits_alone_and_in_a_batch_and_again():
     g = torch.Generator().manual_seed(9)
     qkv = torch.randn(3, 65, 3, 2, 64, generator=g).bfloat16()
     weight = torch.ones(128).bfloat16()
-    batch = qk_norm_attention(qkv, None, None, weight, weight, backend="triton")
-    assert torch.equal(batch, qk_norm_attention(qkv, None, None, weight, weight, backend="triton"))
+    batch = qk_norm_attention_qkvpacked(qkv, weight, weight, backend="triton")
+    assert torch.equal(batch, qk_norm_attention_qkvpacked(qkv, weight, weight, backend="triton"))
     for i in range(3):
         assert torch.equal(
-            batch[i : i + 1], qk_norm_attention(qkv[i : i + 1], None, None, weight, weight, backend="triton")
+            batch[i : i + 1], qk_norm_attention_qkvpacked(qkv[i : i + 1], weight, weight, backend="triton")
         )
 
 

@@ -5,9 +5,8 @@ import torch
 from test_attention import NAMES, emulate, problem, solve, solve_in
 
 from internvit import numerics
-from internvit.kernels.attention import backward as attention_backward
-from internvit.kernels.attention import forward as attention
-from internvit.kernels.attention.config import AttentionLaunch
+from internvit.kernels.attention import config as attention_configs
+from internvit.kernels.attention.config import AttentionConfig
 from tests.proofs.triton.interpreted.harness import Memory, run
 
 
@@ -26,10 +25,9 @@ from tests.proofs.triton.interpreted.harness import Memory, run
 @pytest.mark.parametrize("norm", ["none", "same"])
 @pytest.mark.parametrize("head_dim", [24, 64])
 def test_against_float64(rows, columns, tokens, expected, norm, head_dim, seed, monkeypatch):
-    choice = AttentionLaunch(rows, columns, 4, 1)
-    assert choice.peeling(tokens) == expected
-    for module in (attention, attention_backward):
-        monkeypatch.setattr(module, "attention_launch", lambda *_: choice)
+    config = AttentionConfig(rows, columns, 4, 1)
+    assert config.peeling(tokens) == expected
+    monkeypatch.setattr(attention_configs, "attention_config", lambda *_: config)
     case = {"heads": (2, head_dim), "tokens": tokens, "dtype": "bfloat16", "layout": "packed", "norm": norm}
     inputs, grad_out, grads, memory = problem({**case, "distribution": "normal"}, seed)
     (out, _), actual = solve(inputs, grad_out, grads, memory)

@@ -6,7 +6,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from internvit.ops import layer_scale_residual_norm, qk_norm_attention, rms_norm
+from internvit.ops import layer_scale_residual_norm, qk_norm_attention_qkvpacked, rms_norm
 
 C = 16
 
@@ -31,7 +31,7 @@ def samples():
         "qk_norm": (q, k, qw, kw, 1e-6, "fused"),
         "attention": (q, k, v, 0.3, qw, kw, *rstd),
         "qk_norm_attention": (q, k, v, qw, kw, 1e-6, 0.3, "fused"),
-        "qk_norm_attention_packed": (qkv, qw, kw, 1e-6, 0.3, "fused"),
+        "qk_norm_attention_qkvpacked": (qkv, qw, kw, 1e-6, 0.3, "fused"),
         "linear_gelu": (x, fc, fb, True),
     }
 
@@ -70,8 +70,8 @@ def test_opcheck_backward(op):
 
 
 def loss(x, branch, gamma, weight, qk, backend):
-    x, normed = layer_scale_residual_norm(x, branch, gamma, None, weight, backend=backend)
-    out = qk_norm_attention(normed.view(2, 3, 1, 2, 8).expand(-1, -1, 3, -1, -1), None, None, qk, qk, backend=backend)
+    x, normed = layer_scale_residual_norm(x, branch, weight, gamma=gamma, backend=backend)
+    out = qk_norm_attention_qkvpacked(normed.view(2, 3, 1, 2, 8).expand(-1, -1, 3, -1, -1), qk, qk, backend=backend)
     return rms_norm(out.flatten(2) + x, weight, backend=backend).square().sum()
 
 
@@ -86,7 +86,7 @@ def test_training_graph(how):
     else:
 
         def policy(ctx, op, *args, **kwargs):
-            kept = op == torch.ops.internvit.qk_norm_attention_packed.default
+            kept = op == torch.ops.internvit.qk_norm_attention_qkvpacked.default
             return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
         contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
@@ -98,7 +98,7 @@ def test_training_graph(how):
 def test_autocast_keeps_the_residual_stream_wide():
     x, branch, weight = tensors((2, 3, C), (2, 3, C), (C,), grad=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, normed = layer_scale_residual_norm(x, branch.bfloat16(), None, None, weight, backend="triton")
+        out, normed = layer_scale_residual_norm(x, branch.bfloat16(), weight, backend="triton")
     assert out.dtype == torch.float32
     assert normed.dtype == torch.bfloat16
 
@@ -108,7 +108,7 @@ def test_drop_path_is_replayed_by_checkpointing():
 
     def run(x, branch, weight):
         row_scale = torch.empty(4).bernoulli_(0.5) * 2
-        return layer_scale_residual_norm(x, branch, None, row_scale, weight, backend="triton")[1].square().sum()
+        return layer_scale_residual_norm(x, branch, weight, row_scale=row_scale, backend="triton")[1].square().sum()
 
     grads = []
     for again in (False, True):

@@ -109,7 +109,7 @@ def test_one_pass_equals_two(kind, rounding, dtype):
     gamma, weight = (torch.randn(384, generator=g).to(dtype) for _ in range(2))
     row_scale = torch.tensor([0.0, 1.25])
     summed, normed = layer_scale_residual_norm(
-        residual, branch, gamma, row_scale, weight, kind=kind, rounding=rounding, backend="triton"
+        *(residual, branch, weight, None, gamma, row_scale), norm_type=kind, rounding=rounding, backend="triton"
     )
     expected = layer_scale_residual(residual, branch, gamma, row_scale, backend="triton")
     assert torch.equal(summed, expected)
@@ -128,7 +128,7 @@ def test_gradients_only_where_asked(asked):
         leaves = [t.clone().requires_grad_(i in asked) for i, t in enumerate(inputs)]
         residual, branch, gamma, weight, bias = leaves
         out, normed = layer_scale_residual_norm(
-            residual, branch, gamma, row_scale, weight, bias, kind="layer_norm", backend=backend
+            *(residual, branch, weight, bias, gamma, row_scale), norm_type="layer_norm", backend=backend
         )
         wanted = [t for t in leaves if t.requires_grad]
         results.append(torch.autograd.grad(out.square().sum() + normed.cos().sum(), wanted))

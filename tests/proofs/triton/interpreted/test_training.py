@@ -10,7 +10,7 @@ from internvit.ops import (
     layer_scale_residual,
     layer_scale_residual_norm,
     linear_gelu,
-    qk_norm_attention,
+    qk_norm_attention_qkvpacked,
     rms_norm,
 )
 
@@ -54,7 +54,7 @@ class Model(nn.Module):
         for i, block in enumerate(self.blocks):
             qk = (None, None) if block.qk is None else block.qk
             qkv = block.qkv(normed).view(BATCH, TOKENS, 3, HEADS, WIDTH // HEADS)
-            branch = block.proj(qk_norm_attention(qkv, None, None, *qk).flatten(2))
+            branch = block.proj(qk_norm_attention_qkvpacked(qkv, *qk).flatten(2))
             x, normed = self.seam(x, branch, block.gammas[0], *seams[2 * i + 1])
             branch = block.fc2(linear_gelu(normed, block.fc1.weight, block.fc1.bias))
             if i + 1 < len(self.blocks):
@@ -62,7 +62,7 @@ class Model(nn.Module):
         return layer_scale_residual(x, branch, block.gammas[1], self.row_scale())
 
     def seam(self, x: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None):
-        return layer_scale_residual_norm(x, branch, gamma, self.row_scale(), weight, bias, kind=self.kind)
+        return layer_scale_residual_norm(x, branch, weight, bias, gamma, self.row_scale(), norm_type=self.kind)
 
 
 def train(name: str, kind: str, dtype: torch.dtype, drop_path: float) -> tuple[list[float], dict[str, Tensor]]:

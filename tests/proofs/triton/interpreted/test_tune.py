@@ -5,30 +5,46 @@ import json
 import pytest
 import torch
 
-from internvit.kernels.attention.config import AttentionLaunch, attention_launch
-from internvit.kernels.common import launch
-from internvit.kernels.common.launch import INTERPRETER
-from internvit.kernels.common.rows import RowLaunch, row_launch
+from internvit import InternViTConfig
+from internvit.kernels.attention.config import AttentionConfig, attention_config
+from internvit.kernels.common import config as configs
+from internvit.kernels.common.rows import RowConfig, row_config
+from internvit.kernels.common.target import INTERPRETER
+from internvit.kernels.gelu import gelu_config
 from internvit.kernels.tools import tune
 
-CACHED = (launch._tuned, row_launch, attention_launch)
+CACHED = (configs._tuned, row_config, attention_config, gelu_config)
+TINY = {
+    "image_size": 56,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+LAYER_NORM = {"norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False}
+
+
+def few(config):
+    if isinstance(config, RowConfig):
+        return iter([RowConfig(2, 2), RowConfig(4, 1)])
+    if isinstance(config, AttentionConfig) and config.columns:
+        return iter([AttentionConfig(32, 16, 4, 1), AttentionConfig(16, 32, 4, 2)])
+    return iter([])
 
 
 @pytest.fixture
 def rehearsal(tmp_path, monkeypatch):
-    """A small problem on the CPU, a few candidates, and a clock on which the last candidate is the fastest."""
+    """Small models on the CPU, a few candidates, and a clock on which the last candidate is the fastest."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, value in {"DEVICE": "cpu", "MODELS": ((2, 16),), "BATCH": 1, "TOKENS": 18}.items():
+    models = InternViTConfig(**TINY), InternViTConfig(**TINY, **LAYER_NORM)
+    for name, value in {"DEVICE": "cpu", "MODELS": models, "BATCH": 1, "WIDE": (56, 70), "candidates": few}.items():
         monkeypatch.setattr(tune, name, value)
-    monkeypatch.setattr(tune, "row_candidates", lambda: iter([RowLaunch(2, 2), RowLaunch(4, 1)]))
-    candidates = [AttentionLaunch(32, 16, 4, 1), AttentionLaunch(16, 32, 4, 2)]
-    monkeypatch.setattr(tune, "attention_candidates", lambda: iter(candidates))
     monkeypatch.setattr(tune, "measure", lambda calls: {key: 1.0 - 0.1 * i for i, key in enumerate(calls)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "the interpreter")
     for cached in CACHED:
         cached.cache_clear()
-    yield launch.tuned_files(INTERPRETER)[0]
+    yield configs.tuned_files(INTERPRETER)[0]
     for cached in CACHED:
         cached.cache_clear()
 
@@ -43,35 +59,54 @@ def test_what_tune_writes_is_what_the_kernels_take(rehearsal, monkeypatch, capsy
     for cached in CACHED:
         cached.cache_clear()
     written = json.loads(rehearsal.read_text())
-    assert {"target", "device", "torch", "triton", "choices"} == set(written)
-    assert len(written["choices"]) == 11  # three kernels of attention, eight over rows
-    assert row_launch("layer_norm_backward", 32, INTERPRETER) == RowLaunch(4, 1)
-    assert row_launch("layer_norm_backward", 64, INTERPRETER) == RowLaunch.rule(64)
+    assert {"target", "device", "torch", "triton", "configs"} == set(written)
+    norms = {f"{name}{way}" for name in ("rms_norm", "layer_norm", "qk_norm") for way in ("", "_backward")}
+    residuals = {f"layer_scale_residual{name}{way}" for name in ("", "_norm") for way in ("", "_backward")}
+    stats = {"qk_norm_stats", "qk_norm_stats_backward"}
+    attention = {f"attention_{kernel}" for kernel in ("forward", "grad_q", "grad_kv")}
+    assert set(written["configs"]) == norms | residuals | stats | attention
+    assert row_config("layer_norm_backward", 32, INTERPRETER) == RowConfig(4, 1)
+    assert row_config("layer_norm_backward", 64, INTERPRETER) == RowConfig.rule(64)
     for kernel in ("forward", "grad_q", "grad_kv"):
-        assert attention_launch(kernel, 16, torch.bfloat16, INTERPRETER) == AttentionLaunch(16, 32, 4, 2)
+        assert attention_config(kernel, 16, torch.bfloat16, INTERPRETER) == AttentionConfig(16, 32, 4, 2)
     assert "is not read from where it is" not in capsys.readouterr().out
 
 
-def test_a_wrong_candidate_is_not_taken_and_a_file_elsewhere_is_pointed_out(rehearsal, tmp_path, monkeypatch, capsys):
-    problems = tune.row_problems
+def test_a_wrong_candidate_is_not_taken_and_a_file_elsewhere_is_named(rehearsal, tmp_path, monkeypatch, capsys):
+    outputs = tune._outputs
 
-    def wrong(channels, dtype):
-        call = problems(channels, dtype)["rms_norm"]
+    def wrong(call, config):  # as if the kernel were broken for tiles of four rows
+        return [t + (config.rows == 4) for t in outputs(call, config)]
 
-        def run():  # as if the kernel were broken for tiles of four rows
-            y, rstd = call()
-            return (y + (row_launch("rms_norm", channels, INTERPRETER).rows == 4), rstd)
-
-        return {"rms_norm": run}
-
-    monkeypatch.setattr(tune, "row_problems", wrong)
-    run(monkeypatch, "--out", tmp_path / "elsewhere.json", "--only", "rms_norm")
-    choices = json.loads((tmp_path / "elsewhere.json").read_text())["choices"]
-    assert choices == {"rms_norm": {"C=32": {"rows": 2, "warps": 2}}}
+    monkeypatch.setattr(tune, "_outputs", wrong)
+    run(monkeypatch, "--out", tmp_path / "elsewhere.json", "--only", "rms_norm_backward")
+    written = json.loads((tmp_path / "elsewhere.json").read_text())["configs"]
+    assert written == {"rms_norm_backward": {"C=32": {"rows": 2, "warps": 2}}}
     assert f"put it at {rehearsal}" in capsys.readouterr().out
 
 
 def test_two_percent_are_needed(rehearsal, monkeypatch):
     monkeypatch.setattr(tune, "measure", lambda calls: {key: 1.0 - 0.005 * i for i, key in enumerate(calls)})
     run(monkeypatch, "--out", rehearsal, "--only", "layer_norm")
-    assert json.loads(rehearsal.read_text())["choices"] == {}
+    assert json.loads(rehearsal.read_text())["configs"] == {}
+
+
+def test_a_run_that_is_cut_short_keeps_what_it_measured(rehearsal, monkeypatch):
+    best = tune.best
+
+    def third_fails(calls):
+        if rehearsal.exists() and sum(map(len, json.loads(rehearsal.read_text())["configs"].values())) == 2:
+            raise KeyboardInterrupt
+        return best(calls)
+
+    monkeypatch.setattr(tune, "best", third_fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, "--out", rehearsal)
+    assert len(json.loads(rehearsal.read_text())["configs"]) == 2
+
+
+def test_a_configuration_serves_attention_with_qk_norm_and_without(rehearsal):
+    calls = tune.model_calls(tune.MODELS[0], torch.bfloat16)
+    attention = calls["attention_grad_kv", "D=16,bytes=2"]
+    assert {call.args[6] is None for call in attention} == {True, False}  # rstd_k
+    assert len({call.args[0].shape[1] for call in attention}) == 2  # tokens

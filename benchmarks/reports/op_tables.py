@@ -1,0 +1,74 @@
+"""docs/api/ops.md from the specs of the ops: what each moves and multiplies, the least time for it, and its reference.
+
+    python -m internvit.benchmarks.reports.op_tables [--check]
+
+Bytes count each tensor that an op, and its backward, reads or writes once; the least time is that, or the products, at
+a data sheet's rates. Arithmetic, no measurement. `--check` writes nothing and exits 1 where the page is out of date.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from internvit import ops
+from internvit.benchmarks.harness.results import FOLDER
+from internvit.benchmarks.reports.table import markdown
+from internvit.kernels.tools.roofline import CEILINGS
+from internvit.ops.core.spec import SIZES, SPECS, cost
+
+PAGE = FOLDER.parents[1] / "docs" / "api" / "ops.md"
+
+
+def table(model: str) -> str:
+    """A row an op and example: megabytes and GFLOP forward and backward, and the least time for both on each device."""
+    rows = []
+    for spec in SPECS.values():
+        for variant in spec.examples:
+            least = cost(spec, SIZES[model], torch.bfloat16, variant)
+            times = [1e6 * c.seconds(least.both_bytes, least.both_flops) for c in CEILINGS]
+            rows.append(
+                [
+                    f"`{spec.name}`" + (f" {variant}" if variant else ""),
+                    f"{least.forward_bytes / 1e6:.1f}",
+                    f"{(least.both_bytes - least.forward_bytes) / 1e6:.1f}",
+                    f"{least.forward_flops / 1e9:.1f}",
+                    f"{(least.both_flops - least.forward_flops) / 1e9:.1f}",
+                    *(f"{t:.0f}" for t in times),
+                ]
+            )
+    devices = [f"{c.device}, us" for c in CEILINGS]
+    return markdown(["op", "MB forward", "MB backward", "GFLOP forward", "GFLOP backward", *devices], rows)
+
+
+def page() -> str:
+    """The whole page."""
+    sections = [
+        "# Ops",
+        "Written by `python -m internvit.benchmarks.reports.op_tables` from the ops' specs. The least that one image "
+        "of 448 pixels costs in bfloat16, forward and backward: each tensor read or written once, and the least time "
+        "for that and the products at data-sheet rates. Arithmetic, not measured.",
+    ]
+    for model, size in SIZES.items():
+        if model != "tiny":
+            sections += [f"## {model}: {size.tokens} tokens, {size.heads} heads of {size.head_dim}", table(model)]
+    sections.append("## Reference")
+    sections += [f"::: internvit.ops.{name}" for name in ops.__all__]
+    return "\n\n".join(sections) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m internvit.benchmarks.reports.op_tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is out of date")
+    new = page()
+    if parser.parse_args(arguments).check:
+        if new != PAGE.read_text():
+            print(f"{PAGE.name} is out of date: python -m internvit.benchmarks.reports.op_tables", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+// What raw ops require of their arguments, once for both libraries. Exported graphs and C++ hosts call raw ops without the
+// validation of internvit/ops, and kernels trust every size and dtype: what passes here is safe to read and to write.
+// An error names the op and the argument, what was expected and what came.
+#pragma once
+
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "common/tensors.h"
+
+namespace internvit {
+
+template <class Sizes>
+std::string list_of(const Sizes& sizes) {
+  std::string text = "[";
+  for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+template <class Sizes, class Others>
+bool equal(const Sizes& a, const Others& b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i)
+    if (a[i] != b[i]) return false;
+  return true;
+}
+
+inline std::string device_of(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "another device:") + std::to_string(t.get_device_index());
+}
+
+inline bool is_storage_type(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// The checks of one call: the other arguments are compared with its first tensor x, named `name`.
+class Checks {
+ public:
+  Checks(const char* op, const char* name, const Tensor& x) : op_(op), name_(name), x_(x) {
+    STD_TORCH_CHECK(is_storage_type(x.scalar_type()), op, ": ", name, " must be float32, bfloat16 or float16, got ",
+                    x.scalar_type());
+  }
+
+  // x [..., C].
+  void rows() const {
+    STD_TORCH_CHECK(x_.dim() > 0 && is_channel_count(x_.size(x_.dim() - 1)), op_, ": ", name_,
+                    " must have a last dimension of 1 to 2^31 - 1, got shape ", list_of(x_.sizes()));
+  }
+  // x [B, N, H, D].
+  void heads() const {
+    STD_TORCH_CHECK(x_.dim() == 4 && is_channel_count(x_.size(2)) && is_channel_count(x_.size(3)) &&
+                        is_channel_count(x_.size(2) * x_.size(3)),
+                    op_, ": ", name_, " must have shape [B, N, H, D] with H, D >= 1, got ", list_of(x_.sizes()));
+  }
+
+  void device(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(t.device() == x_.device(), op_, ": ", name, " must be on ", name_, "'s device ", device_of(x_), ", got ",
+                    device_of(t));
+  }
+  void dtype(const char* name, const Tensor& t, ScalarType expected) const {
+    STD_TORCH_CHECK(t.scalar_type() == expected, op_, ": ", name, " must be ", expected, ", got ", t.scalar_type());
+  }
+  template <class Sizes>
+  void shape(const char* name, const Tensor& t, const Sizes& expected) const {
+    device(name, t);
+    STD_TORCH_CHECK(equal(t.sizes(), expected), op_, ": ", name, " must have shape ", list_of(expected), ", got ",
+                    list_of(t.sizes()));
+  }
+
+  // x's shape, dtype and device.
+  void like_x(const char* name, const Tensor& t) const {
+    shape(name, t, x_.sizes());
+    dtype(name, t, x_.scalar_type());
+  }
+  // Written through its strides: two elements must not share a place.
+  void output_like_x(const char* name, const Tensor& t) const {
+    like_x(name, t);
+    for (int64_t i = 0; i < t.dim(); ++i)
+      STD_TORCH_CHECK(t.size(i) <= 1 || t.stride(i) != 0, op_, ": ", name,
+                      " is written and must have an element for each index, got strides ", list_of(t.strides()));
+  }
+  // The branch's own tensors have the dtype that `source` gives; the residual stream's may be float32 beside it.
+  void branch_dtype(const char* name, const Tensor& t, const char* source, ScalarType expected) const {
+    STD_TORCH_CHECK(t.scalar_type() == expected, op_, ": ", name, " and ", source, " must agree, got ", t.scalar_type(),
+                    " and ", expected);
+  }
+  void residual_dtype(const char* name, const Tensor& t, const char* source, ScalarType branch) const {
+    STD_TORCH_CHECK(t.scalar_type() == branch || t.scalar_type() == ScalarType::Float, op_, ": ", name, " must be of ",
+                    source, "'s dtype ", branch, " or Float, got ", t.scalar_type());
+  }
+
+  // Parameters and statistics: any floating dtype; kernels get them converted.
+  template <class Sizes>
+  void floating(const char* name, const OptionalTensor& t, const Sizes& expected) const {
+    if (!t) return;
+    shape(name, *t, expected);
+    STD_TORCH_CHECK(is_storage_type(t->scalar_type()) || t->scalar_type() == ScalarType::Double, op_, ": ", name,
+                    " must be float32, bfloat16, float16 or float64, got ", t->scalar_type());
+  }
+  void parameter(const char* name, const OptionalTensor& t, int64_t length) const {
+    floating(name, t, std::vector<int64_t>{length});
+  }
+  // One factor for each image of x [B, ..., C].
+  void row_scale(const OptionalTensor& t) const {
+    STD_TORCH_CHECK(!t || x_.dim() >= 2, op_, ": row_scale needs ", name_, " of shape [B, ..., C], got ",
+                    list_of(x_.sizes()));
+    if (t) parameter("row_scale", t, x_.size(0));
+  }
+  void given(const char* name, const OptionalTensor& t, const char* why) const {
+    STD_TORCH_CHECK(t, op_, ": ", name, " must be given ", why);
+  }
+
+  void eps(double eps) const { STD_TORCH_CHECK(eps >= 0, op_, ": eps must be a number >= 0, got ", eps); }
+  void one_of(const char* name, const std::string& value, const char* first, const char* second) const {
+    STD_TORCH_CHECK(value == first || value == second, op_, ": ", name, " must be '", first, "' or '", second, "', got '",
+                    value, "'");
+  }
+  void rounding(const std::string& value) const { one_of("rounding", value, "fused", "reference"); }
+  void output_mask(const std::vector<bool>& mask, size_t length) const {
+    STD_TORCH_CHECK(mask.size() == length, op_, ": output_mask must have ", length, " elements, got ", mask.size());
+  }
+
+ private:
+  static bool is_channel_count(int64_t n) { return n >= 1 && n <= std::numeric_limits<int32_t>::max(); }
+
+  const char* op_;
+  const char* name_;
+  const Tensor& x_;
+};
+
+}  // namespace internvit

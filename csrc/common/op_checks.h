@@ -1,0 +1,215 @@
+// The checks of each op that both libraries have, and of attention. They come first in a raw op, before anything is read.
+#pragma once
+
+#include "common/checks.h"
+
+namespace internvit::check {
+
+inline int64_t channels_of(const Tensor& x) { return x.size(x.dim() - 1); }
+
+inline void rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::string& rounding) {
+  const Checks check("rms_norm", "x", x);
+  check.rows();
+  check.parameter("weight", weight, channels_of(x));
+  check.eps(eps);
+  check.rounding(rounding);
+}
+
+inline void rms_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                              const std::vector<bool>& output_mask) {
+  const Checks check("rms_norm_backward", "x", x);
+  check.rows();
+  check.like_x("grad_y", grad_y);
+  check.parameter("weight", weight, channels_of(x));
+  check.floating("rstd", rstd, leading_sizes(x));
+  check.output_mask(output_mask, 2);
+}
+
+inline void layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps) {
+  const Checks check("layer_norm", "x", x);
+  check.rows();
+  check.parameter("weight", weight, channels_of(x));
+  check.parameter("bias", bias, channels_of(x));
+  check.eps(eps);
+}
+
+inline void layer_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& mean,
+                                const Tensor& rstd, const std::vector<bool>& output_mask) {
+  const Checks check("layer_norm_backward", "x", x);
+  check.rows();
+  check.like_x("grad_y", grad_y);
+  check.parameter("weight", weight, channels_of(x));
+  check.floating("mean", mean, leading_sizes(x));
+  check.floating("rstd", rstd, leading_sizes(x));
+  check.output_mask(output_mask, 3);
+}
+
+inline void fused_add(const Checks& check, const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma,
+                      const OptionalTensor& row_scale) {
+  check.rows();
+  check.shape("residual", residual, branch.sizes());
+  check.residual_dtype("residual", residual, "branch", branch.scalar_type());
+  check.parameter("gamma", gamma, channels_of(branch));
+  check.row_scale(row_scale);
+}
+
+inline void layer_scale_residual(const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma,
+                                 const OptionalTensor& row_scale) {
+  fused_add(Checks("layer_scale_residual", "branch", branch), residual, branch, gamma, row_scale);
+}
+
+// What the gradients of the branch and of gamma are made of; x is the residual's gradient, or the residual.
+inline void fused_add_backward(const Checks& check, const Tensor& x, const OptionalTensor& branch,
+                               const OptionalTensor& gamma, const OptionalTensor& row_scale, const char* source,
+                               ScalarType branch_dtype, bool grad_gamma_asked) {
+  check.rows();
+  if (branch) {
+    check.shape("branch", *branch, x.sizes());
+    check.branch_dtype("branch", *branch, source, branch_dtype);
+  }
+  check.parameter("gamma", gamma, channels_of(x));
+  check.row_scale(row_scale);
+  if (!grad_gamma_asked) return;
+  check.given("branch", branch, "where output_mask asks for grad_gamma");
+  check.given("gamma", gamma, "where output_mask asks for grad_gamma");
+}
+
+inline void layer_scale_residual_backward(const Tensor& grad_residual_out, const OptionalTensor& branch,
+                                          const OptionalTensor& gamma, const OptionalTensor& row_scale,
+                                          ScalarType branch_dtype, const std::vector<bool>& output_mask) {
+  const char* op = "layer_scale_residual_backward";
+  const Checks check(op, "grad_residual_out", grad_residual_out);
+  check.output_mask(output_mask, 2);
+  STD_TORCH_CHECK(is_storage_type(branch_dtype), op, ": branch_dtype must be float32, bfloat16 or float16, got ",
+                  branch_dtype);
+  check.residual_dtype("grad_residual_out", grad_residual_out, "branch_dtype", branch_dtype);
+  fused_add_backward(check, grad_residual_out, branch, gamma, row_scale, "branch_dtype", branch_dtype, output_mask[1]);
+}
+
+inline void layer_scale_residual_norm(const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma,
+                                      const OptionalTensor& row_scale, const Tensor& weight, const OptionalTensor& bias,
+                                      double eps, const std::string& norm_type, const std::string& rounding) {
+  const Checks check("layer_scale_residual_norm", "branch", branch);
+  fused_add(check, residual, branch, gamma, row_scale);
+  check.parameter("weight", weight, channels_of(branch));
+  check.parameter("bias", bias, channels_of(branch));
+  check.eps(eps);
+  check.one_of("norm_type", norm_type, "rms_norm", "layer_norm");
+  check.rounding(rounding);
+}
+
+inline void layer_scale_residual_norm_backward(const OptionalTensor& grad_residual_out, const Tensor& grad_normed,
+                                               const Tensor& residual_out, const OptionalTensor& branch,
+                                               const OptionalTensor& gamma, const OptionalTensor& row_scale,
+                                               const Tensor& weight, const Tensor& mean, const Tensor& rstd,
+                                               const std::string& norm_type, const std::vector<bool>& output_mask) {
+  const char* op = "layer_scale_residual_norm_backward";
+  const Checks check(op, "residual_out", residual_out);
+  check.output_mask(output_mask, 5);
+  check.one_of("norm_type", norm_type, "rms_norm", "layer_norm");
+  check.shape("grad_normed", grad_normed, residual_out.sizes());
+  STD_TORCH_CHECK(is_storage_type(grad_normed.scalar_type()), op,
+                  ": grad_normed must be float32, bfloat16 or float16, got ", grad_normed.scalar_type());
+  check.residual_dtype("residual_out", residual_out, "grad_normed", grad_normed.scalar_type());
+  if (grad_residual_out) check.like_x("grad_residual_out", *grad_residual_out);
+  fused_add_backward(check, residual_out, branch, gamma, row_scale, "grad_normed", grad_normed.scalar_type(),
+                     output_mask[2]);
+  check.parameter("weight", weight, channels_of(residual_out));
+  if (norm_type == "layer_norm") check.floating("mean", mean, leading_sizes(residual_out));
+  check.floating("rstd", rstd, leading_sizes(residual_out));
+}
+
+inline void qk_norm_stats(const Tensor& q, const Tensor& k, double eps) {
+  const Checks check("qk_norm_stats", "q", q);
+  check.heads();
+  check.like_x("k", k);
+  check.eps(eps);
+}
+
+inline void qk_norm_stats_backward(const Tensor& grad_rstd_q, const Tensor& grad_rstd_k, const Tensor& q,
+                                   const Tensor& k, const Tensor& rstd_q, const Tensor& rstd_k, const Tensor& grad_q,
+                                   const Tensor& grad_k) {
+  const Checks check("qk_norm_stats_backward", "q", q);
+  check.heads();
+  check.like_x("k", k);
+  const auto by_token = leading_sizes(q, 2);
+  check.floating("grad_rstd_q", grad_rstd_q, by_token);
+  check.floating("grad_rstd_k", grad_rstd_k, by_token);
+  check.floating("rstd_q", rstd_q, by_token);
+  check.floating("rstd_k", rstd_k, by_token);
+  check.output_like_x("grad_q", grad_q);
+  check.output_like_x("grad_k", grad_k);
+}
+
+inline void qk_norm(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, double eps,
+                    const std::string& rounding) {
+  const Checks check("qk_norm", "q", q);
+  check.heads();
+  check.like_x("k", k);
+  check.parameter("q_weight", q_weight, q.size(2) * q.size(3));
+  check.parameter("k_weight", k_weight, q.size(2) * q.size(3));
+  check.eps(eps);
+  check.rounding(rounding);
+}
+
+inline void qk_norm_backward(const Tensor& grad_q_normed, const Tensor& grad_k_normed, const Tensor& q, const Tensor& k,
+                             const Tensor& q_weight, const Tensor& k_weight, const Tensor& rstd_q, const Tensor& rstd_k,
+                             const std::vector<bool>& output_mask) {
+  const Checks check("qk_norm_backward", "q", q);
+  check.heads();
+  check.like_x("k", k);
+  check.like_x("grad_q_normed", grad_q_normed);
+  check.like_x("grad_k_normed", grad_k_normed);
+  check.parameter("q_weight", q_weight, q.size(2) * q.size(3));
+  check.parameter("k_weight", k_weight, q.size(2) * q.size(3));
+  check.floating("rstd_q", rstd_q, leading_sizes(q, 2));
+  check.floating("rstd_k", rstd_k, leading_sizes(q, 2));
+  check.output_mask(output_mask, 4);
+}
+
+inline void gelu(const Tensor& pre_activation) { Checks("gelu", "pre_activation", pre_activation); }
+
+inline void gelu_backward(const Tensor& grad_y, const Tensor& pre_activation) {
+  Checks("gelu_backward", "pre_activation", pre_activation).like_x("grad_y", grad_y);
+}
+
+// QK-norm's weights and statistics, all four or none.
+struct QKNorm {
+  const OptionalTensor &q_weight, &k_weight, &rstd_q, &rstd_k;
+};
+
+inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, const QKNorm& norm) {
+  check.heads();
+  check.like_x("k", k);
+  check.like_x("v", v);
+  if (norm.q_weight || norm.k_weight || norm.rstd_q || norm.rstd_k) {
+    const char* why = "with the others of q_weight, k_weight, rstd_q and rstd_k: all four or none";
+    check.given("q_weight", norm.q_weight, why);
+    check.given("k_weight", norm.k_weight, why);
+    check.given("rstd_q", norm.rstd_q, why);
+    check.given("rstd_k", norm.rstd_k, why);
+  }
+  check.parameter("q_weight", norm.q_weight, q.size(2) * q.size(3));
+  check.parameter("k_weight", norm.k_weight, q.size(2) * q.size(3));
+  check.floating("rstd_q", norm.rstd_q, leading_sizes(q, 2));
+  check.floating("rstd_k", norm.rstd_k, leading_sizes(q, 2));
+}
+
+inline void attention(const Tensor& q, const Tensor& k, const Tensor& v, const QKNorm& norm) {
+  attention_inputs(Checks("attention", "q", q), q, k, v, norm);
+}
+
+inline void attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                               const Tensor& lse, const QKNorm& norm, const Tensor& grad_q, const Tensor& grad_k,
+                               const Tensor& grad_v) {
+  const Checks check("attention_backward", "q", q);
+  attention_inputs(check, q, k, v, norm);
+  check.like_x("grad_out", grad_out);
+  check.like_x("out", out);
+  check.floating("lse", lse, std::vector<int64_t>{q.size(0), q.size(2), q.size(1)});
+  check.output_like_x("grad_q", grad_q);
+  check.output_like_x("grad_k", grad_k);
+  check.output_like_x("grad_v", grad_v);
+}
+
+}  // namespace internvit::check

@@ -1,0 +1,220 @@
+// Attention in float32 arithmetic, for every dtype, head dimension and instruction set (bf16: attention_bf16.h).
+//
+//   out = softmax(q' k'^T) v,  q' = q * rstd_q * q_weight * k_weight * scale * log2(e),  k' = k * rstd_k   (base 2)
+//
+// A unit of work is a strip of queries of one head. A task packs K^T and V of a head as float32 once, then runs its
+// strips: scores of the strip over all keys, softmax in place, product with V. No running maximum: the strip is in cache.
+#pragma once
+
+#include "cpu/simd/simd.h"
+
+namespace internvit::INTERNVIT_ISA {
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+
+// Rows and vectors of one block of accumulators: as many as the registers hold.
+#if defined(__AVX512F__)
+constexpr int kBlockRows = 8, kBlockVectors = 2;
+#elif defined(__AVX2__)
+constexpr int kBlockRows = 4, kBlockVectors = 1;
+#else
+constexpr int kBlockRows = 2, kBlockVectors = 1;
+#endif
+
+// A matrix whose element (i, k) stands at data[i * row + k * depth].
+struct Factor {
+  const float* data;
+  int64_t row, depth;
+};
+
+template <int kRows, int kVectors>
+INTERNVIT_INLINE void multiply_block(
+    int64_t depth, Factor a, const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  Vec acc[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : broadcast(0.0f);
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[kVectors];
+    for (int j = 0; j < kVectors; ++j) row[j] = load(b + k * ldb + j * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec left = broadcast(a.data[i * a.row + k * a.depth]);
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = fma(left, row[j], acc[i][j]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+}
+
+template <int kRows>
+void multiply_rows(
+    int64_t cols, int64_t depth, Factor a, const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  int64_t j = 0;
+  for (; j + kBlockVectors * kLanes <= cols; j += kBlockVectors * kLanes)
+    multiply_block<kRows, kBlockVectors>(depth, a, b + j, ldb, c + j, ldc, accumulate);
+  for (; j < cols; j += kLanes) multiply_block<kRows, 1>(depth, a, b + j, ldb, c + j, ldc, accumulate);
+}
+
+// c [rows, cols] (+)= a [rows, depth] b [depth, cols]; cols is a multiple of 16.
+void multiply(int64_t rows, int64_t cols, int64_t depth, Factor a, const float* b, int64_t ldb, float* c, int64_t ldc,
+              bool accumulate) {
+  int64_t i = 0;
+  const auto from = [&](int64_t row) { return Factor{a.data + row * a.row, a.row, a.depth}; };
+  for (; i + kBlockRows <= rows; i += kBlockRows)
+    multiply_rows<kBlockRows>(cols, depth, from(i), b, ldb, c + i * ldc, ldc, accumulate);
+  for (; i < rows; ++i) multiply_rows<1>(cols, depth, from(i), b, ldb, c + i * ldc, ldc, accumulate);
+}
+
+template <class T>
+INTERNVIT_INLINE const T* token(const HeadsView& x, int64_t b, int64_t n, int64_t h) {
+  return static_cast<const T*>(x.data) + b * x.stride_b + n * x.stride_n + h * x.stride_h;
+}
+
+// One token's head as float32, times weight where one is given, times factor; zero up to `padded`.
+template <class T>
+INTERNVIT_INLINE void load_token(
+    const T* x, const float* weight, float factor, int64_t head_dim, int64_t padded, float* out) {
+  const Vec f = broadcast(factor);
+  for_lanes(head_dim, INTERNVIT_BODY(d, lanes, u) {
+    const Vec value = load(x + d, lanes) * f;
+    store(out + d, weight ? value * load(weight + d, lanes) : value, lanes);
+  });
+  for (int64_t d = head_dim; d < padded; ++d) out[d] = 0;
+}
+
+struct ScratchArena {  // hands out 64-byte aligned pieces of a task's scratch; with null it only counts
+  char* next;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = next ? reinterpret_cast<T*>(next + used) : nullptr;
+    used += round_up(count * int64_t(sizeof(T)), 64);
+    return piece;
+  }
+};
+
+constexpr int64_t kStrip = 32;  // queries of a unit of work
+
+template <class T>
+struct AttentionScratch {
+  float *k_transposed, *values, *queries, *scores, *out, *key;
+  int64_t bytes;
+  AttentionScratch(void* memory, int64_t tokens, int64_t head_dim) {
+    const int64_t keys = round_up(tokens, kLanes), dims = round_up(head_dim, kLanes);
+    ScratchArena arena{static_cast<char*>(memory)};
+    k_transposed = arena.take<float>(dims * keys);
+    values = arena.take<float>(keys * dims);
+    queries = arena.take<float>(kStrip * dims);
+    scores = arena.take<float>(kStrip * keys);
+    out = arena.take<float>(kStrip * dims);
+    key = arena.take<float>(dims);
+    bytes = arena.used;
+  }
+};
+
+template <class T>
+void attention_pack_head(const AttentionParams& p, const AttentionScratch<T>& s, int64_t b, int64_t h) {
+  const int64_t keys = round_up(p.tokens, kLanes), dims = round_up(p.head_dim, kLanes);
+  for (int64_t n = 0; n < p.tokens; ++n) {
+    const float rstd = p.rstd_k ? p.rstd_k[b * p.tokens + n] : 1.0f;
+    load_token(token<T>(p.k, b, n, h), nullptr, rstd, p.head_dim, dims, s.key);
+    for (int64_t d = 0; d < dims; ++d) s.k_transposed[d * keys + n] = s.key[d];
+    load_token(token<T>(p.v, b, n, h), nullptr, 1.0f, p.head_dim, dims, s.values + n * dims);
+  }
+  for (int64_t d = 0; d < dims; ++d)
+    for (int64_t n = p.tokens; n < keys; ++n) s.k_transposed[d * keys + n] = 0;
+}
+
+INTERNVIT_INLINE float row_maximum(const float* scores, int64_t n) {
+  const int64_t full = n / kLanes * kLanes;
+  float m = scores[0];
+  if (full) {
+    Vec top = load(scores);
+    for (int64_t c = kLanes; c < full; c += kLanes) top = max(top, load(scores + c));
+    m = max_lane(top);
+  }
+  for (int64_t c = full; c < n; ++c) m = scores[c] > m ? scores[c] : m;
+  return m;
+}
+
+// Scores to 2^exponent(score) in place; returns the sum.
+template <class Exponent>
+INTERNVIT_INLINE float exponentials(float* scores, int64_t n, const Exponent& exponent) {
+  const int64_t full = n / kLanes * kLanes;
+  Sum total;
+  for_lanes(full, INTERNVIT_BODY(c, lanes, u) {
+    const Vec p = exp2_float32(exponent(load(scores + c, lanes)));
+    store(scores + c, p, lanes);
+    total.part[u] = total.part[u] + p;
+  });
+  float tail = 0;
+  if (full < n) {
+    store(scores + full, exp2_float32(exponent(load(scores + full, n - full))), n - full);
+    for (int64_t c = full; c < n; ++c) tail += scores[c];
+  }
+  return total.total() + tail;
+}
+
+template <class T>
+void attention_strip(
+    const AttentionParams& p, const AttentionScratch<T>& s, int64_t b, int64_t h, int64_t first, int64_t rows) {
+  const int64_t keys = round_up(p.tokens, kLanes), dims = round_up(p.head_dim, kLanes), d = p.head_dim;
+  const float factor = p.scale * kLog2E;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t n = first + i;
+    float* query = s.queries + i * dims;
+    if (p.q_weight) {
+      load_token(token<T>(p.q, b, n, h), p.q_weight + h * d, p.rstd_q[b * p.tokens + n] * factor, d, dims, query);
+      load_token(query, p.k_weight + h * d, 1.0f, d, dims, query);
+    } else {
+      load_token(token<T>(p.q, b, n, h), nullptr, factor, d, dims, query);
+    }
+  }
+  multiply(rows, keys, d, {s.queries, dims, 1}, s.k_transposed, keys, s.scores, keys, false);
+  float sums[kStrip];
+  for (int64_t i = 0; i < rows; ++i) {
+    const float maximum = row_maximum(s.scores + i * keys, p.tokens);
+    const Vec shift = broadcast(maximum);
+    sums[i] = exponentials(s.scores + i * keys, p.tokens, [&](Vec x) __attribute__((always_inline)) { return x - shift; });
+    const double lse = double(maximum) * double(kLn2) + __builtin_log(double(sums[i]));
+    p.lse[(b * p.heads + h) * p.tokens + first + i] = float(lse);
+  }
+  multiply(rows, dims, p.tokens, {s.scores, keys, 1}, s.values, dims, s.out, dims, false);
+  for (int64_t i = 0; i < rows; ++i) {
+    const Vec inverse = broadcast(1.0f / sums[i]);
+    T* out = static_cast<T*>(p.out) + ((b * p.tokens + first + i) * p.heads + h) * d;
+    for_lanes(d, INTERNVIT_BODY(c, lanes, u) { store(out + c, load(s.out + i * dims + c, lanes) * inverse, lanes); });
+  }
+}
+
+// Calls pack(b, h) whenever the head changes, and strip(b, h, first, rows), over the units [begin, end).
+template <int64_t kRows = kStrip, class Pack, class Strip>
+INTERNVIT_INLINE void for_strips(
+    int64_t begin, int64_t end, int64_t heads, int64_t tokens, const Pack& pack, const Strip& strip) {
+  const int64_t strips = (tokens + kRows - 1) / kRows;
+  int64_t packed = -1;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t head = unit / strips, first = unit % strips * kRows;
+    if (head != packed) pack(head / heads, head % heads);
+    packed = head;
+    strip(head / heads, head % heads, first, min_of(kRows, tokens - first));
+  }
+}
+
+template <int64_t kRows = kStrip>
+INTERNVIT_INLINE int64_t strip_count(const AttentionParams& p) {
+  return p.batch * p.heads * ((p.tokens + kRows - 1) / kRows);
+}
+
+void attention(const AttentionParams& p, const Executor& executor) {
+  INTERNVIT_DISPATCH(p.dtype, T, {
+    parallel(executor, strip_count(p), 1, [&](int64_t begin, int64_t end) {
+      const int64_t bytes = AttentionScratch<T>(nullptr, p.tokens, p.head_dim).bytes;
+      const AttentionScratch<T> s(executor.scratch(bytes), p.tokens, p.head_dim);
+      for_strips(
+          begin, end, p.heads, p.tokens, [&](int64_t b, int64_t h) { attention_pack_head(p, s, b, h); },
+          [&](int64_t b, int64_t h, int64_t first, int64_t rows) { attention_strip(p, s, b, h, first, rows); });
+    });
+  });
+}
+
+}  // namespace internvit::INTERNVIT_ISA

@@ -1,0 +1,113 @@
+// The raw ops of a Linear whose weight is packed for this machine's products.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "common/checks.h"
+#include "cpu/torch/bindings.h"
+
+namespace internvit {
+namespace {
+
+// Whether this instruction set has a GEMM of its own for that dtype.
+bool packs_linear(ScalarType dtype) { return kernels().linear && dtype == ScalarType::BFloat16; }
+
+// The checks of both raw ops: bfloat16 on a machine that multiplies it.
+void check_bfloat16(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(packs_linear(t.scalar_type()), op, ": ", name,
+                  " must be bfloat16, on a machine with AVX-512 BF16 or AMX; got ", t.scalar_type(), " on ",
+                  kernels().name);
+}
+
+// What a packed weight ends in: the kernels' layout is padded, and does not say of what shape it was made.
+struct PackedShape {
+  int64_t out_features, in_features;
+};
+constexpr int64_t kShapeElements = sizeof(PackedShape) / sizeof(bf16);
+
+bf16* packed_shape(const Tensor& packed) { return static_cast<bf16*>(packed.data_ptr()) + packed.numel() - kShapeElements; }
+
+Tensor pack_weight(const Tensor& weight) {
+  check_bfloat16("pack_weight", "weight", weight);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0,
+                  "pack_weight: weight must have shape [out_features, in_features], both at least 1, got ",
+                  list_of(weight.sizes()));
+  const Tensor w = torch::stable::contiguous(weight);
+  const PackedShape shape = {w.size(0), w.size(1)};
+  Tensor packed = torch::stable::new_empty(
+      w, {packed_weight_size(shape.out_features, shape.in_features) + kShapeElements});
+  kernels().pack_weight({static_cast<const bf16*>(w.data_ptr()), static_cast<bf16*>(packed.data_ptr()),
+                         shape.in_features, shape.out_features},
+                        kExecutor);
+  std::memcpy(packed_shape(packed), &shape, sizeof shape);
+  return packed;
+}
+
+void check_linear_packed(const Tensor& x, const Tensor& packed_weight, int64_t out_features, const OptionalTensor& bias,
+                         const OptionalTensor& residual) {
+  const char* op = "linear_packed";
+  check_bfloat16(op, "x", x);
+  const Checks check(op, "x", x);
+  check.rows();
+  check.device("packed_weight", packed_weight);
+  check.dtype("packed_weight", packed_weight, ScalarType::BFloat16);
+  STD_TORCH_CHECK(packed_weight.dim() == 1 && packed_weight.numel() > kShapeElements && packed_weight.is_contiguous() &&
+                      reinterpret_cast<uintptr_t>(packed_weight.data_ptr()) % 64 == 0,
+                  op, ": packed_weight must be as pack_weight returns it, contiguous from a multiple of 64 bytes on, got ",
+                  "shape ", list_of(packed_weight.sizes()), " and strides ", list_of(packed_weight.strides()));
+  PackedShape shape;
+  std::memcpy(&shape, packed_shape(packed_weight), sizeof shape);
+  const int64_t most = packed_weight.numel(), in_features = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(shape.out_features >= 1 && shape.out_features <= most && shape.in_features >= 1 &&
+                      shape.in_features <= most / shape.out_features &&
+                      packed_weight_size(shape.out_features, shape.in_features) + kShapeElements == most,
+                  op, ": packed_weight must be as pack_weight returns it, got ", most, " elements of something else");
+  STD_TORCH_CHECK(in_features == shape.in_features, op, ": x must have packed_weight's ", shape.in_features,
+                  " input features, got shape ", list_of(x.sizes()));
+  STD_TORCH_CHECK(out_features == shape.out_features, op, ": out_features must be packed_weight's ", shape.out_features,
+                  ", got ", out_features);
+  check.parameter("bias", bias, out_features);
+  if (!residual) return;
+  std::vector<int64_t> sizes = leading_sizes(x);
+  sizes.push_back(out_features);
+  check.shape("residual", *residual, sizes);
+  check.dtype("residual", *residual, ScalarType::BFloat16);
+}
+
+Tensor linear_packed(const Tensor& x, const Tensor& packed_weight, int64_t out_features, const OptionalTensor& bias,
+                     const OptionalTensor& residual, bool gelu) {
+  check_linear_packed(x, packed_weight, out_features, bias, residual);
+  const Rows in(x), res(residual);
+  const Floats b{bias};
+  std::vector<int64_t> sizes = leading_sizes(x);
+  sizes.push_back(out_features);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  LinearParams p = {};
+  p.x = static_cast<const bf16*>(in.data);
+  p.x_stride = in.stride;
+  p.packed_weight = static_cast<const bf16*>(packed_weight.data_ptr());
+  p.bias = b.data;
+  p.residual = static_cast<const bf16*>(res.data);
+  p.residual_stride = res.stride;
+  p.y = static_cast<bf16*>(y.data_ptr());
+  p.rows = in.rows;
+  p.in_features = in.channels;
+  p.out_features = out_features;
+  p.gelu = gelu;
+  if (p.rows > 0) kernels().linear(p, kExecutor);
+  return y;
+}
+
+}  // namespace
+}  // namespace internvit
+
+STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CompositeExplicitAutograd, m) {
+  m.impl("packs_linear", TORCH_BOX(&internvit::packs_linear));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&internvit::pack_weight));
+  m.impl("linear_packed", TORCH_BOX(&internvit::linear_packed));
+}

@@ -1,0 +1,49 @@
+// The few things a body needs that the host has otherwise: conversions in one instruction, launches, and the types whose
+// accesses the host harness watches (tests/proofs/native/cuda_host.h, which also gives g++ the names that nvcc knows).
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernels.h"
+
+#if !defined(__CUDACC__)
+#include "cuda_host.h"
+#else
+
+#define INTERNVIT_DEVICE __device__ __forceinline__
+
+namespace internvit::cuda {
+
+// A cell of __shared__ memory; on the host it reports reads and writes that no barrier separates.
+template <class S>
+using Shared = S;
+
+INTERNVIT_DEVICE float widened(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+INTERNVIT_DEVICE float widened(f16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+// Two floats rounded to nearest, even, into one register; `low` has the lower address.
+INTERNVIT_DEVICE uint32_t packed(float low, float high, bf16) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+INTERNVIT_DEVICE uint32_t packed(float low, float high, f16) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+template <class Argument>
+const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, void* stream, const Argument& argument) {
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(argument);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace internvit::cuda
+
+#endif

@@ -1,0 +1,157 @@
+// How a block holds rows: blockDim.x lanes a row, blockDim.y rows; a lane has V vectors of 16 bytes in registers, vector
+// v at column (v * lanes + lane) * W, so that neighbouring lanes touch neighbouring 16 bytes.
+//
+// kAligned: every pointer, stride and C is a multiple of 16 bytes; all accesses are 16 bytes wide. Else elements move
+// one by one, in the same layout and with the same order of summation: the bits do not depend on the alignment.
+#pragma once
+
+#include "cuda/device/device.cuh"
+#include "cuda/device/launch.h"
+
+namespace internvit::cuda {
+
+// N elements of S as they lie in memory.
+template <class S, int N>
+struct Chunk {
+  static constexpr int kWords = N * int(sizeof(S)) / 4;
+  uint32_t words[kWords];
+
+  INTERNVIT_DEVICE float operator[](int i) const { return element(i, S{}); }
+  INTERNVIT_DEVICE void set(const float (&x)[N]) { assign(x, S{}); }
+
+ private:
+  INTERNVIT_DEVICE float element(int i, float) const { return __uint_as_float(words[i]); }
+  template <class Half>
+  INTERNVIT_DEVICE float element(int i, Half) const {
+    return widened(Half{uint16_t(words[i / 2] >> 16 * (i % 2))});
+  }
+  INTERNVIT_DEVICE void assign(const float (&x)[N], float) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) words[i] = __float_as_uint(x[i]);
+  }
+  template <class Half>
+  INTERNVIT_DEVICE void assign(const float (&x)[N], Half half) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) words[i] = packed(x[2 * i], x[2 * i + 1], half);
+  }
+};
+
+// The first `count` of N elements at p, 0 for the rest; aligned chunks are there whole or not at all.
+template <bool kAligned, int N, class S>
+INTERNVIT_DEVICE Chunk<S, N> load(const S* p, int count) {
+  Chunk<S, N> chunk = {};
+  if constexpr (kAligned) {
+    if (count > 0) {
+#pragma unroll
+      for (int w = 0; w < chunk.kWords; w += 4) {
+        const uint4 x = reinterpret_cast<const uint4*>(p)[w / 4];
+        chunk.words[w] = x.x;
+        chunk.words[w + 1] = x.y;
+        chunk.words[w + 2] = x.z;
+        chunk.words[w + 3] = x.w;
+      }
+    }
+  } else if constexpr (sizeof(S) == 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < count) chunk.words[i] = __float_as_uint(p[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < count) chunk.words[i / 2] |= uint32_t(p[i].bits) << 16 * (i % 2);
+  }
+  return chunk;
+}
+
+template <bool kAligned, int N, class S>
+INTERNVIT_DEVICE void store(S* p, const Chunk<S, N>& chunk, int count) {
+  if constexpr (kAligned) {
+    if (count > 0) {
+#pragma unroll
+      for (int w = 0; w < chunk.kWords; w += 4)
+        reinterpret_cast<uint4*>(p)[w / 4] =
+            make_uint4(chunk.words[w], chunk.words[w + 1], chunk.words[w + 2], chunk.words[w + 3]);
+    }
+  } else if constexpr (sizeof(S) == 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < count) p[i] = __uint_as_float(chunk.words[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < count) p[i].bits = uint16_t(chunk.words[i / 2] >> 16 * (i % 2));
+  }
+}
+
+// N elements of a parameter in T or float32 from column c on; `absent` without one.
+template <bool kAligned, class T, int N>
+INTERNVIT_DEVICE void load_parameter(const Parameter& parameter, int c, int count, float absent, float (&x)[N]) {
+  if (!parameter.data) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = absent;
+  } else if (sizeof(T) == 4 || parameter.is_float32) {
+    const Chunk<float, N> chunk = load<kAligned, N>(static_cast<const float*>(parameter.data) + c, count);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = chunk[i];
+  } else {
+    const Chunk<T, N> chunk = load<kAligned, N>(static_cast<const T*>(parameter.data) + c, count);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = chunk[i];
+  }
+}
+
+// x as S stores it.
+template <class S>
+INTERNVIT_DEVICE float rounded(float x) {
+  if constexpr (sizeof(S) == 4) {
+    return x;
+  } else {
+    return widened(S{uint16_t(packed(x, 0.0f, S{}))});
+  }
+}
+
+// Column and number of elements of this lane's vector v.
+template <int W>
+struct Column {
+  int c, count;
+  INTERNVIT_DEVICE Column(int v, int channels)
+      : c((v * int(blockDim.x) + int(threadIdx.x)) * W), count(channels - c < W ? channels - c : W) {}
+};
+
+// Where the groups of a block leave their sums. Reductions take turns with the two halves: a thread that is late in
+// reading one sum is not overtaken by the next, and by the one after that the barrier between has waited for it.
+template <int N>
+struct GroupSums {
+  Shared<float> part[2][kMaxThreads / 16][N];
+};
+
+// Sums N numbers over the lanes of each row; every lane gets the same bits. All threads of a block call it, those of
+// rows beyond the end as well.
+template <int N>
+INTERNVIT_DEVICE void sum_over_row(float (&x)[N], GroupSums<N>& sums, int turn) {
+  const int lanes = int(blockDim.x), group = lanes % 32 ? 16 : 32;
+#pragma unroll
+  for (int offset = 8; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(0xffffffffu, x[n], offset);
+  }
+  if (group == 32) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(0xffffffffu, x[n], 16);
+  }
+  if (lanes == group) return;
+  const int groups = lanes / group, first = int(threadIdx.y) * groups;
+  if (threadIdx.x % unsigned(group) == 0) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) sums.part[turn][first + int(threadIdx.x) / group][n] = x[n];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; ++n) x[n] = 0.0f;
+  for (int g = 0; g < groups; ++g) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] += sums.part[turn][first + g][n];
+  }
+}
+
+}  // namespace internvit::cuda

@@ -1,0 +1,115 @@
+// The launch of each kernel for activations T and residuals R, and with it the instantiation of every kernel: the vectors
+// a thread may hold are listed in launch.h, and nowhere else.
+#pragma once
+
+#include "cuda/ops/gelu.cuh"
+#include "cuda/ops/norm.cuh"
+#include "cuda/ops/norm_backward.cuh"
+#include "cuda/ops/qk_norm_stats.cuh"
+
+namespace internvit::cuda {
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+template <class T, class R>
+struct Launches {
+  static constexpr int W = 16 / int(sizeof(T));
+  static constexpr int64_t kT = sizeof(T), kR = sizeof(R);
+
+  template <class Params>
+  static bool whole_vectors(const Params& p) {
+    return p.channels % W == 0;
+  }
+  static bool is_aligned_parameter(const Parameter& parameter) { return is_aligned(parameter.data, 0); }
+
+  static bool aligned(const NormParams& p) {
+    const bool input = p.residual ? is_aligned(p.x, p.x_stride * kT) : is_aligned(p.x, p.x_stride * kR);
+    return whole_vectors(p) && input && is_aligned(p.residual, p.residual_stride * kR) && is_aligned(p.residual_out, 0) &&
+           is_aligned(p.normed, 0) && is_aligned_parameter(p.gamma) && is_aligned_parameter(p.weight) &&
+           is_aligned_parameter(p.bias);
+  }
+  static bool aligned(const NormBackwardParams& p) {
+    return whole_vectors(p) && is_aligned(p.grad_normed, p.grad_normed_stride * kT) &&
+           is_aligned(p.grad_residual_out, p.grad_residual_out_stride * kR) && is_aligned(p.x, p.x_stride * kR) &&
+           is_aligned(p.branch, p.branch_stride * kT) && is_aligned(p.grad_residual, 0) &&
+           is_aligned(p.grad_branch, 0) && is_aligned(p.partial, 0) && is_aligned_parameter(p.gamma) &&
+           is_aligned_parameter(p.weight);
+  }
+  static bool aligned(const QKNormStatsBackwardParams& p) {
+    return whole_vectors(p) && is_aligned(p.x, p.x_stride * kT) && is_aligned(p.grad_x, p.grad_x_stride * kT);
+  }
+  template <class Params>
+  static bool all_aligned(const Jobs<Params>& jobs) {
+    bool all = true;
+    for (int j = 0; j < jobs.count; ++j) all = all && aligned(jobs.job[j]);
+    return all;
+  }
+
+  // Calls of<vectors>() with the number that the rule chose.
+  template <class Of>
+  static const char* with_vectors(int vectors, const Of& of) {
+#define INTERNVIT_CASE(V) \
+  case V:                 \
+    return of(Int<V>{});
+    if constexpr (W == 4) {
+      switch (vectors) { INTERNVIT_VECTORS_32_BIT(INTERNVIT_CASE) }
+    } else {
+      switch (vectors) { INTERNVIT_VECTORS_16_BIT(INTERNVIT_CASE) }
+    }
+#undef INTERNVIT_CASE
+    return "no kernel holds a row of so many channels";
+  }
+
+  static unsigned cdiv(int64_t a, int64_t b) { return unsigned((a + b - 1) / b); }
+
+  static const char* norm(const Jobs<NormParams>& jobs, void* stream) {
+    const NormParams& first = jobs.job[0];
+    const RowLaunch rule = row_launch(first.channels, W);
+    const dim3 grid(cdiv(first.rows, rule.rows), unsigned(jobs.count)), block(unsigned(rule.lanes), unsigned(rule.rows));
+    return with_vectors(rule.vectors, [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      return launch(all_aligned(jobs) ? norm_kernel<T, R, V, true> : norm_kernel<T, R, V, false>, grid, block, stream, jobs);
+    });
+  }
+
+  static const char* norm_backward(const Jobs<NormBackwardParams>& jobs, void* stream) {
+    const NormBackwardParams& first = jobs.job[0];
+    const RowLaunch rule = row_launch(first.channels, W);
+    const bool wide = all_aligned(jobs), is_layer_norm = first.mean || first.grads[kBias].data;
+    const dim3 grid(unsigned(first.partial_rows), unsigned(jobs.count)), block(unsigned(rule.lanes), unsigned(rule.rows));
+    const char* failed = with_vectors(rule.vectors, [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      const auto kernel = !wide             ? norm_backward_kernel<T, R, V, false, true>
+                          : is_layer_norm ? norm_backward_kernel<T, R, V, true, true>
+                                          : norm_backward_kernel<T, R, V, true, false>;
+      return first.partial_rows ? launch(kernel, grid, block, stream, jobs) : nullptr;
+    });
+    bool sums = false;
+    for (int j = 0; j < jobs.count; ++j)
+      for (const ParameterGrad& grad : jobs.job[j].grads) sums = sums || grad.data;
+    if (failed || !sums) return failed;
+    const dim3 sum_grid(cdiv(first.channels, 4 * kSumColumns), kParameterKinds, unsigned(jobs.count));
+    return launch(wide ? sum_partials_kernel<T, true> : sum_partials_kernel<T, false>, sum_grid,
+                  dim3(kSumColumns, kSumSlices), stream, jobs);
+  }
+
+  static const char* qk_norm_stats_backward(const Jobs<QKNormStatsBackwardParams>& jobs, void* stream) {
+    const QKNormStatsBackwardParams& first = jobs.job[0];
+    const RowLaunch rule = row_launch(first.channels, W);
+    const dim3 grid(cdiv(first.rows, rule.rows), unsigned(jobs.count)), block(unsigned(rule.lanes), unsigned(rule.rows));
+    const auto kernel =
+        all_aligned(jobs) ? qk_norm_stats_backward_kernel<T, true> : qk_norm_stats_backward_kernel<T, false>;
+    return launch(kernel, grid, block, stream, jobs);
+  }
+
+  static const char* gelu(const GeluParams& p, void* stream) {
+    const bool wide = is_aligned(p.pre_activation, 0) && is_aligned(p.grad_y, 0) && is_aligned(p.y, 0);
+    const dim3 grid(cdiv(p.size, int64_t(kGeluThreads) * W));
+    return launch(wide ? gelu_kernel<T, true> : gelu_kernel<T, false>, grid, dim3(kGeluThreads), stream, p);
+  }
+};
+
+}  // namespace internvit::cuda

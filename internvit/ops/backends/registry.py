@@ -1,0 +1,222 @@
+"""The backends, which of them exist on this machine, and the function that runs each op on each of them.
+
+A backend's module registers its implementations by `@implements(op, backend)`; it is imported when the backend is
+first asked for an op, so that importing the package loads no library and compiles nothing.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {}
+
+Unsupported = Callable[[str, torch.dtype, int], str | None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One set of implementations.
+
+    Attributes:
+        module: registers them; None for those that the op files register themselves.
+        unavailable_reason: why this backend cannot run on this machine and how to get it; None when it can.
+        unsupported_reason: (device type, dtype, head_dim or 0) -> why it cannot take such a tensor; None when it can.
+        folds_qk_norm: its `attention` takes QK-norm's weights and statistics.
+        max_channels: the widest rows that its norms take; None for any.
+        lse_devices: the device types on which its `attention` returns the log-sum-exp; None for all.
+    """
+
+    name: str
+    module: str | None
+    unavailable_reason: Callable[[], str | None]
+    unsupported_reason: Unsupported
+    folds_qk_norm: bool = True
+    max_channels: int | None = None
+    lse_devices: tuple[str, ...] | None = None
+
+    def exposes_lse_on(self, device: str) -> bool:
+        return self.lse_devices is None or device in self.lse_devices
+
+    def too_wide(self, channels: int) -> str | None:
+        """Why rows of so many channels are too wide; None where they are not."""
+        if self.max_channels is None or channels <= self.max_channels:
+            return None
+        return f"it takes rows of at most {self.max_channels} channels, got {channels}"
+
+    def find(self, op: str) -> Callable | None:
+        """The function that runs `op`; None where this backend has none."""
+        _load(self.name)
+        return _IMPLEMENTATIONS.get((op, self.name))
+
+
+def implements(op: str, backend: str) -> Callable[[Callable], Callable]:
+    """Registers the decorated function as what runs `op` on `backend`; it takes the op's arguments without `backend`.
+
+    A gradient that its `output_mask` does not ask for may be returned as None.
+    """
+
+    def register(function: Callable) -> Callable:
+        _IMPLEMENTATIONS[op, backend] = function
+        return function
+
+    return register
+
+
+def implements_all(namespace: Any, backend: str, ops: Iterable[str]) -> None:
+    """Registers as `backend` the ops of a loaded library's `torch.ops` namespace that have one of the names `ops`."""
+    for op in ops:
+        if hasattr(namespace, op):
+            implements(op, backend)(getattr(namespace, op).default)
+
+
+def implementation(op: str, backend: str) -> Callable:
+    """The function that runs `op` on `backend`.
+
+    Raises:
+        ValueError: no such backend, or it has no such op.
+        RuntimeError: the backend is not available here.
+    """
+    function = _IMPLEMENTATIONS.get((op, backend)) or usable(backend).find(op)
+    if function is None:
+        raise ValueError(f"backend: {backend!r} does not implement {op}")
+    return function
+
+
+def has_implementation(op: str, backend: str) -> bool:
+    """Whether `backend`, available here, has `op`."""
+    return BACKENDS[backend].find(op) is not None
+
+
+def usable(name: str) -> Backend:
+    """The backend `name`.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: it is not available here; the message says how to get it.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(['auto', *BACKENDS])}, got {name!r}")
+    reason = BACKENDS[name].unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    return BACKENDS[name]
+
+
+@functools.cache
+def _load(name: str) -> None:
+    backend = BACKENDS[name]
+    if backend.module is not None and backend.unavailable_reason() is None:
+        importlib.import_module(backend.module)
+
+
+def _library(name: str) -> Callable[[], str | None]:
+    def unavailable_reason() -> str | None:
+        from internvit.ops.backends import native
+
+        return native.unavailable_reason(name)
+
+    return unavailable_reason
+
+
+def _package(name: str, how: str) -> Callable[[], str | None]:
+    return lambda: None if importlib.util.find_spec(name) else f"the package {name} is not installed: {how}"
+
+
+def _only(devices: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> Unsupported:
+    def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device not in devices:
+            return f"it runs on {' and '.join(devices)} tensors, got {device}"
+        if dtype not in dtypes:
+            return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {dtype}"
+        return None
+
+    return unsupported_reason
+
+
+def _triton_unsupported(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it runs on GPU tensors (or on CPU tensors in the interpreter, TRITON_INTERPRET=1), got cpu"
+    if head_dim % 8 or head_dim > 128:
+        return f"it takes a head dimension that is a multiple of 8 up to 128, got {head_dim}"
+    reason = _only(("cuda", "cpu"), _FLOATS)(device, dtype, head_dim)
+    return reason or (_triton_fails_on_gpu() if device == "cuda" else None)
+
+
+def _triton_fails_on_gpu() -> str | None:
+    """Why Triton cannot serve the visible GPUs, the least capable of them; None without one, as for fake tensors."""
+    if not torch.cuda.is_available():
+        return None
+    from internvit.kernels.common import launch, target
+
+    reasons = map(target.unsupported_reason, range(torch.cuda.device_count()))
+    return next((reason for reason in reasons if reason), None) or launch.failure_to_start()
+
+
+def _anything(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    return None
+
+
+def _always() -> None:
+    return None
+
+
+BACKENDS: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        Backend("reference", None, _always, _anything),
+        Backend(
+            "sdpa", "internvit.ops.backends.sdpa", _always, _anything, folds_qk_norm=False, lse_devices=("cpu", "cuda")
+        ),
+        Backend(
+            "flash",
+            "internvit.ops.backends.flash",
+            _package("flash_attn", "pip install 'internvit[flash]' on a machine with an NVIDIA GPU"),
+            _only(("cuda",), (torch.bfloat16, torch.float16)),
+            folds_qk_norm=False,
+        ),
+        Backend(
+            "triton",
+            "internvit.ops.backends.triton",
+            _package("triton", "pip install triton (Linux; torch's CUDA builds bring it)"),
+            _triton_unsupported,
+            max_channels=8192,
+        ),
+        Backend("cpu", "internvit.ops.backends.cpu", _library("internvit_cpu"), _only(("cpu",), _FLOATS)),
+        Backend(
+            "cuda",
+            "internvit.ops.backends.cuda",
+            _library("internvit_cuda"),
+            _only(("cuda",), _FLOATS),
+            folds_qk_norm=False,
+            lse_devices=(),
+        ),
+    )
+}
+
+
+def table() -> list[dict[str, str]]:
+    """What each backend is on this machine, as `internvit info` prints it."""
+    rows = []
+    for name, candidate in BACKENDS.items():
+        reason = candidate.unavailable_reason()
+        rows.append({"backend": name, "available": "no" if reason else "yes", "reason": reason or ""})
+    return rows
+
+
+def backends_for(op: str, device: str, dtype: torch.dtype, head_dim: int = 0, folded: bool = False) -> list[str]:
+    """The backends that can run `op` here; `folded`: with QK-norm inside attention."""
+    return [
+        name
+        for name, backend in BACKENDS.items()
+        if backend.unavailable_reason() is None
+        and backend.unsupported_reason(device, dtype, head_dim) is None
+        and backend.find(op) is not None
+        and (backend.folds_qk_norm or not folded)
+    ]

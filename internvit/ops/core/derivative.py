@@ -1,0 +1,163 @@
+"""The autograd Function of an op, derived from the schemas of the op and of its backward.
+
+Autograd keeps what the backward op names: its argument `grad_y` is the gradient of output `y`, an argument with the
+name of an input or output is saved, `output_mask` says which gradients are needed, `x_dtype` is the dtype of input `x`,
+and its output `grad_x` is the gradient of input `x`. Outputs without a gradient argument are not differentiable.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from internvit.ops.core.direct import nothing_watches, plain
+
+
+def below_autograd(op: Callable, *args: Any) -> Any:
+    """Calls `op` past its own Autograd kernel: how an `autograd.Function` runs the forward it wraps."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def empty_grad(like: Tensor) -> Tensor:
+    """A placeholder for a gradient that is not needed (schemas have no optional outputs): float32 [0]."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
+class Plan:
+    """How to call a backward op from what autograd hands over; see the module's docstring.
+
+    Args:
+        forward, backward: the two schemas; both end in `str backend`.
+        saved_for: input -> the inputs of which one must need a gradient for it to be saved.
+        passes_through: the input whose gradient is that of the first output, unchanged.
+        when_differentiated: inputs that have this value where a gradient is needed.
+    """
+
+    def __init__(
+        self,
+        forward: Any,
+        backward: Any,
+        saved_for: Mapping[str, tuple[str, ...]],
+        passes_through: str | None,
+        when_differentiated: Mapping[str, Any],
+    ) -> None:
+        inputs = [a.name for a in forward.arguments]
+        outputs = [r.name for r in forward.returns]
+        self.inputs = len(inputs)
+        self.passes_through = None if passes_through is None else inputs.index(passes_through)
+        self.when_differentiated = {inputs.index(name): value for name, value in when_differentiated.items()}
+        self.grads_of = [inputs.index(r.name.removeprefix("grad_")) for r in backward.returns]
+        self.from_inputs: list[tuple[int, int, tuple[int, ...]]] = []  # argument, input, those it is saved for
+        self.from_outputs: list[tuple[int, int]] = []
+        self.dtypes: list[tuple[int, int]] = []
+        self.grads: list[tuple[int, int, bool]] = []  # argument, output, whether it must be given
+        self.mask: int | None = None
+        for i, argument in enumerate(backward.arguments):
+            name = argument.name
+            if name in inputs:
+                needs = tuple(inputs.index(n) for n in saved_for.get(name, ()))
+                self.from_inputs.append((i, inputs.index(name), needs))
+            elif name in outputs:
+                self.from_outputs.append((i, outputs.index(name)))
+            elif name == "output_mask":
+                self.mask = i
+            elif name.endswith("_dtype"):
+                self.dtypes.append((i, inputs.index(name.removesuffix("_dtype"))))
+            else:
+                required = "Optional" not in str(argument.type)
+                self.grads.append((i, outputs.index(name.removeprefix("grad_")), required))
+        self.arguments = len(backward.arguments)
+        self.differentiable = [output for _, output, _ in self.grads]
+        self.constant = [i for i in range(len(outputs)) if i not in self.differentiable]
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        """Keeps in `ctx` what backward's arguments are when forward ends."""
+        values: list[Any] = [None] * self.arguments
+        for argument, i, needs in self.from_inputs:
+            if not needs or any(ctx.needs_input_grad[j] for j in needs):
+                values[argument] = inputs[i]
+        for argument, i in self.from_outputs:
+            values[argument] = outputs[i]
+        for argument, i in self.dtypes:
+            values[argument] = inputs[i].dtype
+        tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
+        ctx.save_for_backward(*[values[i] for i in tensors])
+        for i in tensors:
+            values[i] = None
+        ctx.values, ctx.tensors = values, tensors
+        ctx.likes = [(o.shape, o.dtype, o.device) for o in outputs]
+
+    def restore(self, ctx: Any, grads: tuple[Tensor | None, ...], needs: list[bool]) -> list[Any]:
+        """Backward's arguments."""
+        args = list(ctx.values)
+        # Read once: a checkpoint gives each saved tensor out only once.
+        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            args[i] = tensor
+        for argument, output, required in self.grads:
+            grad = grads[output]
+            if grad is None and required:
+                shape, dtype, device = ctx.likes[output]
+                grad = torch.zeros(shape, dtype=dtype, device=device)
+            args[argument] = grad
+        if self.mask is not None:
+            args[self.mask] = needs
+        return args
+
+
+def derive_function(op: Any, overload: Callable, backward: Any, plan: Plan) -> type[Function]:
+    """The Function whose forward runs `op` and whose backward runs the op `backward`."""
+
+    class Derived(Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            if plan.when_differentiated:
+                args = tuple(plan.when_differentiated.get(i, a) for i, a in enumerate(args))
+            result = op.run(*args) if nothing_watches() and plain(args) else below_autograd(overload, *args)
+            outputs = (result,) if isinstance(result, Tensor) else tuple(result)
+            plan.save(ctx, args, outputs)
+            if plan.constant:
+                ctx.mark_non_differentiable(*[outputs[i] for i in plan.constant])
+            ctx.set_materialize_grads(False)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            results: list[Tensor | None] = [None] * plan.inputs
+            if all(grads[i] is None for i in plan.differentiable):
+                return tuple(results)
+            if plan.passes_through is not None and ctx.needs_input_grad[plan.passes_through]:
+                results[plan.passes_through] = grads[0]
+            needs = [ctx.needs_input_grad[i] for i in plan.grads_of]
+            if any(needs):
+                outputs = _as_tuple(backward(*plan.restore(ctx, grads, needs)))
+                for i, needed, grad in zip(plan.grads_of, needs, outputs, strict=True):
+                    results[i] = grad if needed else None
+            return tuple(results)
+
+    Derived.__name__ = Derived.__qualname__ = f"{op.name}_function"
+    return Derived
+
+
+def _as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def underivable(op: Any, overload: Callable) -> type[Function]:
+    """The Function of an op without a backward: differentiating it is a clear error."""
+
+    class Underivable(Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            return below_autograd(overload, *args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(
+                f"internvit::{op.name} has no derivative: double backward is not implemented; "
+                "use internvit.reference or plain PyTorch where second derivatives are needed"
+            )
+
+    return Underivable

@@ -1,0 +1,109 @@
+"""Launch configurations: by rule from shape, dtype and target, or measured and read from a file.
+
+A configuration is a small frozen dataclass beside each kernel; nothing is tuned at run time.
+`python -m internvit.kernels.tools.tune` writes a file of measured ones, which is read from this package's folder
+`tuned/` or the user's cache directory and takes precedence over the rules.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from internvit.kernels.common.target import Target
+
+
+def tuned_files(target: Target) -> tuple[Path, ...]:
+    """Where measured configurations of `target` are looked for; the user's own take precedence."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return tuple(
+        folder / f"{target.name}.json" for folder in (cache / "internvit", Path(__file__).parents[1] / "tuned")
+    )
+
+
+@functools.cache
+def _tuned(target: Target) -> dict[str, dict[str, dict[str, int]]]:
+    configs: dict[str, dict[str, dict[str, int]]] = {}
+    for path in reversed(tuned_files(target)):
+        if path.is_file():
+            for kernel, by_key in _read(path).items():
+                configs.setdefault(kernel, {}).update(by_key)
+    return configs
+
+
+def _read(path: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """The configurations in a tuned file; none, and a warning, if it is broken: the rules serve without it."""
+    try:
+        configs = json.loads(path.read_text())["configs"]
+        for kernel, by_key in configs.items():
+            for key, fields in by_key.items():
+                wrong = {name: value for name, value in fields.items() if type(value) is not int or value < 0}
+                if wrong:
+                    raise ValueError(f"{kernel}, {key}: numbers are expected, got {wrong}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _warn_ignored(path, f"{type(error).__name__}: {error}")
+        return {}
+    return configs
+
+
+def _warn_ignored(what: object, why: str) -> None:
+    warnings.warn(
+        f"{what} holds no launch configurations ({why}): rules are used instead; delete it, or write it anew with "
+        "`python -m internvit.kernels.tools.tune --out FILE`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+Config = TypeVar("Config")
+
+
+def choose(config: type[Config], kernel: str, key: str, target: Target, rule: Callable[[], Config]) -> Config:
+    """The measured configuration for (`kernel`, `key`) on `target` where there is one, else the rule's."""
+    measured = _tuned(target).get(kernel, {}).get(key)
+    if measured is None:
+        return rule()
+    try:
+        return config(**measured)
+    except TypeError as error:  # a file of another version of this library
+        _warn_ignored(f"the tuned file's entry {kernel}, {key}", str(error))
+        return rule()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call `function(config, *args)`, whose kernel takes its configuration as `kernel` and `key` of a tuned file."""
+
+    kernel: str
+    key: str
+    config: Any
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+_calls: ContextVar[list[Call] | None] = ContextVar("internvit_calls", default=None)
+
+
+@contextlib.contextmanager
+def record_calls() -> Iterator[list[Call]]:
+    """Inside, the calls of launch functions are appended to the list; they run as ever."""
+    calls: list[Call] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def call(kernel: str, key: str, config: Config, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(config, *args)`, seen by `record_calls`."""
+    calls = _calls.get()
+    if calls is not None:
+        calls.append(Call(kernel, key, config, function, args))
+    return function(config, *args)

@@ -1,0 +1,222 @@
+"""Calls every raw op of a compiled library with one argument wrong at a time, as a caller without Python could.
+
+    python -m tests.proofs.native.bad_arguments NAMESPACE LIBRARY SEED
+
+Each call must raise an error that names the argument, or give the reference's result. A line is printed before each
+call: after a crash the last one says which call it was. Ends with status 1 and the calls that were accepted wrongly.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internvit.numerics import relative_error
+from tests.support.implementations import call
+
+BATCH, TOKENS, HEADS, HEAD_DIM, OUT = 2, 5, 2, 8, 6
+CHANNELS = HEADS * HEAD_DIM
+UNCHECKED = ("instruction_sets", "packs_linear")  # no argument can be wrong
+
+Arguments = dict[str, Any]
+
+
+class Made:
+    """Valid arguments of `op`, by the names in its schema."""
+
+    def __init__(self, raw: Any, op: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+        self.raw, self.op, self.dtype, self.generator = raw, op, dtype, generator
+        self.schema = getattr(raw, op).default._schema
+        self.names = [a.name for a in self.schema.arguments]
+        self.weight = self.random(OUT, CHANNELS)
+        self.arguments: Arguments = {a.name: self.value(a.name, str(a.type)) for a in self.schema.arguments}
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
+
+    def value(self, name: str, kind: str) -> Any:
+        if "Tensor" in kind:
+            return self.tensor(name)
+        plain = {"eps": 1e-6, "scale": 0.3, "rounding": "fused", "branch_dtype": self.dtype, "dtype": self.dtype}
+        plain |= {"kind": "layer_norm", "norm_type": "layer_norm", "output_mask": [True] * 5, "gelu": False}
+        plain |= {"out_features": OUT, "name": "generic", "rounds": 1, "threads": 1}
+        return plain[name] if name != "output_mask" else [True] * OUTPUTS[self.op]
+
+    def tensor(self, name: str) -> Tensor:
+        if self.op == "pack_weight":
+            return self.weight
+        if self.op == "linear_packed":
+            made = {"packed_weight": lambda: self.raw.pack_weight(self.weight), "bias": lambda: self.random(OUT)}
+            made["residual"] = lambda: self.random(BATCH, TOKENS, OUT)
+            if name in made:
+                return made[name]()
+        if name in ("weight", "bias", "gamma", "q_weight", "k_weight"):
+            return self.random(CHANNELS)
+        if name == "row_scale":
+            return self.random(BATCH, dtype=torch.float32)
+        if name == "lse":
+            return self.random(BATCH, HEADS, TOKENS, dtype=torch.float32) + 4
+        if name in ("mean", "rstd") or "rstd_" in name:
+            return self.random(BATCH, TOKENS, dtype=torch.float32).abs() + 0.5
+        return (
+            self.random(BATCH, TOKENS, HEADS, HEAD_DIM) if "q" in self.names else self.random(BATCH, TOKENS, CHANNELS)
+        )
+
+
+OUTPUTS = {
+    "rms_norm_backward": 2,
+    "layer_norm_backward": 3,
+    "layer_scale_residual_backward": 2,
+    "layer_scale_residual_norm_backward": 5,
+    "qk_norm_backward": 4,
+}
+"""The length of each op's output_mask."""
+
+
+def wrong_tensors(t: Tensor, optional: bool, written: bool) -> Iterator[tuple[str, Any]]:
+    for dim in {0, t.dim() - 1}:
+        size = t.shape[dim]
+        yield f"one shorter in dimension {dim}", t.narrow(dim, 0, size - 1).contiguous()
+        yield f"one longer in dimension {dim}", torch.cat([t, t.narrow(dim, 0, 1)], dim)
+        yield f"empty in dimension {dim}", t.narrow(dim, 0, 0).contiguous()
+    yield "one dimension less", t[0].clone()
+    yield "one dimension more", t.unsqueeze(0).clone()
+    yield "flat", t.flatten().clone()
+    yield "a scalar", t.flatten()[0].clone()
+    for dtype in (
+        torch.int32,
+        torch.bool,
+        torch.float64,
+        torch.float16,
+        torch.float32,
+        torch.bfloat16,
+        torch.complex64,
+    ):
+        if dtype != t.dtype:
+            yield f"{dtype}", t.to(dtype)
+    yield "last dimension not contiguous", t.repeat_interleave(2, -1)[..., ::2]
+    yield "expanded", t.narrow(0, 0, 1).expand(t.shape) if not written or t.shape[0] > 1 else t
+    room = torch.empty(t.numel() + 1, dtype=t.dtype)
+    room[1:] = t.flatten()
+    yield "one element past an aligned address", room[1:].view(t.shape)
+    yield "on device meta", t.to("meta")
+    if optional:
+        yield "missing", None
+
+
+def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if name == "eps":
+        yield from (("negative", -1e-6), ("NaN", float("nan")))
+    elif isinstance(value, str):
+        yield from (("another word", "centred"), ("empty text", ""))
+    elif isinstance(value, list):
+        yield from (("too short", value[1:]), ("too long", [*value, True]), ("empty list", []))
+    elif isinstance(value, torch.dtype):
+        wrong = (torch.int32, torch.float64, torch.complex64, *([] if name == "dtype" else [torch.float16]))
+        yield from ((str(d), d) for d in wrong if d != value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        large = {"rounds": (), "threads": (2**62,)}.get(name, (value + 1, value + 40, 2**62, 2**63 - 1))
+        yield from ((str(n), n) for n in (-1, *large))
+
+
+def wrong_calls(made: Made) -> Iterator[tuple[str, str, Arguments]]:
+    for argument in made.schema.arguments:
+        name, value = argument.name, made.arguments[argument.name]
+        optional, written = "Optional" in str(argument.type), argument.alias_info is not None
+        changes = wrong_tensors(value, optional, written) if isinstance(value, Tensor) else wrong_values(name, value)
+        for what, changed in changes:
+            yield name, what, made.arguments | {name: changed}
+
+
+def copied(arguments: Arguments, change: Callable[[Tensor], Tensor] = lambda t: t) -> Arguments:
+    """The arguments with copies of the tensors, strides kept."""
+
+    def copy(t: Tensor) -> Tensor:
+        fresh = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+        if 0 in t.stride():
+            return change(t)
+        return change(fresh.copy_(t) if t.device.type != "meta" else fresh)
+
+    return {n: copy(v) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+
+
+def expected(made: Made, arguments: Arguments) -> list[Tensor]:
+    """What the op must return, and have written, in float64; raises where no result is right."""
+    if made.op == "pack_weight":
+        return [made.raw.pack_weight(arguments["weight"].contiguous().clone())]
+    wide = copied(arguments, lambda t: t.double())
+    wide |= {"branch_dtype": torch.float64} if "branch_dtype" in wide else {}
+    if made.op == "linear_packed":
+        y = F.linear(wide["x"], made.weight.double(), wide["bias"])
+        if not torch.equal(arguments["packed_weight"], made.arguments["packed_weight"]):
+            raise ValueError("another weight")
+        return [y if wide["residual"] is None else y + wide["residual"]]
+    outputs = call(made.op, "reference", *wide.values())
+    outputs = () if outputs is None else outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*outputs, *(wide[n] for n in written_names(made))]
+
+
+def written_names(made: Made) -> list[str]:
+    return [a.name for a in made.schema.arguments if a.alias_info is not None]
+
+
+def complaint(made: Made, name: str, arguments: Arguments) -> str | None:
+    """What is wrong with how the op takes these arguments."""
+    given = copied(arguments)
+    try:
+        outputs = getattr(made.raw, made.op)(*given.values())
+    except (RuntimeError, ValueError) as error:
+        text = str(error)
+        if isinstance(error, NotImplementedError) or name in text or repr(arguments[name]) in text:
+            return None
+        first = made.names[0] == name or name in ("x", "q", "branch", "residual_out", "pre_activation")
+        # The others are compared with the first tensor: where that one is wrong, another may be named.
+        return None if first and any(n in text for n in made.names) else f"does not name {name}: {text.splitlines()[0]}"
+    outputs = () if outputs is None else outputs if isinstance(outputs, tuple) else (outputs,)
+    try:
+        truth = expected(made, arguments)
+    except Exception as error:  # whatever the reference raises, the op should have raised
+        return f"is accepted; the reference raises {type(error).__name__}: {str(error).splitlines()[0]}"
+    for actual, right in zip([*outputs, *(given[n] for n in written_names(made))], truth, strict=True):
+        if not isinstance(actual, Tensor):
+            continue
+        if actual.shape != right.shape:
+            return f"returns shape {list(actual.shape)}, expected {list(right.shape)}"
+        if right.numel() and not relative_error(actual, right) < 0.02:
+            return f"returns another result: off by {relative_error(actual, right)}"
+    return None
+
+
+def ops_of(raw: Any, namespace: str) -> list[str]:
+    names = (n.split("::") for n in torch._C._dispatch_get_all_op_names())
+    ops = sorted({n[1].split(".")[0] for n in names if n[0] == namespace})
+    no_linear = hasattr(raw, "packs_linear") and not raw.packs_linear(torch.bfloat16)
+    return [op for op in ops if not (op in UNCHECKED or (no_linear and op in ("pack_weight", "linear_packed")))]
+
+
+def main() -> None:
+    namespace, library, seed = sys.argv[1:]
+    torch.ops.load_library(library)
+    raw, generator = getattr(torch.ops, namespace), torch.Generator().manual_seed(int(seed))
+    calls, complaints = 0, []
+    for op in ops_of(raw, namespace):
+        for dtype in (torch.bfloat16,) if "pack" in op else (torch.float32, torch.bfloat16):
+            made = Made(raw, op, dtype, generator)
+            if not any(w in op for w in ("peak", "use_", "pack")):
+                told = complaint(made, "", made.arguments)  # valid as it is
+                complaints += [f"{op} {dtype}, valid arguments: {told}"] if told else []
+            for name, what, arguments in wrong_calls(made):
+                label = f"{op} {dtype}, {name} {what}"
+                print(label, flush=True)
+                told = complaint(made, name, arguments)
+                complaints += [f"{label}: {told}"] if told else []
+                calls += 1
+    print(f"{calls} calls", *complaints, sep="\n")
+    sys.exit(bool(complaints))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What the compiler makes of kernels that no interpreter shows: widths of loads, orders of sums, shared memory."""
+
+import os
+import re
+
+import pytest
+import torch
+
+from internvit.kernels.attention.backward import attention_backward
+from internvit.kernels.attention.config import AttentionConfig
+from internvit.kernels.attention.forward import attention
+from internvit.kernels.common.rows import row_config, stride_unit
+from internvit.kernels.common.target import TARGETS
+from internvit.kernels.layer_scale_residual_norm import layer_scale_residual_norm, layer_scale_residual_norm_backward
+from internvit.kernels.norm import layer_norm, norm_gradients, rms_norm
+from internvit.kernels.qk_norm import qk_norm
+from internvit.kernels.tools.compile_only import specializing
+from internvit.kernels.tools.model_launches import KernelUse
+from internvit.kernels.tools.static_profile import profile
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process, not compiled"
+)
+
+
+def specializations(arch, function, *args):
+    found = []
+    with specializing(TARGETS[arch], lambda one, specialization: found.append(specialization)):
+        function(*args)
+    return found
+
+
+def compiled_rows(arch, function, *args):
+    uses = [KernelUse(one, [], 0.0, 0.0) for one in specializations(arch, function, *args)]
+    return {use.specialization.function: profile(use, TARGETS[arch]) for use in uses}
+
+
+def summed_layouts(arch, function, *args):
+    """The layout in registers of each sum over a row, by kernel: it fixes the order of the additions."""
+    layouts = {}
+    for one in specializations(arch, function, *args):
+        code = one.compile(TARGETS[arch]).asm["ttgir"]
+        names = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
+        sums = re.findall(r'"tt\.reduce"\(%[\w#]+\) <\{axis = 1.*?\}\) : \(tensor<([^>]*), (#\w+)>\)', code, re.DOTALL)
+        assert sums
+        layouts[one.function] = [(shape, names[layout]) for shape, layout in sums]
+    return layouts
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("channels", [384, 1024, 3200])
+def test_float32_residual_is_summed_in_one_order(arch, norm_type, channels):
+    """The fused op with a bfloat16 branch, and the norm of its float32 residual: with eight neighbours a thread in one
+    and four in the other, 36 % of the sums of squares differed in bits."""
+    residual, branch = torch.empty(2, 1025, channels), torch.empty(2, 1025, channels, dtype=torch.bfloat16)
+    weight = torch.empty(channels, dtype=torch.bfloat16)
+    bias = weight if norm_type == "layer_norm" else None
+    args = (residual, branch, weight, None, weight, bias, 1e-6, norm_type, "fused")
+    fused = summed_layouts(arch, layer_scale_residual_norm, *args)["layer_scale_residual_norm_kernel"]
+    if norm_type == "layer_norm":
+        apart = summed_layouts(arch, layer_norm, residual, weight, weight, 1e-6)
+    else:
+        apart = summed_layouts(arch, rms_norm, residual, weight, 1e-6, "fused")
+    assert fused == apart["norm_kernel"]
+
+
+@pytest.mark.parametrize("channels", [1024, 3200])
+def test_float32_residuals_gradient_is_summed_in_one_order(channels):
+    residual, grad = torch.empty(2, 1025, channels), torch.empty(2, 1025, channels, dtype=torch.bfloat16)
+    weight, rstd = torch.empty(channels, dtype=torch.bfloat16), torch.empty(2, 1025)
+    args = (None, grad, residual, None, None, None, weight, rstd, rstd, "rms_norm", (True, True, False, False, False))
+    fused = summed_layouts("sm_90", layer_scale_residual_norm_backward, *args)
+    config = row_config("rms_norm_backward", channels, TARGETS["sm_90"])
+    args = (config, residual, residual, weight, None, rstd, "rms_norm", (True, False, False))
+    apart = summed_layouts("sm_90", norm_gradients, *args)
+    assert fused["layer_scale_residual_norm_backward_kernel"] == apart["norm_backward_kernel"]
+
+
+@pytest.mark.parametrize(("strides", "unit"), [((72, 3456), 8), ((64, 3072), 1), ((72, 20), 1), ((0, 8), 8), ((), 1)])
+def test_stride_unit(strides, unit):
+    assert stride_unit(*strides) == unit
+
+
+@pytest.mark.parametrize("head_dim", [72, 88, 104])
+def test_heads_that_8_divides_load_16_bytes(head_dim):
+    """SigLIP-SO400M, EVA-g and OpenCLIP bigG: 2 bytes a load when strides are known to divide by 16 or not at all."""
+    q, k, v = torch.empty(2, 577, 3, 16, head_dim, dtype=torch.bfloat16).unbind(2)
+    none = (None,) * 4
+    rows = compiled_rows("sm_90", attention, q, k, v, 0.1, *none)
+    lse = torch.empty(2, 16, 577)
+    rows |= compiled_rows("sm_90", attention_backward, q, q, k, v, q, lse, 0.1, *none, q, k, v)
+    for name, row in rows.items():
+        assert row["global_16_byte_share"] > 0.4, name
+        assert row["spills"] == 0, name
+
+
+def test_rows_that_8_divides_load_16_bytes():
+    """Neighbours of that fault: the row kernels' stride, and QK-norm's tokens."""
+    x, weight = torch.empty(2, 577, 1160, dtype=torch.bfloat16), torch.empty(1160, dtype=torch.bfloat16)
+    assert compiled_rows("sm_90", rms_norm, x, weight, 1e-6, "fused")["norm_kernel"]["global_16_byte_share"] > 0.4
+    q, k, _ = torch.empty(2, 577, 3, 5, 232, dtype=torch.bfloat16).unbind(2)
+    rows = compiled_rows("sm_90", qk_norm, q, k, weight, weight, 1e-6, "fused")
+    assert rows["qk_norm_kernel"]["global_16_byte_share"] > 0.4
+
+
+def test_kernels_are_not_specialised_on_the_number_of_rows():
+    """16 images and 1 take the same kernel: their bits cannot differ by what a compiler makes of divisibility."""
+    weight = torch.empty(1024, dtype=torch.bfloat16)
+    one, many = (
+        specializations("sm_90", rms_norm, torch.empty(batch, 1025, 1024, dtype=torch.bfloat16), weight, 1e-6, "fused")
+        for batch in (1, 16)
+    )
+    assert one == many
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("kernel", ["forward", "grad_q", "grad_kv"])
+def test_tiles_in_flight_fit_the_targets_shared_memory(arch, kernel):
+    target = TARGETS[arch]
+    for head_dim in (64, 80, 128):
+        for itemsize in (2, 4):
+            config = AttentionConfig.rule(kernel, head_dim, itemsize, target)
+            assert config.shared_bytes(head_dim, itemsize, target) <= target.shared_bytes or config.stages == 1
+
+
+def test_backward_of_wide_heads_gives_both_warp_groups_their_own_rows():
+    """wgmma takes 64 rows a warp group: of 64 x 64 tiles two groups compute the same, twice the products needed."""
+    for kernel in ("grad_q", "grad_kv"):
+        config = AttentionConfig.rule(kernel, 128, 2, TARGETS["sm_90"])
+        assert config.rows >= 64 * config.warps // 4
+
+
+def test_families_of_matrix_instructions():
+    families = {name: target.matrix_instructions for name, target in TARGETS.items()}
+    assert families == {
+        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "mma"),
+        **{"sm_90": "wgmma", "sm_100": "tcgen05", "gfx1100": "wmma"},
+        **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), "mfma"),
+    }
