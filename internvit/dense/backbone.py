@@ -200,6 +200,8 @@ class InternViTBackbone(nn.Module):
         gradient_checkpointing: str = "none",
         out_dtype: torch.dtype | None = None,
         rounding: str = "fused",
+        *,
+        prefix: str | None = None,
     ) -> "InternViTBackbone":
         """A backbone of the parameters of `model`, shared.
 
@@ -208,6 +210,7 @@ class InternViTBackbone(nn.Module):
         Args:
             model: kept as it is.
             pyramid: a local checkpoint that may hold the pyramid's parameters.
+            prefix: as in `from_pretrained`, of the tower in that checkpoint.
             out_indices to rounding: as in the constructor.
         """
         settings = out_indices, fpn, final_norm, freeze, gradient_checkpointing, out_dtype, rounding
@@ -216,7 +219,7 @@ class InternViTBackbone(nn.Module):
         weights = {k: v for k, v in model.state_dict(keep_vars=True).items() if k in expected}
         if fpn:
             levels = FeaturePyramid(model.config.hidden_size, final_norm)
-            stored = {} if pyramid is None else _pyramid_of(pyramid)
+            stored = {} if pyramid is None else _pyramid_of(pyramid, prefix)
             if stored:
                 try:
                     levels.load_state_dict(stored)
@@ -234,10 +237,10 @@ class InternViTBackbone(nn.Module):
         return backbone.train(model.training)
 
 
-def _pyramid_of(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def _pyramid_of(path: str | os.PathLike[str], prefix: str | None) -> dict[str, Tensor]:
     """The parameters `up1…up4` of a local checkpoint; empty if there are none."""
     from internvit.checkpoint.files import Checkpoint
 
-    with Checkpoint(Path(path), with_config=False) as checkpoint:
+    with Checkpoint(Path(path), prefix, with_config=False) as checkpoint:
         names = {match[1]: key for key in checkpoint.keys if (match := _PYRAMID.fullmatch(key))}
         return {name: checkpoint.file(checkpoint.keys[key]).read(key).clone() for name, key in names.items()}

@@ -40,7 +40,9 @@ INTERNVIT_DEVICE uint32_t packed(float low, float high, f16) {
 
 template <class Argument>
 const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, void* stream, const Argument& argument) {
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)> > >(argument);
+  // clang-format off: it takes the launch for shifts
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(argument);
+  // clang-format on
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
