@@ -164,14 +164,14 @@ class InternViTConfig:
         }
 
     def replace(self, **changes: Any) -> "InternViTConfig":
-        """A copy with some fields changed; it is a published variant no more, unless `name` says so."""
+        """A copy with some fields changed; it is no published variant, unless `name` says so."""
         return dataclasses.replace(self, **{**({"name": None} if changes else {}), **changes})
 
     def to_dict(self, spelling: str = "opengvlab") -> dict[str, Any]:
         """The configuration under an upstream's keys, as JSON can hold it; `from_dict` reads it back.
 
-        What transformers has no key for (drop path, how the position embedding is resized) goes along under ours,
-        which it keeps and does not use. timm and mmseg get a file that names no model type of transformers, which
+        What transformers has no key for (drop path, how the position embedding is resized) stands under ours, which it
+        keeps and does not use. timm and mmseg get a file that names no model type of transformers, which
         would take the weights for its own and start with random ones.
 
         Args:
@@ -299,6 +299,8 @@ def _intermediate_size(hidden_size: Any, mlp_ratio: Any) -> int:
 
 def _tower_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that describe the vision tower, out of a whole model's configuration or timm's."""
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"InternViTConfig: expected a mapping of fields, got {type(fields).__name__}")
     fields = dict(fields)
     while fields.get("vision_config") is not None:
         if not isinstance(fields["vision_config"], Mapping):

@@ -277,6 +277,12 @@ def test_refusals(fields: dict, message: str) -> None:
         InternViTConfig.from_dict(fields)
 
 
+@pytest.mark.parametrize("fields", [[], [1], "x", None, 7])
+def test_what_is_no_mapping(fields) -> None:
+    with pytest.raises(ValueError, match="expected a mapping of fields, got"):
+        InternViTConfig.from_dict(fields)
+
+
 @pytest.mark.parametrize("size", [(14, 14, 14), (), "224", None, 14.0])
 def test_constructor_refuses_odd_image_sizes(size) -> None:
     with pytest.raises(ValueError, match="image_size must be one or two"):

@@ -1,6 +1,6 @@
-// What raw ops require of their arguments, once for both libraries. Exported graphs and C++ hosts call raw ops without the
-// validation of internvit/ops, and kernels trust every size and dtype: what passes here is safe to read and to write.
-// An error names the op and the argument, what was expected and what came.
+// What raw ops require of their arguments, once for both libraries. Exported graphs and C++ hosts call raw ops without
+// the validation of internvit/ops, and kernels trust every size and dtype: what passes here is safe to read and to
+// write. An error names the op and the argument, what was expected and what came.
 #pragma once
 
 #include <limits>
@@ -56,8 +56,8 @@ class Checks {
   }
 
   void device(const char* name, const Tensor& t) const {
-    STD_TORCH_CHECK(t.device() == x_.device(), op_, ": ", name, " must be on ", name_, "'s device ", device_of(x_), ", got ",
-                    device_of(t));
+    STD_TORCH_CHECK(t.device() == x_.device(), op_, ": ", name, " must be on ", name_, "'s device ", device_of(x_),
+                    ", got ", device_of(t));
   }
   void dtype(const char* name, const Tensor& t, ScalarType expected) const {
     STD_TORCH_CHECK(t.scalar_type() == expected, op_, ": ", name, " must be ", expected, ", got ", t.scalar_type());
@@ -114,8 +114,8 @@ class Checks {
 
   void eps(double eps) const { STD_TORCH_CHECK(eps >= 0, op_, ": eps must be a number >= 0, got ", eps); }
   void one_of(const char* name, const std::string& value, const char* first, const char* second) const {
-    STD_TORCH_CHECK(value == first || value == second, op_, ": ", name, " must be '", first, "' or '", second, "', got '",
-                    value, "'");
+    STD_TORCH_CHECK(value == first || value == second, op_, ": ", name, " must be '", first, "' or '", second,
+                    "', got '", value, "'");
   }
   void rounding(const std::string& value) const { one_of("rounding", value, "fused", "reference"); }
   void output_mask(const std::vector<bool>& mask, size_t length) const {

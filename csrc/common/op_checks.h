@@ -1,4 +1,5 @@
-// The checks of each op that both libraries have, and of attention. They come first in a raw op, before anything is read.
+// The checks of each op that both libraries have, and of attention. They come first in a raw op, before anything is
+// read.
 #pragma once
 
 #include "common/checks.h"
@@ -178,7 +179,8 @@ struct QKNorm {
   const OptionalTensor &q_weight, &k_weight, &rstd_q, &rstd_k;
 };
 
-inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, const QKNorm& norm) {
+inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const QKNorm& norm) {
   check.heads();
   check.like_x("k", k);
   check.like_x("v", v);
@@ -199,9 +201,9 @@ inline void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Q
   attention_inputs(Checks("attention", "q", q), q, k, v, norm);
 }
 
-inline void attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                               const Tensor& lse, const QKNorm& norm, const Tensor& grad_q, const Tensor& grad_k,
-                               const Tensor& grad_v) {
+inline void attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const Tensor& out, const Tensor& lse, const QKNorm& norm, const Tensor& grad_q,
+                               const Tensor& grad_k, const Tensor& grad_v) {
   const Checks check("attention_backward", "q", q);
   attention_inputs(check, q, k, v, norm);
   check.like_x("grad_out", grad_out);

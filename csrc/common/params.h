@@ -1,6 +1,7 @@
-// The parameters of the ops that CPUs and GPUs both have. Plain data, without torch: rows have a stride in elements, the
-// rest is contiguous. `Parameter` is a vector [C] of the model, and `ParameterGrad` its gradient; a null pointer means
-// that there is none. A CPU kernel reads float32 alone, a GPU kernel the model's own dtype as well (cuda/kernels.h).
+// The parameters of the ops that CPUs and GPUs both have. Plain data, without torch: rows have a stride in elements,
+// the rest is contiguous. `Parameter` is a vector [C] of the model, and `ParameterGrad` its gradient; a null pointer
+// means that there is none. A CPU kernel reads float32 alone, a GPU kernel the model's own dtype as well
+// (cuda/kernels.h).
 //
 // The dtypes come last: in front of the pointers they cost norm_kernel on sm_80 two registers, and with them a spill.
 #pragma once

@@ -42,7 +42,7 @@ struct AttentionParams {
 struct AttentionBackwardParams {
   DType dtype;
   HeadsView q, k, v, grad_out, out;
-  const float* lse;
+  const float* lse;  // lse and out: for the bf16 units alone
   const float* q_weight;
   const float* k_weight;
   const float* rstd_q;

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from internvit.checkpoint.pickles import load_pickle
+from internvit.checkpoint.pickles import check_dense, load_pickle
 from internvit.config import InternViTConfig
 from internvit.files import locked, read_json
 from internvit.upstream.state_dict import conversion_plan
@@ -55,6 +55,7 @@ class TensorFile:
 
     Attributes:
         path: of the file when it was opened.
+        nbytes: of the file.
         shapes: of its tensors.
     """
 
@@ -66,13 +67,15 @@ class TensorFile:
             raise ValueError(f"{path}: expected a regular file")
         self._file = open(path, "rb")  # noqa: SIM115 (closed by `close`)
         self._version = self._stat()
+        self.nbytes = self._version[0]
         self._mapping: Any = None
         self._can_unmap = True
         try:
             opened = self._map()
-            if isinstance(opened, dict):
-                self.shapes = {key: tuple(tensor.shape) for key, tensor in opened.items()}
+            if isinstance(opened, dict):  # a nested tensor has no shape
+                self.shapes = {key: () if t.is_nested else tuple(t.shape) for key, t in opened.items()}
             else:
+                self._check_header()
                 self.shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
         except BaseException:
             self.close()
@@ -87,7 +90,7 @@ class TensorFile:
         place = f"/proc/self/fd/{self._file.fileno()}"
         if os.path.exists(place):
             return place
-        if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+        if not self.path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
             raise ValueError(f"{self.path}: was replaced while it was read; load it again")
         return str(self.path)
 
@@ -101,24 +104,27 @@ class TensorFile:
 
     def _map_safetensors(self) -> Any:
         try:
-            opened = safe_open(self._place(), framework="pt", device="cpu")
+            return safe_open(self._place(), framework="pt", device="cpu")
         except SafetensorError as error:
             raise ValueError(f"{self.path}: not a whole safetensors file: {error}") from error
-        self._file.seek(0)
+
+    def _check_header(self) -> None:
+        """Refuses a key that is there twice, of which safetensors takes the last."""
         header = self._file.read(int.from_bytes(self._file.read(8), "little"))
         with naming(self.path):
             json.loads(header, object_pairs_hook=_unique)
-        return opened
 
     def read(self, key: str) -> Tensor:
         """The tensor as a view of the mapped file: it must be dropped before `unmap`.
 
         Raises:
-            ValueError: a type of less than a byte, or a file that has changed since it was opened.
+            ValueError: a type of less than a byte, or a tensor that is not dense.
         """
         with torch.device("cpu"):  # whatever the caller's default device is
             opened = self._map()
             if isinstance(opened, dict):
+                with naming(self.path):
+                    check_dense(key, opened[key])
                 return opened[key]
             dtype = opened.get_slice(key).get_dtype()
             if dtype not in _WHOLE_BYTES:

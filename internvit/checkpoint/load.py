@@ -116,7 +116,7 @@ def _load(
 
 
 class _Copy(NamedTuple):
-    """One stored tensor on its way into a parameter."""
+    """One stored tensor and the parameter that it belongs to."""
 
     file: TensorFile
     piece: Piece
@@ -136,7 +136,7 @@ def _read_parameters(
     copies.sort(key=lambda copy: str(copy.file.path))
     files = dict.fromkeys(copy.file for copy in copies)
     # How many bytes of a file may be mapped and touched at once: a sixteenth of the checkpoint, 16 to 256 MiB.
-    window = min(max(sum(file.path.stat().st_size for file in files) // 16, 16 * 2**20), 256 * 2**20)
+    window = min(max(sum(file.nbytes for file in files) // 16, 16 * 2**20), 256 * 2**20)
     parameters: dict[str, Tensor] = {}
     odd: list[str] = []
     total = sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -25,7 +25,7 @@ def load_pickle(place: str, path: Path) -> tuple[dict[str, Tensor], bool]:
         path: what to call it.
 
     Raises:
-        ValueError: pickled objects, a damaged file, or something else than plain tensors; the message names the file.
+        ValueError: pickled objects, a damaged file, or something else than tensors; the message names the file.
     """
     mapped = True
     try:
@@ -39,8 +39,6 @@ def load_pickle(place: str, path: Path) -> tuple[dict[str, Tensor], bool]:
         if mapped:
             _check_records(place)
         tensors = unwrap(loaded)
-        for key, tensor in tensors.items():
-            _check_plain(key, tensor)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: holds pickled objects other than tensors, and reading them could run code; or it is no file of "
@@ -53,8 +51,8 @@ def load_pickle(place: str, path: Path) -> tuple[dict[str, Tensor], bool]:
     return tensors, mapped
 
 
-def _check_plain(key: str, tensor: Tensor) -> None:
-    """Refuses what is no dense tensor with memory of its own."""
+def check_dense(key: str, tensor: Tensor) -> None:
+    """Raises a ValueError for what is no dense tensor with memory of its own."""
     kind = None
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = f"a {'nested' if tensor.is_nested else str(tensor.layout).removeprefix('torch.')} tensor"

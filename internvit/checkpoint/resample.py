@@ -23,7 +23,7 @@ PATCH_RESAMPLING = ("bicubic", "pi")
 def resample_patch_embedding(weight: Tensor, patch_size: int, method: str = "bicubic") -> Tensor:
     """The weight of a patch embedding for another patch size.
 
-    "bicubic", OpenGVLab's way, resizes each filter like a picture: its sum over a patch grows with the number of
+    "bicubic", as OpenGVLab does it, resizes each filter like a picture: its sum over a patch grows with the number of
     pixels, by (16 / 14)^2 from 14 to 16, so a network that is not trained further sees louder patches. "pi", timm's,
     is the pseudo-inverse of resizing the pixels (bicubic with antialias): a picture that is enlarged with its patches
     gives the tokens it had.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from internvit.checkpoint.files import CONFIG, INDEX, WEIGHTS, read_index
 from internvit.config import InternViTConfig
-from internvit.files import Staging, locked, staging
+from internvit.files import Staging, locked, read_json, staging
 from internvit.names import LAYOUTS, listed, match
 from internvit.upstream.state_dict import convert_state_dict
 from internvit.upstream.tower import find_tower
@@ -96,7 +96,7 @@ def _contents(model: nn.Module, layout: str) -> tuple[dict[str, Tensor], dict[st
 
 def _refuse_unplain(name: str, tensor: Any) -> None:
     """A tensor that safetensors cannot hold, or that would be no plain weight when it is read."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(
             f"model: expected weights in floating point, got {got} in {name}: save it before quantising it"
@@ -127,6 +127,25 @@ def _refuse_to_replace(folder: Path, overwrite: bool) -> None:
                 f"{folder}: {name} holds more than an InternViT, which would be lost: {listed(others)}; "
                 f"save to another folder"
             )
+    if _is_of_another_model(folder / CONFIG):
+        raise FileExistsError(f"{folder}: {CONFIG} is that of another model; save to another folder")
+
+
+def _is_of_another_model(path: Path) -> bool:
+    """Whether a config.json describes more than an InternViT, or something else; not if it is broken."""
+    try:
+        fields = read_json(path)
+    except (ValueError, OSError):
+        return False
+    if not isinstance(fields, dict):
+        return False
+    if fields.get("vision_config") is not None:
+        return True
+    try:
+        InternViTConfig.from_dict(fields)
+    except ValueError:
+        return True
+    return False
 
 
 def _keys_of(path: Path) -> list[str]:
@@ -141,8 +160,11 @@ def _keys_of(path: Path) -> list[str]:
 
 
 def _keys_of_index(path: Path) -> list[str]:
-    with suppress(ValueError, FileNotFoundError):
-        return list(read_index(path))
+    """The keys of an index, whatever it calls their files; none if there is none, or a broken one."""
+    with suppress(ValueError, OSError):
+        index = read_json(path)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        return list(names) if isinstance(names, dict) else []
     return []
 
 

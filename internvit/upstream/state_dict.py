@@ -1,4 +1,4 @@
-"""State dicts of InternViT under the names of OpenGVLab, transformers, timm and mmseg, and the way between them.
+"""State dicts of InternViT under the names of OpenGVLab, transformers, timm and mmseg, and conversions between them.
 
 OpenGVLab's names are the canonical ones. The layouts differ in names, and in that transformers keeps q, k and v as
 three Linears while the others pack them into one of 3C rows, [q | k | v], each head-major. So a conversion is a plan,

@@ -46,8 +46,8 @@ class AttentionConfig:
         same work. Per 64 x 64 scores, grad_kv and grad_q together issue 940 cycles of instructions instead of 1740 and
         1792 of tensor core instead of 2816 with 128 x 32 and 128 x 64; grad_kv spills with 128 x 64. tcgen05 keeps
         accumulators in tensor memory: 128 x 64 fit. mma, D = 64: grad_kv's 128 x 64 takes all 255 registers and
-        spills 12 bytes in 3.6, grad_q's with QK-norm 12 in 3.8; 128 x 32 take 186 and 182. mma, D = 128: where tiles
-        leave tokens over, as at 1297, grad_kv's 64 x 64 spills 8 bytes; 64 x 32 take 172 registers. mfma, D = 128:
+        spills 12 bytes in 3.6, grad_q's with QK-norm 12 in 3.8; 128 x 32 take 186 and 182. mma, D = 128: with 64 x 32
+        tiles and 8 warps grad_kv issues 1.5 times the products needed, 128 x 32 spill 104 bytes. mfma, D = 128:
         64 x 64 spills and 64 x 32 does not. wmma's operands fill both halves of a wave, 256 registers a lane:
         grad_kv spills 20 bytes with 32 x 16 tiles at D = 128, none with 16 x 16.
 
@@ -91,7 +91,7 @@ class AttentionConfig:
         if instructions == "mma" and not (wide and whole):
             return cls(32 if wide and kernel == "grad_kv" else 64 if wide else 128, 32, 8, 2)
         if instructions == "mma":
-            return cls(64, 32 if kernel == "grad_kv" else 64, 8, 2)
+            return cls(64, 64, 8, 2)
         if instructions == "wgmma" and wide and whole:
             return cls(128, 32 if kernel == "grad_kv" else 64, 8, 2)
         return cls(128 if (instructions == "tcgen05" and whole) or not wide else 64, 64 if whole else 32, 8, 2)

@@ -8,8 +8,8 @@ rstd_q * q_weight * k_weight * scale * log2(e) once, rounded to its dtype, and c
 One program keeps a tile of one head's queries and walks over its keys; softmax runs in base 2 and float32.
 
 The class token makes 1025 = 8 * 128 + 1 of 1024 patches: a ninth tile of queries and a 17th of keys with one row each.
-Where N is one more than whole tiles the first key starts the softmax instead, and the first query gets a small program:
-128 tile products a head instead of 153, and none of them masked.
+Where N is one more than whole tiles the first key starts the softmax instead, and the first query gets a program of 16
+rows, 15 of them masked: 128 tile products a head and 16 of an eighth instead of 153, and none of them masked.
 """
 
 import torch
@@ -18,7 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from internvit.kernels.attention.config import AttentionConfig, QKNorm, call, head_blocks
-from internvit.kernels.attention.tiles import LN2, LOG2E, add_product, fold, key_scores, load_rows, store_rows
+from internvit.kernels.attention.tiles import (
+    LN2,
+    LOG2E,
+    LONE_ROWS,
+    add_product,
+    fold,
+    key_scores,
+    load_rows,
+    scores,
+    store_rows,
+    tile_of_program,
+)
 from internvit.kernels.common import launch
 from internvit.kernels.common.heads import dense_heads, head_strides
 from internvit.kernels.common.rows import load_vector
@@ -44,9 +55,19 @@ def softmax_step(
     MASKED: tl.constexpr,
 ):
     """One tile of keys and values into the running softmax."""
-    _, b_s = key_scores(b_q, p_k, p_rstd_k, i_n, N, stride_kn, o_d, scale_log2, D, BLOCK_N, MASKED)
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-    b_p = tl.exp2(b_s - b_new_max[:, None])
+    if p_rstd_k is not None:
+        _, b_s = key_scores(b_q, p_k, p_rstd_k, i_n, N, stride_kn, o_d, scale_log2, D, BLOCK_N, MASKED)
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new_max[:, None])
+    else:
+        # scale_log2 >= 0 scales the maximum of the raw scores: scale and maximum are one multiply-add a score
+        b_s = scores(b_q, load_rows(p_k, i_n, N, stride_kn, o_d, D, BLOCK_N, MASKED))
+        m_n = (i_n + tl.arange(0, BLOCK_N) < N)[None, :]
+        b_tile_max = tl.max(tl.where(m_n, b_s, float("-inf")) if MASKED else b_s, 1)
+        b_new_max = tl.maximum(b_max, b_tile_max * scale_log2)
+        b_p = tl.exp2(b_s * scale_log2 - b_new_max[:, None])
+        if MASKED:
+            b_p = tl.where(m_n, b_p, 0.0)
     b_correction = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_correction + tl.sum(b_p, 1)
     b_v = load_rows(p_v, i_n, N, stride_vn, o_d, D, BLOCK_N, MASKED)
@@ -67,6 +88,7 @@ def attend_tile(
     p_out,
     p_lse,
     i_m,
+    m_end,
     i_h,
     N,
     H,
@@ -81,12 +103,12 @@ def attend_tile(
     PEEL_KEY: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Queries i_m.. of one head; all pointers are that head's."""
+    """Queries i_m.. before m_end of one head; all pointers are that head's."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    b_q = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, True)
+    b_q = load_rows(p_q, i_m, m_end, stride_qn, o_d, D, BLOCK_M, True)
     if p_rstd_k is not None:
-        b_rstd = tl.load(p_rstd_q + o_m, mask=o_m < N, other=0.0)
+        b_rstd = tl.load(p_rstd_q + o_m, mask=o_m < m_end, other=0.0)
         b_q = fold(b_q, p_q_weight, p_k_weight, b_rstd, i_h, o_d, scale_log2, D)
     if PEEL_KEY:
         b_first = tl.sum(b_q.to(tl.float32) * load_vector(p_k, o_d, D)[None, :], 1)  # [BLOCK_M]
@@ -96,16 +118,14 @@ def attend_tile(
     else:
         b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         b_sum = tl.zeros([BLOCK_M], tl.float32)
-        b_acc = tl.zeros([BLOCK_N if BLOCK_M == 1 else BLOCK_M, BLOCK_D], tl.float32)
+        b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i_n in range(1 if PEEL_KEY else 0, N, BLOCK_N):
         b_acc, b_sum, b_max = softmax_step(
             b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, i_n, N, stride_kn, stride_vn, o_d, scale_log2,
             D, BLOCK_N, TAIL,
         )  # fmt: skip
-    if BLOCK_M == 1:
-        b_acc = tl.sum(b_acc, 0)[None, :]
-    store_rows(p_out, i_m, N, H * D, o_d, D, BLOCK_M, b_acc / b_sum[:, None])
-    tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < N)
+    store_rows(p_out, i_m, m_end, H * D, o_d, D, BLOCK_M, b_acc / b_sum[:, None])
+    tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < m_end)
 
 
 @triton.jit
@@ -141,8 +161,7 @@ def attention_kernel(
     PEEL_KEY: tl.constexpr,  # key 0 starts the softmax
     TAIL: tl.constexpr,  # the last tile of keys is not whole
 ):
-    i_tile = tl.program_id(0) % programs
-    i_bh = (tl.program_id(0) // programs).to(tl.int64)
+    i_tile, i_bh = tile_of_program(programs, PEEL_QUERY)
     i_b, i_h = i_bh // H, i_bh % H
     stride_qn *= STRIDE_UNIT
     stride_kn *= STRIDE_UNIT
@@ -159,15 +178,15 @@ def attention_kernel(
     if PEEL_QUERY:
         if i_tile == programs - 1:
             attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
-                        0, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
-                        D, BLOCK_D, 1, BLOCK_N, False, True)
+                        0, 1, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
+                        D, BLOCK_D, LONE_ROWS, BLOCK_N, PEEL_KEY, TAIL)
         else:
             attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
-                        1 + i_tile * BLOCK_M, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
+                        1 + i_tile * BLOCK_M, N, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
                         D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
     else:
         attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
-                    i_tile * BLOCK_M, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
+                    i_tile * BLOCK_M, N, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
                     D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
     # fmt: on
 
@@ -209,4 +228,6 @@ def attention(
     rstd_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     norm = QKNorm(q_weight, k_weight, rstd_q, rstd_k).contiguous()
+    if scale < 0:
+        q, scale = -q, -scale
     return call("forward", q, attend, dense_heads(q), dense_heads(k), dense_heads(v), scale, norm)

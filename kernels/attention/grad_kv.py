@@ -9,7 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 from internvit.kernels.attention.config import AttentionConfig, head_blocks
-from internvit.kernels.attention.tiles import LN2, LOG2E, add_product, load_rows, probabilities, scores, store_rows
+from internvit.kernels.attention.tiles import (
+    LN2,
+    LOG2E,
+    LONE_ROWS,
+    add_product,
+    load_rows,
+    probabilities,
+    scores,
+    store_rows,
+    tile_of_program,
+)
 from internvit.kernels.common import launch
 from internvit.kernels.common.heads import head_strides
 
@@ -63,6 +73,7 @@ def grad_kv_tile(
     p_grad_v,
     p_row_dot_k,
     i_n,
+    n_end,
     N,
     stride_qn,
     stride_kn,
@@ -78,18 +89,18 @@ def grad_kv_tile(
     PEEL_QUERY: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Keys and values i_n.. of one head; all pointers are that head's. BLOCK_N = 1: no matrix products."""
+    """Keys and values i_n.. before n_end of one head; all pointers are that head's."""
     o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    b_k = load_rows(p_k, i_n, N, stride_kn, o_d, D, BLOCK_N, True)
-    b_v = load_rows(p_v, i_n, N, stride_vn, o_d, D, BLOCK_N, True)
+    b_k = load_rows(p_k, i_n, n_end, stride_kn, o_d, D, BLOCK_N, True)
+    b_v = load_rows(p_v, i_n, n_end, stride_vn, o_d, D, BLOCK_N, True)
     if p_rstd_k is not None:
-        b_column_scale = tl.load(p_rstd_k + o_n, mask=o_n < N, other=0.0)
+        b_column_scale = tl.load(p_rstd_k + o_n, mask=o_n < n_end, other=0.0)
     else:
         b_column_scale = tl.full([BLOCK_N], LOG2E, tl.float32) * scale
 
-    b_grad_k = tl.zeros([BLOCK_M if BLOCK_N == 1 else BLOCK_N, BLOCK_D], tl.float32)
-    b_grad_v = tl.zeros([BLOCK_M if BLOCK_N == 1 else BLOCK_N, BLOCK_D], tl.float32)
+    b_grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if PEEL_QUERY:
         b_grad_k, b_grad_v = grad_kv_step(
             b_grad_k, b_grad_v, b_k, b_v, b_column_scale, p_q, p_grad_out, p_lse, p_delta, 0, N,
@@ -100,17 +111,14 @@ def grad_kv_tile(
             b_grad_k, b_grad_v, b_k, b_v, b_column_scale, p_q, p_grad_out, p_lse, p_delta, i_m, N,
             stride_qn, stride_gn, o_d, D, BLOCK_M, TAIL, p_rstd_k is not None,
         )  # fmt: skip
-    if BLOCK_N == 1:
-        b_grad_k = tl.sum(b_grad_k, 0)[None, :]
-        b_grad_v = tl.sum(b_grad_v, 0)[None, :]
     # without QK-norm b_column_scale is scale * log2(e): times ln 2 it is the scale
     b_grad_k *= (b_column_scale * LN2)[:, None]
-    store_rows(p_grad_k, i_n, N, stride_dkn, o_d, D, BLOCK_N, b_grad_k)
-    store_rows(p_grad_v, i_n, N, stride_dvn, o_d, D, BLOCK_N, b_grad_v)
+    store_rows(p_grad_k, i_n, n_end, stride_dkn, o_d, D, BLOCK_N, b_grad_k)
+    store_rows(p_grad_v, i_n, n_end, stride_dvn, o_d, D, BLOCK_N, b_grad_v)
     if p_row_dot_k is not None:
         # read again: keys kept in registers over the loop spill 112 bytes at D = 128 on sm_100, and take 11 to 27 more
-        b_k = load_rows(p_k, i_n, N, stride_kn, o_d, D, BLOCK_N, True)
-        tl.store(p_row_dot_k + o_n, tl.sum(b_grad_k * b_k.to(tl.float32), 1), mask=o_n < N)
+        b_k = load_rows(p_k, i_n, n_end, stride_kn, o_d, D, BLOCK_N, True)
+        tl.store(p_row_dot_k + o_n, tl.sum(b_grad_k * b_k.to(tl.float32), 1), mask=o_n < n_end)
 
 
 @triton.jit
@@ -156,8 +164,7 @@ def attention_grad_kv_kernel(
     PEEL_KEY: tl.constexpr,  # key 0 has a program of its own
     TAIL: tl.constexpr,  # the last tile of the loop is not whole
 ):
-    i_tile = tl.program_id(0) % programs
-    i_bh = (tl.program_id(0) // programs).to(tl.int64)
+    i_tile, i_bh = tile_of_program(programs, PEEL_KEY)
     i_b, i_h = i_bh // H, i_bh % H
     stride_qn *= STRIDE_UNIT
     stride_kn *= STRIDE_UNIT
@@ -179,16 +186,16 @@ def attention_grad_kv_kernel(
     # fmt: off
     if PEEL_KEY:
         if i_tile == programs - 1:
-            grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k, 0, N,
+            grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k, 0, 1, N,
                          stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn, scale,
-                         D, BLOCK_D, BLOCK_M, 1, False, True)
+                         D, BLOCK_D, BLOCK_M, LONE_ROWS, PEEL_QUERY, TAIL)
         else:
             grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
-                         1 + i_tile * BLOCK_N, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
+                         1 + i_tile * BLOCK_N, N, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
                          scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL)
     else:
         grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
-                     i_tile * BLOCK_N, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
+                     i_tile * BLOCK_N, N, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
                      scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL)
     # fmt: on
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from internvit.kernels.attention.config import AttentionConfig, QKNorm, head_blocks
 from internvit.kernels.attention.tiles import (
     LOG2E,
+    LONE_ROWS,
     add_product,
     key_scores,
     load_head_weight,
@@ -18,6 +19,7 @@ from internvit.kernels.attention.tiles import (
     probabilities,
     scores,
     store_rows,
+    tile_of_program,
 )
 from internvit.kernels.common import launch
 from internvit.kernels.common.heads import head_strides
@@ -71,6 +73,7 @@ def grad_q_tile(
     p_row_dot_q,
     p_partial,  # [D] of this tile
     i_m,
+    m_end,
     i_h,
     N,
     stride_qn,
@@ -86,21 +89,21 @@ def grad_q_tile(
     PEEL_KEY: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Queries i_m.. of one head; all pointers are that head's. BLOCK_M = 1: no matrix products."""
+    """Queries i_m.. before m_end of one head; all pointers are that head's."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    m_m = o_m < N
+    m_m = o_m < m_end
     unit = 1.0
     if p_rstd_k is not None:
-        b_q = load_rows(p_grad_q, i_m, N, stride_dqn, o_d, D, BLOCK_M, True)
+        b_q = load_rows(p_grad_q, i_m, m_end, stride_dqn, o_d, D, BLOCK_M, True)
         unit = tl.load(p_rstd_k)  # keeps dS * rstd_k in float16's range whatever k's size is
     else:
-        b_q = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, True)
-    b_grad = load_rows(p_grad_out, i_m, N, stride_gn, o_d, D, BLOCK_M, True)
+        b_q = load_rows(p_q, i_m, m_end, stride_qn, o_d, D, BLOCK_M, True)
+    b_grad = load_rows(p_grad_out, i_m, m_end, stride_gn, o_d, D, BLOCK_M, True)
     b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2E
     b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
 
-    b_grad_q = tl.zeros([BLOCK_N if BLOCK_M == 1 else BLOCK_M, BLOCK_D], tl.float32)
+    b_grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     scale_log2 = scale * LOG2E
     if PEEL_KEY:
         b_grad_q = grad_q_step(
@@ -113,18 +116,16 @@ def grad_q_tile(
             stride_kn, stride_vn, o_d, scale_log2, D, BLOCK_N, TAIL,
         )  # fmt: skip
 
-    if BLOCK_M == 1:
-        b_grad_q = tl.sum(b_grad_q, 0)[None, :]
     b_grad_q *= scale * unit
     if p_rstd_k is not None:
-        b_raw = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, True).to(tl.float32)
+        b_raw = load_rows(p_q, i_m, m_end, stride_qn, o_d, D, BLOCK_M, True).to(tl.float32)
         b_grad_q *= tl.load(p_rstd_q + o_m, mask=m_m, other=0.0)[:, None]
         b_dot = b_grad_q * b_raw  # [BLOCK_M, BLOCK_D]
         tl.store(p_partial + o_d, tl.sum(b_dot, 0), mask=o_d < D)
         b_weight = load_head_weight(p_q_weight, i_h, o_d, D) * load_head_weight(p_k_weight, i_h, o_d, D)
         tl.store(p_row_dot_q + o_m, tl.sum(b_dot * b_weight[None, :], 1), mask=m_m)
         b_grad_q *= b_weight[None, :]
-    store_rows(p_grad_q, i_m, N, stride_dqn, o_d, D, BLOCK_M, b_grad_q)
+    store_rows(p_grad_q, i_m, m_end, stride_dqn, o_d, D, BLOCK_M, b_grad_q)
 
 
 @triton.jit
@@ -170,8 +171,7 @@ def attention_grad_q_kernel(
     PEEL_KEY: tl.constexpr,  # key 0 goes before the loop
     TAIL: tl.constexpr,  # the last tile of the loop is not whole
 ):
-    i_tile = tl.program_id(0) % programs
-    i_bh = (tl.program_id(0) // programs).to(tl.int64)
+    i_tile, i_bh = tile_of_program(programs, PEEL_QUERY)
     i_b, i_h = i_bh // H, i_bh % H
     stride_qn *= STRIDE_UNIT
     stride_kn *= STRIDE_UNIT
@@ -194,15 +194,15 @@ def attention_grad_q_kernel(
     if PEEL_QUERY:
         if i_tile == programs - 1:
             grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
-                        p_row_dot_q, p_partials, 0, i_h, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dqn,
-                        scale, D, BLOCK_D, 1, BLOCK_N, False, True)
+                        p_row_dot_q, p_partials, 0, 1, i_h, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dqn,
+                        scale, D, BLOCK_D, LONE_ROWS, BLOCK_N, PEEL_KEY, TAIL)
         else:
             grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
-                        p_row_dot_q, p_partials, 1 + i_tile * BLOCK_M, i_h, N, stride_qn, stride_kn, stride_vn,
+                        p_row_dot_q, p_partials, 1 + i_tile * BLOCK_M, N, i_h, N, stride_qn, stride_kn, stride_vn,
                         stride_gn, stride_dqn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
     else:
         grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
-                    p_row_dot_q, p_partials, i_tile * BLOCK_M, i_h, N, stride_qn, stride_kn, stride_vn, stride_gn,
+                    p_row_dot_q, p_partials, i_tile * BLOCK_M, N, i_h, N, stride_qn, stride_kn, stride_vn, stride_gn,
                     stride_dqn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
     # fmt: on
 

@@ -4,6 +4,7 @@ What is compiled by the static profile, the budget and the tests, and measured b
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -227,7 +228,7 @@ def kernel_uses(
     configs: Iterable[InternViTConfig] | None = None,
     only: str = "",
 ) -> list[KernelUse]:
-    """The distinct kernels that models launch on `target`, in modes whose name contains `only`."""
+    """The distinct kernels that models launch on `target`, in modes whose name the pattern `only` is found in."""
     uses: dict[Specialization, KernelUse] = {}
     for config in architectures().values() if configs is None else configs:
         for name, run in modes_of(config, tuple(dtypes)):
@@ -241,7 +242,7 @@ def kernel_uses(
                 if name not in use.modes:
                     use.modes.append(name)
 
-            if only in name:
+            if re.search(only, name):
                 with compile_only(target, receive):
                     run()
     return list(uses.values())

@@ -5,7 +5,8 @@
 The launches are those of whole models, specialised by Triton's own JIT. A row: kernel, config (dtypes
 and constants), arch, registers and spills (bytes stored to the stack) of a thread, stack_bytes, shared_bytes, occupancy
 (resident threads over the most possible), matrix_instructions with their mnemonic, the share of global memory
-instructions that move 16 bytes a thread, ceiling_us, the modes that launch it, and `source`: all that another program
+instructions that move 16 bytes a thread, `loop` (of attention: cycles of a multiprocessor for 64 x 64 scores by unit,
+and products issued over products needed), ceiling_us, the modes that launch it, and `source`: all that another program
 needs to compile the same kernel again. ceiling_us is the time at the ceilings of `roofline.py` of its first launch, on
 the device that a target stands for: the bytes of the kernel's tensors over the bandwidth or its products over the
 peak. Arithmetic, never a measured figure.
@@ -33,6 +34,7 @@ from internvit.kernels.common.target import TARGETS, Target
 from internvit.kernels.tools import roofline
 from internvit.kernels.tools.compile_only import Specialization
 from internvit.kernels.tools.model_launches import KernelUse, kernel_uses
+from internvit.kernels.tools.sass import loop_cost
 
 Row = dict[str, Any]
 
@@ -64,6 +66,7 @@ def _read_nvidia(compiled: Any) -> Row:
         "stack_bytes": stack,
         "matrix": collections.Counter(_MATRIX_NVIDIA.findall(sass)),
         "wide": [("128" in m.split(".")) for m in moves],
+        "sass": sass,
     }
 
 
@@ -73,10 +76,12 @@ def _read_amd(compiled: Any) -> Row:
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", asm).group(1))  # type: ignore[union-attr]
 
+    stack = field("private_segment_fixed_size")
+    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
     return {
         "registers": field("vgpr_count"),
-        "spills": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
-        "stack_bytes": field("private_segment_fixed_size"),
+        "spills": 4 * spills if stack else 0,  # without a stack they lie in lanes of other registers
+        "stack_bytes": stack,
         "matrix": collections.Counter(_MATRIX_AMD.findall(asm)),
         "wide": [m.startswith(("dwordx4", "b128")) for m in _GLOBAL_AMD.findall(asm)],
     }
@@ -132,10 +137,21 @@ def profile(use: KernelUse, target: Target) -> Row:
         "occupancy": round(occupancy(target, code["registers"], shared, one.num_warps), 3),
         "matrix_instructions": dict(code["matrix"]),
         "global_16_byte_share": round(sum(code["wide"]) / len(code["wide"]), 3) if code["wide"] else None,
+        "loop": _loop(code.get("sass", ""), one, target),
         "ceiling_us": round(1e6 * roofline.seconds(target.name, use.bytes_moved, use.flops), 3),
         "modes": use.modes,
         "source": asdict(one) | {"target": target.name},
     }
+
+
+def _loop(sass: str, one: Specialization, target: Target) -> Row | None:
+    """The cost of an attention kernel's main loop for 64 x 64 scores (`sass.LoopCost`); None for others."""
+    constants, products = dict(one.constants), roofline.MATRIX_PRODUCTS.get(one.function)
+    if products is None or not sass:
+        return None
+    tile = constants["BLOCK_M"] * constants["BLOCK_N"]
+    cost = loop_cost(sass, target, one.num_warps, tile, products, constants["BLOCK_D"])
+    return None if cost is None else asdict(cost)
 
 
 def failures(row: Row) -> Iterator[str]:
@@ -167,7 +183,7 @@ def profile_all(
     only: str = "",
     processes: int | None = None,
 ) -> Iterator[Row]:
-    """A row per distinct kernel and target; `only` keeps the modes whose name contains it."""
+    """A row per distinct kernel and target; `only` keeps the modes whose name that pattern is found in."""
     dtypes = tuple(dtypes)
     pairs = [(use, TARGETS[arch]) for arch in archs for use in kernel_uses(TARGETS[arch], dtypes, only=only)]
     return profile_uses(pairs, processes)
@@ -177,12 +193,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m internvit.kernels.tools.static_profile", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--only", default="", help="only modes whose name contains this, as '6b' or 'train, DropPath'")
+    parser.add_argument("--only", default="", help="only modes whose name this pattern is found in, as '6b.*train'")
     parser.add_argument("--processes", type=int, help="that compile; one for each core by default")
     parser.add_argument("--json", type=Path, help="writes the rows here")
     args = parser.parse_args()
     rows = []
-    titles = f"{'regs':>4} {'spills':>6} {'shared':>7} {'occ':>5} {'16B':>5} {'least us':>8}"
+    titles = f"{'regs':>4} {'spills':>6} {'shared':>7} {'occ':>5} {'16B':>5} {'least us':>8} issue/tensor/exp products"
     print(f"{'arch':7} {'kernel':32} {titles} matrix / config")
     for row in profile_all(args.arch, [getattr(torch, d) for d in args.dtype], args.only, args.processes):
         rows.append(row)
@@ -190,10 +206,12 @@ def main() -> None:
             print(f"{row['arch']:7} {row['kernel']:32} {row['error']} {row['config']}", flush=True)
             continue
         wide = "-" if row["global_16_byte_share"] is None else f"{row['global_16_byte_share']:.2f}"
+        loop = row["loop"]
+        cycles = "-" if loop is None else "{issue}/{tensor}/{exp} {products}".format(**loop)
         matrix = " ".join(f"{n}x{m}" for m, n in row["matrix_instructions"].items())
         print(
             f"{row['arch']:7} {row['kernel']:32} {row['registers']:4} {row['spills']:6} {row['shared_bytes']:7}"
-            f" {row['occupancy']:5.2f} {wide:>5} {row['ceiling_us']:8.2f} {matrix} {row['config']}",
+            f" {row['occupancy']:5.2f} {wide:>5} {row['ceiling_us']:8.2f} {cycles} {matrix} {row['config']}",
             flush=True,
         )
     if args.json:

@@ -179,8 +179,9 @@ def test_threads_that_save_and_load_at_once(tmp_path, sizes: tuple[str, str]) ->
 
 
 @pytest.mark.parametrize("form", ["shards", "one file", "pth"])
-def test_a_file_replaced_while_it_is_read(tmp_path, monkeypatch, form: str) -> None:
-    """Another process saves after the first tensor has been copied; every later one comes from the same file."""
+@pytest.mark.parametrize("moment", ["before the first copy", "after it"])
+def test_a_file_replaced_while_it_is_read(tmp_path, monkeypatch, form: str, moment: str) -> None:
+    """Another process saves meanwhile; every tensor comes from the files that were there at the start."""
     old, new = random_weights(PLAIN, seed=1), random_weights(PLAIN, seed=2)
 
     def write(weights: dict) -> None:
@@ -193,16 +194,22 @@ def test_a_file_replaced_while_it_is_read(tmp_path, monkeypatch, form: str) -> N
             save_pretrained(model, tmp_path, max_shard_size="600KB" if form == "shards" else "5GB", overwrite=True)
 
     write(old)
-    copies, real = [], loading._copy
+    copies, real, compare = [], loading._copy, loading.compare_shapes
 
     def copy(item, *arguments):
         item.file.unmap()
-        if len(copies) == 1:
-            write(new)
         copies.append(item)
+        if moment == "after it" and len(copies) == 2:
+            write(new)
         return real(item, *arguments)
 
+    def compare_shapes(*arguments, **named):
+        compare(*arguments, **named)
+        if moment != "after it" and not copies:
+            write(new)
+
     monkeypatch.setattr(loading, "_copy", copy)
+    monkeypatch.setattr(loading, "compare_shapes", compare_shapes)
     path = tmp_path / "model.pth" if form == "pth" else tmp_path
     assert_loaded(load_pretrained(InternViT, path), old)
     assert_loaded(load_pretrained(InternViT, path), new)
@@ -254,12 +261,42 @@ def test_overwriting_keeps_the_rest_of_an_internvl(tmp_path, shard: str) -> None
     with pytest.raises(FileExistsError, match=r"holds more than an InternViT.*: language_model\.lm_head\.weight;"):
         save_pretrained(model, folder, max_shard_size=shard, overwrite=True)
     assert contents(folder) == before
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = {"weight_map": {key: f"shards/{name}" for key, name in index.items()}}
+    (tmp_path / "elsewhere" / "model.safetensors.index.json").write_text(json.dumps(elsewhere))
+    before = contents(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=r"holds more than an InternViT"):
+        save_pretrained(model, tmp_path / "elsewhere", max_shard_size=shard, overwrite=True)
+    assert contents(tmp_path / "elsewhere") == before
     whole = {"vision_model.a": torch.ones(1), "language_model.lm_head.weight": torch.ones(3)}
     (tmp_path / "one").mkdir()
     save_file(whole, tmp_path / "one" / "model.safetensors")
     with pytest.raises(FileExistsError, match="model.safetensors holds more than an InternViT"):  # noqa: RUF043
         save_pretrained(model, tmp_path / "one", overwrite=True)
     assert names(tmp_path / "one") == {"model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "internvl_chat", "vision_config": PLAIN.to_dict(), "llm_config": {}},
+        {"model_type": "qwen2", "hidden_size": 896},
+        {"model_type": "internvl"},
+    ],
+)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_the_configuration_of_another_model_stays(tmp_path, fields: dict, overwrite: bool) -> None:
+    """Its weights may be files that a save does not touch, such as pytorch_model.bin, or lie elsewhere."""
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "consolidated.00.pth").write_bytes(b"the language model")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"config\.json is that of another model"):
+        save_pretrained(make_model(PLAIN), tmp_path, overwrite=overwrite)
+    assert contents(tmp_path) == before
+    for text in ("{", "[]", json.dumps(PLAIN.to_dict()), json.dumps(PLAIN.to_dict("transformers"))):
+        (tmp_path / "config.json").write_text(text)
+        save_pretrained(make_model(PLAIN), tmp_path, overwrite=True)
 
 
 @pytest.mark.parametrize("index", ["precious", "broken", "dots"])

@@ -135,6 +135,16 @@ def test_pickles(tmp_path, name: str, with_config: bool) -> None:
     refused(path, ".")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_other_parts_of_a_model_may_be_anything(tmp_path) -> None:
+    """Only the tower's tensors have to be dense."""
+    weights = {f"vision_model.{key}": value for key, value in random_weights(TINY).items()}
+    others = {"language_model.a": torch.ones(64).to_sparse(), "language_model.b": torch.ones(64, device="meta")}
+    others["language_model.c"] = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    path = saved_pth(tmp_path / "x.pth", {**others, **weights})
+    assert_loaded(load_pretrained(InternViT, path), random_weights(TINY))
+
+
 def test_a_record_shorter_than_its_tensor(tmp_path) -> None:
     """torch reads on into the next record."""
     whole = saved_pth(tmp_path / "whole.pth", random_weights(TINY))

@@ -53,6 +53,31 @@ def test_hub_fetches_only_the_towers_shards(hub: list[str], saved: Path, tmp_pat
     assert "model-language.safetensors" not in names(tmp_path / "cache")
 
 
+@pytest.mark.parametrize("name", ["*", "model-0000?-of-00002.safetensors", "../x", "[a-z]*"])
+def test_an_index_cannot_ask_for_every_file(hub: list[str], saved: Path, name: str) -> None:
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: expected file names of its own folder"):
+        load_pretrained(InternViT, "owner/hostile")
+    assert len(hub) == 1, "asked once, for the index"
+
+
+def test_hub_fetches_the_tower_of_a_prefix(hub: list[str], saved: Path, tmp_path) -> None:
+    index = json.loads((saved / "model.safetensors.index.json").read_text())["weight_map"]
+    both = {f"student.{key}": name for key, name in index.items()} | {
+        f"teacher.{key}": "t.safetensors" for key in index
+    }
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": both}))
+    for shard in saved.glob("*.safetensors"):
+        save_file({f"student.{key}": value for key, value in load_file(shard).items()}, shard)
+    (saved / "t.safetensors").write_bytes(b"many gigabytes")
+    with pytest.raises(ValueError, match="expected one InternViT, got 2"):
+        load_pretrained(InternViT, "owner/two")
+    assert_loaded(load_pretrained(InternViT, "owner/two", prefix="student."), random_weights(PLAIN))
+    assert "t.safetensors" not in names(tmp_path / "cache")
+
+
 def test_hub_errors(monkeypatch) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
 

@@ -57,7 +57,7 @@ def test_a_torchao_model_is_refused_by_name(tmp_path, layout: str) -> None:
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_other_weights_are_refused(tmp_path, dtype: torch.dtype) -> None:
     model = make_model(PLAIN)
     model.encoder.layers[0].ls1 = nn.Parameter(torch.zeros(256, dtype=dtype), requires_grad=False)

@@ -1,10 +1,15 @@
 """The tower is found among other networks, and under the names that wrappers make."""
 
+import contextlib
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from internvit.upstream.state_dict import convert_state_dict, detect_layout, infer_config
+from internvit.names import LAYOUTS
+from internvit.upstream.state_dict import conversion_plan, convert_state_dict, detect_layout, infer_config
 from tests.support.strategies import random_weights
 from tests.upstream.test_state_dict import PLAIN, QK_NORM, assert_same
 
@@ -106,3 +111,21 @@ def test_wrapper_parts_anywhere() -> None:
     twice = {**weights, "encoder.layers.0._orig_mod.ls1": torch.zeros(256)}
     with pytest.raises(ValueError, match="expected one key a parameter"):
         convert_state_dict(twice)
+
+
+PARTS = [name for layout in LAYOUTS[:3] for name in convert_state_dict(random_weights(PLAIN), layout)]
+PARTS += ["norm.weight", "x", "", ".", "..", "head.weight"]
+PARTS += ["encoder.layers..ls1", "encoder.layers.\u0663.ls1", "encoder.layers.-1.ls1"]
+PREFIXES = ["", "vit.", "module.", "_orig_mod.", "a.b.", "0.", ".."]
+KEYS = st.builds(str.__add__, st.sampled_from(PREFIXES), st.sampled_from(PARTS))
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 14, 64, 256, 768, 2**40]), max_size=5).map(tuple)
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(KEYS, SHAPES, max_size=12), st.sampled_from([None, "", "vit.", "vit", ".", "a"]), st.booleans())
+def test_any_names_and_shapes_end_in_a_value_error(shapes: dict, prefix: str | None, whole: bool) -> None:
+    shapes = {**(PLAIN.parameter_shapes() if whole else {}), **shapes}
+    with contextlib.suppress(ValueError):
+        infer_config(shapes, prefix=prefix)
+    with contextlib.suppress(ValueError):
+        assert set(conversion_plan(shapes, "transformers", prefix).sources()) <= shapes.keys()

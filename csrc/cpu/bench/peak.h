@@ -51,7 +51,8 @@ int64_t peak_of_thread(DType dtype, int64_t rounds, const Executor& executor) {
   }
 #endif
   constexpr int64_t kDepth = 256, kColumns = kBlockVectors * kLanes;
-  ScratchArena arena{static_cast<char*>(executor.scratch((kBlockRows * kDepth + kColumns * kDepth + kBlockRows * kColumns) * 4))};
+  ScratchArena arena{
+      static_cast<char*>(executor.scratch((kBlockRows * kDepth + kColumns * kDepth + kBlockRows * kColumns) * 4))};
   float *a = arena.take<float>(kBlockRows * kDepth), *b = arena.take<float>(kColumns * kDepth);
   float* sums = arena.take<float>(kBlockRows * kColumns);
   __builtin_memset(a, 0, uint64_t(arena.used));

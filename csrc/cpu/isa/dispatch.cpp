@@ -47,9 +47,9 @@ struct Supported {
     if ((state & 0x6) != 0x6 || !bit(b, 5)) return;  // xmm, ymm; AVX2
     list[count++] = &kAvx2Kernels;
     const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
-    if ((state & 0xe0) != 0xe0 || !avx512) return;                           // opmask, zmm
+    if ((state & 0xe0) != 0xe0 || !avx512) return;                             // opmask, zmm
     list[count++] = &kAvx512Kernels;
-    const bool amx = bit(d, 22) && bit(d, 24);  // AMX-BF16, AMX-TILE
+    const bool amx = bit(d, 22) && bit(d, 24);                           // AMX-BF16, AMX-TILE
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return;  // AVX512-BF16
     list[count++] = &kAvx512Bf16Kernels;
     if ((state & 0x60000) == 0x60000 && amx && tiles_permitted()) list[count++] = &kAmxKernels;

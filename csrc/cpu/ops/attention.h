@@ -3,7 +3,8 @@
 //   out = softmax(q' k'^T) v,  q' = q * rstd_q * q_weight * k_weight * scale * log2(e),  k' = k * rstd_k   (base 2)
 //
 // A unit of work is a strip of queries of one head. A task packs K^T and V of a head as float32 once, then runs its
-// strips: scores of the strip over all keys, softmax in place, product with V. No running maximum: the strip is in cache.
+// strips: scores of the strip over all keys, softmax in place, product with V. No running maximum: the strip is in
+// cache.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -28,8 +29,8 @@ struct Factor {
 };
 
 template <int kRows, int kVectors>
-INTERNVIT_INLINE void multiply_block(
-    int64_t depth, Factor a, const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+INTERNVIT_INLINE void multiply_block(int64_t depth, Factor a, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                     bool accumulate) {
   Vec acc[kRows][kVectors];
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : broadcast(0.0f);
@@ -46,8 +47,8 @@ INTERNVIT_INLINE void multiply_block(
 }
 
 template <int kRows>
-void multiply_rows(
-    int64_t cols, int64_t depth, Factor a, const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+void multiply_rows(int64_t cols, int64_t depth, Factor a, const float* b, int64_t ldb, float* c, int64_t ldc,
+                   bool accumulate) {
   int64_t j = 0;
   for (; j + kBlockVectors * kLanes <= cols; j += kBlockVectors * kLanes)
     multiply_block<kRows, kBlockVectors>(depth, a, b + j, ldb, c + j, ldc, accumulate);
@@ -71,8 +72,8 @@ INTERNVIT_INLINE const T* token(const HeadsView& x, int64_t b, int64_t n, int64_
 
 // One token's head as float32, times weight where one is given, times factor; zero up to `padded`.
 template <class T>
-INTERNVIT_INLINE void load_token(
-    const T* x, const float* weight, float factor, int64_t head_dim, int64_t padded, float* out) {
+INTERNVIT_INLINE void load_token(const T* x, const float* weight, float factor, int64_t head_dim, int64_t padded,
+                                 float* out) {
   const Vec f = broadcast(factor);
   for_lanes(head_dim, INTERNVIT_BODY(d, lanes, u) {
     const Vec value = load(x + d, lanes) * f;
@@ -155,8 +156,8 @@ INTERNVIT_INLINE float exponentials(float* scores, int64_t n, const Exponent& ex
 }
 
 template <class T>
-void attention_strip(
-    const AttentionParams& p, const AttentionScratch<T>& s, int64_t b, int64_t h, int64_t first, int64_t rows) {
+void attention_strip(const AttentionParams& p, const AttentionScratch<T>& s, int64_t b, int64_t h, int64_t first,
+                     int64_t rows) {
   const int64_t keys = round_up(p.tokens, kLanes), dims = round_up(p.head_dim, kLanes), d = p.head_dim;
   const float factor = p.scale * kLog2E;
   for (int64_t i = 0; i < rows; ++i) {
@@ -174,7 +175,8 @@ void attention_strip(
   for (int64_t i = 0; i < rows; ++i) {
     const float maximum = row_maximum(s.scores + i * keys, p.tokens);
     const Vec shift = broadcast(maximum);
-    sums[i] = exponentials(s.scores + i * keys, p.tokens, [&](Vec x) __attribute__((always_inline)) { return x - shift; });
+    sums[i] =
+        exponentials(s.scores + i * keys, p.tokens, [&](Vec x) __attribute__((always_inline)) { return x - shift; });
     const double lse = double(maximum) * double(kLn2) + __builtin_log(double(sums[i]));
     p.lse[(b * p.heads + h) * p.tokens + first + i] = float(lse);
   }
@@ -188,8 +190,8 @@ void attention_strip(
 
 // Calls pack(b, h) whenever the head changes, and strip(b, h, first, rows), over the units [begin, end).
 template <int64_t kRows = kStrip, class Pack, class Strip>
-INTERNVIT_INLINE void for_strips(
-    int64_t begin, int64_t end, int64_t heads, int64_t tokens, const Pack& pack, const Strip& strip) {
+INTERNVIT_INLINE void for_strips(int64_t begin, int64_t end, int64_t heads, int64_t tokens, const Pack& pack,
+                                 const Strip& strip) {
   const int64_t strips = (tokens + kRows - 1) / kRows;
   int64_t packed = -1;
   for (int64_t unit = begin; unit < end; ++unit) {

@@ -1,10 +1,11 @@
 // Attention for bf16 with AMX tiles, on what attention_bf16.h describes.
 //
-// A task packs K and V of a head into tiles once; a unit is a strip of 32 queries. Scores go through blocks of 384 keys.
-// While the vector unit turns block b into probabilities, the tile unit computes the scores of block b + 1 and the
-// product of block b - 1 with V: one step of four tile products after every few rows of exp.
+// A task packs K and V of a head into tiles once; a unit is a strip of 32 queries. Scores go through blocks of 384
+// keys. While the vector unit turns block b into probabilities, the tile unit computes the scores of block b + 1 and
+// the product of block b - 1 with V: one step of four tile products after every few rows of exp.
 //
-// As in attention_avx512bf16.h the output is divided by the sum of the probabilities as rounded, lse takes them as they were.
+// As in attention_avx512bf16.h the output is divided by the sum of the probabilities as rounded, lse takes them as they
+// were.
 #pragma once
 
 #include "cpu/ops/attention_bf16.h"
@@ -160,7 +161,8 @@ INTERNVIT_INLINE void exp_row(const AttentionAmxScratch& s, int64_t block, int64
 }
 
 // Each row's exact maximum of score * key_scale, into shift.
-inline void exact_shift(const AttentionParams& p, const AttentionAmxScratch& s, const AttentionTiles& tiles, int64_t rows) {
+inline void exact_shift(const AttentionParams& p, const AttentionAmxScratch& s, const AttentionTiles& tiles,
+                        int64_t rows) {
   const int64_t blocks = (s.groups + kGroups - 1) / kGroups;
   for (int64_t i = 0; i < rows; ++i) s.shift[i] = -__builtin_inff();
   for (int64_t block = 0; block < blocks; ++block) {
@@ -232,9 +234,7 @@ inline void attention_strip_amx(const AttentionParams& p, const AttentionAmxScra
     bf16* out = static_cast<bf16*>(p.out) + ((b * p.tokens + t) * p.heads + h) * p.head_dim;
     const Vec inverse = broadcast(1.0f / sum(load(s.rounded_sums + i * kLanes)));
     const float* accumulators = s.out + i / 16 * 256 + i % 16 * 16;
-    for_lanes(p.head_dim, INTERNVIT_BODY(c, lanes, u) {
-      store(out + c, load(accumulators + c / 16 * 512) * inverse, lanes);
-    });
+    for_lanes(p.head_dim, INTERNVIT_BODY(c, lanes, u) { store(out + c, load(accumulators + c / 16 * 512) * inverse, lanes); });
   }
 }
 
@@ -246,8 +246,7 @@ void attention_amx(const AttentionParams& p, const Executor& executor) {
     const TileScope tiles;
     float largest_key = 0;
     for_strips(
-        begin, end, p.heads, p.tokens,
-        [&](int64_t b, int64_t h) { largest_key = pack_head(p, s, b, h); },
+        begin, end, p.heads, p.tokens, [&](int64_t b, int64_t h) { largest_key = pack_head(p, s, b, h); },
         [&](int64_t b, int64_t h, int64_t first, int64_t rows) {
           attention_strip_amx(p, s, b, h, first, rows, largest_key);
         });

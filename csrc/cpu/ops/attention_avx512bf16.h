@@ -1,8 +1,8 @@
 // Attention for bf16 with VDPBF16PS, on what attention_bf16.h describes.
 //
 // A task packs K and V of a head once; a unit is a strip of 12 queries. Keys go by in blocks of 512: their scores are
-// turned into probabilities in the registers they were summed in and leave for L1 as bf16; then the block's product with
-// V is added to the strip's output. K and V stream from L2, 64 bytes every six cycles.
+// turned into probabilities in the registers they were summed in and leave for L1 as bf16; then the block's product
+// with V is added to the strip's output. K and V stream from L2, 64 bytes every six cycles.
 //
 // The output is divided by the sum of the probabilities as rounded: their weights add up to 1, and a lone key's value
 // comes back to the bit. The log-sum-exp takes the sum before rounding.
@@ -22,7 +22,8 @@ struct AttentionAvx512Bf16Scratch : PackedHead {
   float *sums, *rounded_sums;  // [12][16 lanes]
   float* shift;                // [12]
   int64_t bytes;
-  AttentionAvx512Bf16Scratch(ScratchArena arena, int64_t tokens, int64_t head_dim) : PackedHead(arena, tokens, head_dim) {
+  AttentionAvx512Bf16Scratch(ScratchArena arena, int64_t tokens, int64_t head_dim)
+      : PackedHead(arena, tokens, head_dim) {
     queries = arena.take<bf16>(kVdpbf16Rows * kMaxHeadDim);
     probabilities = arena.take<bf16>(kVdpbf16Rows * kKeyBlock);
     out = arena.take<float>(kVdpbf16Rows * depth * 32);
@@ -113,8 +114,8 @@ void attention_pass_avx512bf16(const AttentionParams& p, const AttentionAvx512Bf
   }
 }
 
-inline void attention_strip_avx512bf16(const AttentionParams& p, const AttentionAvx512Bf16Scratch& s, int64_t b, int64_t h,
-                                int64_t first, int64_t rows, float largest_key) {
+inline void attention_strip_avx512bf16(const AttentionParams& p, const AttentionAvx512Bf16Scratch& s, int64_t b,
+                                       int64_t h, int64_t first, int64_t rows, float largest_key) {
   bool good = true;
   for (int64_t i = 0; i < kVdpbf16Rows; ++i) {
     bf16* query = s.queries + i * kMaxHeadDim;

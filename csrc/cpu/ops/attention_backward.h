@@ -2,10 +2,11 @@
 //
 //   P = softmax(S), S = q_hat k_hat^T scale;  dP = dO v^T,  dS = P * (dP - delta) * scale,  delta = sum_j P dP
 //   dv = P^T dO,  dq_hat = dS k_hat,  dk_hat = dS^T q_hat
-//   dq = dq_hat * rstd_q * q_weight,  dq_weight = sum_n dq_hat * rstd_q * q,  row_dot_q = sum_d dq_hat * q_hat;  k alike
+//   dq = dq_hat * rstd_q * q_weight,  dq_weight = sum_n dq_hat * rstd_q * q,  row_dot_q = sum_d dq_hat * q_hat
+//   and alike for k
 //
-// P and delta come from the scores themselves, which a strip has in cache, and not from lse and out: exp(S - lse) carries
-// the rounding of lse, 1e-3 where scores are 1e4, and any factor, infinity included, where they are 1e9.
+// P and delta come from the scores themselves, which a strip has in cache, and not from lse and out: exp(S - lse)
+// carries the rounding of lse, 1e-3 where scores are 1e4, and any factor, infinity included, where they are 1e9.
 //
 // A unit of work is a head: its strips of queries add to dk and dv in order, so the bits do not depend on the threads.
 #pragma once
@@ -15,9 +16,9 @@
 namespace internvit::INTERNVIT_ISA {
 
 struct AttentionBackwardScratch {
-  float *k_transposed, *v_transposed, *keys, *grad_keys, *grad_values;      // [D, N], [N, D]
-  float *queries, *grads, *probabilities, *grad_scores, *grad_queries;      // [strip, D], [strip, N]
-  float* row;                                                               // [D]
+  float *k_transposed, *v_transposed, *keys, *grad_keys, *grad_values;  // [D, N], [N, D]
+  float *queries, *grads, *probabilities, *grad_scores, *grad_queries;  // [strip, D], [strip, N]
+  float* row;                                                           // [D]
   int64_t columns, dims, bytes;
   AttentionBackwardScratch(void* memory, int64_t tokens, int64_t head_dim) {
     columns = round_up(tokens, kLanes);
@@ -68,8 +69,7 @@ INTERNVIT_INLINE void softmax_and_grad(float* scores, float* grad, int64_t n, fl
   const Vec scale = broadcast(factor), log2e = broadcast(kLog2E);
   for_lanes(n, INTERNVIT_BODY(c, lanes, u) { store(scores + c, load(scores + c, lanes) * scale, lanes); });
   const Vec shift = broadcast(row_maximum(scores, n));
-  const float sum =
-      exponentials(scores, n, [&](Vec x) __attribute__((always_inline)) { return (x - shift) * log2e; });
+  const float sum = exponentials(scores, n, [&](Vec x) __attribute__((always_inline)) { return (x - shift) * log2e; });
   const Vec inverse = broadcast(1.0f / sum);
   Sum total;
   for_lanes(n, INTERNVIT_BODY(c, lanes, u) {
@@ -84,7 +84,8 @@ INTERNVIT_INLINE void softmax_and_grad(float* scores, float* grad, int64_t n, fl
 }
 
 template <class T>
-void attention_backward_head(const AttentionBackwardParams& p, const AttentionBackwardScratch& s, int64_t b, int64_t h) {
+void attention_backward_head(const AttentionBackwardParams& p, const AttentionBackwardScratch& s, int64_t b,
+                             int64_t h) {
   const int64_t n_tokens = p.tokens, d = p.head_dim, dims = s.dims, columns = s.columns;
   const float* q_weight = p.q_weight ? p.q_weight + h * d : nullptr;
   const float* k_weight = p.k_weight ? p.k_weight + h * d : nullptr;
@@ -129,8 +130,8 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
       const float* grad_hat = s.grad_queries + i * dims;
       T* grad = writable<T>(p.grad_q, b, n, h);
       if (q_weight) {
-        p.row_dot_q[dots + n] = store_normed_grad(grad_hat, token<T>(p.q, b, n, h), q_weight,
-                                                  p.rstd_q[statistics + n], d, grad, grad_q_weight);
+        p.row_dot_q[dots + n] = store_normed_grad(grad_hat, token<T>(p.q, b, n, h), q_weight, p.rstd_q[statistics + n],
+                                                  d, grad, grad_q_weight);
       } else {
         store_grad(grad_hat, d, grad);
       }
@@ -154,8 +155,7 @@ void attention_backward(const AttentionBackwardParams& p, const Executor& execut
     parallel(executor, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
       const int64_t bytes = AttentionBackwardScratch(nullptr, p.tokens, p.head_dim).bytes;
       const AttentionBackwardScratch s(executor.scratch(bytes), p.tokens, p.head_dim);
-      for (int64_t unit = begin; unit < end; ++unit)
-        attention_backward_head<T>(p, s, unit / p.heads, unit % p.heads);
+      for (int64_t unit = begin; unit < end; ++unit) attention_backward_head<T>(p, s, unit / p.heads, unit % p.heads);
     });
   });
 }

@@ -3,9 +3,9 @@
 //
 //   dv^T = dO^T P,  dk^T = q^T dT,  dq = dT k
 //
-// Transposed, dv and dk take P and dT as right operands, pairs of queries side by side, and dq takes dT as left operand,
-// a row a query: the vector unit stores both forms as it goes, and nothing is transposed between the products. While it
-// makes P and dT of 32 queries and 32 keys, the tile unit computes S and dP of the next 32 keys.
+// Transposed, dv and dk take P and dT as right operands, pairs of queries side by side, and dq takes dT as left
+// operand, a row a query: the vector unit stores both forms as it goes, and nothing is transposed between the products.
+// While it makes P and dT of 32 queries and 32 keys, the tile unit computes S and dP of the next 32 keys.
 #pragma once
 
 #include "cpu/ops/attention_amx.h"
@@ -21,14 +21,14 @@ struct AttentionBackwardAmxScratch {
   bf16 *query_columns, *grad_columns;  // q^T and dO^T: A tiles [D / 16][N / 32]
   float* grad_queries;                 // accumulators [N / 32][D / 16][2 rows]
   QueryTerms terms;
-  bf16 *keys, *values;                 // of a block, as PackedHead's keys
-  bf16* key_rows;                      // k with keys as its depth: B tiles [D / 16][4]
+  bf16 *keys, *values;  // of a block, as PackedHead's keys
+  bf16* key_rows;       // k with keys as its depth: B tiles [D / 16][4]
   KeyTerms key_terms;
-  float *grad_keys, *grad_values;      // transposed: accumulators [D / 16][8]
-  float *scores[2], *grad_scores[2];   // S and dP, [32 queries][32 keys]
-  bf16 *p_pairs, *t_pairs;             // P and dT: B tiles [8 of 16 keys][8]
-  bf16* t_rows;                        // dT: A tiles [8][4][2]
-  float* rows;                         // [16][D]
+  float *grad_keys, *grad_values;     // transposed: accumulators [D / 16][8]
+  float *scores[2], *grad_scores[2];  // S and dP, [32 queries][32 keys]
+  bf16 *p_pairs, *t_pairs;            // P and dT: B tiles [8 of 16 keys][8]
+  bf16* t_rows;                       // dT: A tiles [8][4][2]
+  float* rows;                        // [16][D]
   int64_t groups, depth, dims, bytes;
   AttentionBackwardAmxScratch(ScratchArena arena, int64_t tokens, int64_t head_dim) {
     groups = (tokens + kGroup - 1) / kGroup;
@@ -98,7 +98,8 @@ INTERNVIT_INLINE void multiply_tiles(const Operand& a, const Operand& b, int64_t
   }
 }
 
-INTERNVIT_INLINE void add_product(const Operand& a, const Operand& b, int64_t steps, const Accumulators& c, bool first) {
+INTERNVIT_INLINE void add_product(const Operand& a, const Operand& b, int64_t steps, const Accumulators& c,
+                                  bool first) {
   if (first) {
     zero_accumulators();
   } else {
@@ -174,7 +175,8 @@ INTERNVIT_INLINE void score_step(const AttentionBackwardAmxScratch& s, int64_t q
 // P and dT of two queries, 2 i and 2 i + 1 of the strip's group q, and the block's group g of keys.
 INTERNVIT_INLINE void backward_row_pair(const AttentionBackwardAmxScratch& s, int64_t query_group, int64_t q, int64_t g,
                                         int64_t i, int64_t buffer, uint32_t there) {
-  const Half key_scale = load_half(s.key_terms.scale + g * kGroup), key_factor = load_half(s.key_terms.factor + g * kGroup);
+  const Half key_scale = load_half(s.key_terms.scale + g * kGroup),
+             key_factor = load_half(s.key_terms.factor + g * kGroup);
   __m512i p_rows[2], t_rows[2];
   for (int u = 0; u < 2; ++u) {
     const int64_t row = 2 * i + u, n = query_group * kGroup + row;

@@ -14,8 +14,8 @@ struct AttentionBackwardAvx512Bf16Scratch {
   bf16 *query_pairs, *grad_pairs;  // q and dO, [D / 32][N / 2][2][16][2]
   float* grad_queries;             // [N][D]
   QueryTerms terms;
-  bf16 *keys, *values;             // of a block: B tiles [group][2][D / 32] whose columns are the keys
-  bf16* key_pairs;                 // [D / 32][48][2][16][2]
+  bf16 *keys, *values;  // of a block: B tiles [group][2][D / 32] whose columns are the keys
+  bf16* key_pairs;      // [D / 32][48][2][16][2]
   KeyTerms key_terms;
   float *grad_keys, *grad_values;  // [96][D]
   float* probabilities;            // [12][32]
@@ -47,8 +47,8 @@ struct AttentionBackwardAvx512Bf16Scratch {
   }
 };
 
-INTERNVIT_INLINE void pack_queries(const AttentionBackwardParams& p, const AttentionBackwardAvx512Bf16Scratch& s, int64_t b,
-                                   int64_t h) {
+INTERNVIT_INLINE void pack_queries(const AttentionBackwardParams& p, const AttentionBackwardAvx512Bf16Scratch& s,
+                                   int64_t b, int64_t h) {
   for (int64_t n = 0; n < s.tokens; ++n)
     pack_query(p, s.terms, b, h, n, s.depth, s.queries + n * kMaxHeadDim, s.grads + n * kMaxHeadDim, 32);
   for (int64_t d = 0; d < s.depth; ++d) {
@@ -59,8 +59,8 @@ INTERNVIT_INLINE void pack_queries(const AttentionBackwardParams& p, const Atten
   }
 }
 
-INTERNVIT_INLINE void pack_keys(const AttentionBackwardParams& p, const AttentionBackwardAvx512Bf16Scratch& s, int64_t b,
-                                int64_t h, int64_t first, int64_t there) {
+INTERNVIT_INLINE void pack_keys(const AttentionBackwardParams& p, const AttentionBackwardAvx512Bf16Scratch& s,
+                                int64_t b, int64_t h, int64_t first, int64_t there) {
   for (int64_t d = 0; d < s.depth; ++d) {
     const bf16 *k = token<bf16>(p.k, b, first, h) + d * 32, *v = token<bf16>(p.v, b, first, h) + d * 32;
     const int64_t columns = p.head_dim - d * 32;
@@ -82,7 +82,8 @@ INTERNVIT_INLINE void backward_scores(const AttentionBackwardAvx512Bf16Scratch& 
     columns += g * 2 * s.depth * kTile;
     block.zero();
     for (int64_t d = 0; d < s.depth; ++d)
-      block.add<kMaxHeadDim, 2, 32>(rows + query * kMaxHeadDim + d * 32, columns + d * kTile, columns + (s.depth + d) * kTile, 16);
+      block.add<kMaxHeadDim, 2, 32>(rows + query * kMaxHeadDim + d * 32, columns + d * kTile,
+                                    columns + (s.depth + d) * kTile, 16);
   };
   const auto store_pairs = [&](bf16* pairs, int i, __m512i even, __m512i odd) __attribute__((always_inline)) {
     bf16* out = pairs + (((q + i) / 2) * kBackKeys + g * kGroup) * 2;
@@ -121,8 +122,8 @@ INTERNVIT_INLINE void backward_scores(const AttentionBackwardAvx512Bf16Scratch& 
 }
 
 // sums [12 keys][D] of one block += pairs^T x, over a strip of queries.
-INTERNVIT_INLINE void add_by_key(const AttentionBackwardAvx512Bf16Scratch& s, const bf16* pairs, const bf16* x, int64_t first,
-                                 int64_t rows, int64_t key, float* sums) {
+INTERNVIT_INLINE void add_by_key(const AttentionBackwardAvx512Bf16Scratch& s, const bf16* pairs, const bf16* x,
+                                 int64_t first, int64_t rows, int64_t key, float* sums) {
   for (int64_t d = 0; d < s.depth; ++d) {
     Vdpbf16Block block;
     float* c = sums + key * s.dims + d * 32;
@@ -156,8 +157,8 @@ inline void backward_block(const AttentionBackwardAvx512Bf16Scratch& s, int64_t 
   }
 }
 
-inline void attention_backward_head_avx512bf16(const AttentionBackwardParams& p, const AttentionBackwardAvx512Bf16Scratch& s,
-                                        int64_t b, int64_t h) {
+inline void attention_backward_head_avx512bf16(const AttentionBackwardParams& p,
+                                               const AttentionBackwardAvx512Bf16Scratch& s, int64_t b, int64_t h) {
   const HeadGrads grads(p, b, h);
   pack_queries(p, s, b, h);
   __builtin_memset(s.grad_queries, 0, uint64_t(s.tokens * s.dims) * sizeof(float));

@@ -115,12 +115,14 @@ struct HeadGrads {
     __builtin_memset(grad_k_weight, 0, uint64_t(d) * sizeof(float));
   }
   INTERNVIT_INLINE void store_q(int64_t n, float* sums) const {
-    store_unscaled_grad(sums, token<bf16>(p.q, b, n, h), q_weight, k_weight, p.head_dim, writable<bf16>(p.grad_q, b, n, h),
-                        grad_q_weight, p.row_dot_q + (b * p.heads + h) * p.tokens + n);
+    store_unscaled_grad(sums, token<bf16>(p.q, b, n, h), q_weight, k_weight, p.head_dim,
+                        writable<bf16>(p.grad_q, b, n, h), grad_q_weight,
+                        p.row_dot_q + (b * p.heads + h) * p.tokens + n);
   }
   INTERNVIT_INLINE void store_k(int64_t n, float* sums) const {
-    store_unscaled_grad(sums, token<bf16>(p.k, b, n, h), k_weight, q_weight, p.head_dim, writable<bf16>(p.grad_k, b, n, h),
-                        grad_k_weight, p.row_dot_k + (b * p.heads + h) * p.tokens + n);
+    store_unscaled_grad(sums, token<bf16>(p.k, b, n, h), k_weight, q_weight, p.head_dim,
+                        writable<bf16>(p.grad_k, b, n, h), grad_k_weight,
+                        p.row_dot_k + (b * p.heads + h) * p.tokens + n);
   }
   INTERNVIT_INLINE void store_v(int64_t n, const float* sums) const {
     store_grad(sums, p.head_dim, writable<bf16>(p.grad_v, b, n, h));

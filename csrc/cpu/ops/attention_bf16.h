@@ -1,4 +1,5 @@
-// What bf16 attention on AMX tiles and on VDPBF16PS share: a head's packed K and V, folded queries, the softmax's shift.
+// What bf16 attention on AMX tiles and on VDPBF16PS share: a head's packed K and V, folded queries, the softmax's
+// shift.
 //
 //   P = exp2(q' k^T * key_scale[j] - shift[i]),  out = P v / sum P
 //   without weights: q' = q, key_scale = scale * log2(e)
@@ -15,8 +16,8 @@
 
 namespace internvit::INTERNVIT_ISA {
 
-constexpr int64_t kGroup = 32;                     // keys of two tiles
-constexpr float kHeadroom = 32.0f;                 // P <= 2^32, so 1e18 * P summed over all keys stays finite
+constexpr int64_t kGroup = 32;      // keys of two tiles
+constexpr float kHeadroom = 32.0f;  // P <= 2^32, so 1e18 * P summed over all keys stays finite
 // Where all scores are near 0, P just under 1 has half the rounding error of P just over 1.
 constexpr float kLeastShift = 0.125f;
 constexpr float kLeastSum = 8.6736173798840355e-19f;  // 2^-60

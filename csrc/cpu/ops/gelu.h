@@ -21,7 +21,7 @@ struct GeluFit;  // c and the coefficients of R, highest first
 template <>
 struct GeluFit<float> {
   static constexpr float c = 0.33f;
-  static constexpr float r[] = {-0.0261072877f, 0.149803736f, -0.325071533f, 0.295118414f,  -0.109551128f,
+  static constexpr float r[] = {-0.0261072877f, 0.149803736f, -0.325071533f, 0.295118414f, -0.109551128f,
                                 0.147302035f,   0.103260786f, 0.133769263f,  0.131468936f, 6.78320019e-06f};
 };
 template <>
@@ -78,9 +78,7 @@ void gelu_elements(const GeluParams& p, const Executor& executor) {
         store(y + first + c, load(grad + c, lanes) * gelu_slope<T>(load(z + first + c, lanes)), lanes);
       });
     } else {
-      for_lanes(n, INTERNVIT_BODY(c, lanes, u) {
-        store(y + first + c, gelu_of<T>(load(z + first + c, lanes)), lanes);
-      });
+      for_lanes(n, INTERNVIT_BODY(c, lanes, u) { store(y + first + c, gelu_of<T>(load(z + first + c, lanes)), lanes); });
     }
   });
 }

@@ -55,7 +55,8 @@ struct AmxProduct {
       // strip's sums (1.6 to 1.85 TFLOP/s over the four shapes, two cores of a busy Xeon with AMX).
       const bf16* ahead = d + 2 < step ? a + 4 * kTile : next + (d + 2 - step) * 2 * kTile;
       for (int i = 0; i < 32; ++i) _mm_prefetch(reinterpret_cast<const char*>(ahead + i * 32), _MM_HINT_T0);
-      for (int i = 0; i < 8; ++i) _mm_prefetch(reinterpret_cast<const char*>(sums + 1024 + d * 128 + i * 16), _MM_HINT_T0);
+      for (int i = 0; i < 8; ++i)
+        _mm_prefetch(reinterpret_cast<const char*>(sums + 1024 + d * 128 + i * 16), _MM_HINT_T0);
       a += 2 * kTile;
       b += 2 * kTile;
     }

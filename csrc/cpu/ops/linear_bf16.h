@@ -1,9 +1,9 @@
 // y = epilogue(x W^T + bias) for bf16; W is packed once, the epilogue runs before the only store.
 //
-// x is packed first, in a parallel pass of its own. Then a task has a range of panels (32 output features) and goes block
-// by block: rows in blocks and depth in blocks of 1024, so that the x block stays in L2; within them depth in steps of
-// 256, so that a panel's step (16 KiB) stays in L1 while the strips of rows pass by. The sums between steps lie in a
-// task's scratch as float32. The order of additions over the depth depends on the depth alone.
+// x is packed first, in a parallel pass of its own. Then a task has a range of panels (32 output features) and goes
+// block by block: rows in blocks and depth in blocks of 1024, so that the x block stays in L2; within them depth in
+// steps of 256, so that a panel's step (16 KiB) stays in L1 while the strips of rows pass by. The sums between steps
+// lie in a task's scratch as float32. The order of additions over the depth depends on the depth alone.
 //
 // `Product` is the instruction set's share: kRows of a strip, kRowBlock strips of a block, Scope held by a task, the
 // layout of packed x and the product of one strip with one panel's step, whose last step calls `finish_row`.
@@ -25,7 +25,8 @@ inline void pack_weight_bf16(const PackWeightParams& p, const Executor& executor
         for (int64_t half = 0; half < 2; ++half) {
           const int64_t first = panel * kPanel + half * 16, rows = min_of(16, p.out_features - first);
           const bf16* w = p.weight + (rows > 0 ? first * p.in_features : 0) + d * 32;
-          pack_columns(w, p.in_features, rows, p.in_features - d * 32, p.packed + ((panel * depth + d) * 2 + half) * kTile);
+          pack_columns(w, p.in_features, rows, p.in_features - d * 32,
+                       p.packed + ((panel * depth + d) * 2 + half) * kTile);
         }
       }
     }
@@ -81,7 +82,8 @@ void linear_bf16(const LinearParams& p, const Executor& executor) {
   parallel(executor, strips, 4, [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; ++strip) product.pack_rows(strip);
   });
-  // Panels change slowest over the units, so that two tasks share no weights, and rows split where there are many tasks.
+  // Panels change slowest over the units, so that two tasks share no weights, and rows split where there are many
+  // tasks.
   parallel(executor, panels * row_blocks, 1, [&](int64_t begin, int64_t end) {
     const int64_t first_panel = begin / row_blocks, last_panel = (end + row_blocks - 1) / row_blocks;
     const int64_t floats = (last_panel - first_panel) * Product::kRowBlock * strip_sums;

@@ -27,8 +27,8 @@ INTERNVIT_INLINE RowStatistics row_statistics(const T* x, int64_t channels, bool
   if (layer_norm) {
     Sum first, second;
     for_lanes(channels, INTERNVIT_BODY(c, lanes, u) { first.part[u] = first.part[u] + load(x + c, lanes); });
-    // A pivot of 7 bits: x - pivot is exact for 16-bit x. With all 24 bits the same rounding error would repeat in every
-    // element of a binade, and shift the mean by half an ulp of 1.
+    // A pivot of 7 bits: x - pivot is exact for 16-bit x. With all 24 bits the same rounding error would repeat in
+    // every element of a binade, and shift the mean by half an ulp of 1.
     s.mean = bits_to_float(float_to_bits(first.total() / count) & 0xfffe0000u);
     const Vec mean = broadcast(s.mean), shrink = broadcast(kShrink);
     const int64_t full = channels / kLanes * kLanes;

@@ -2,7 +2,8 @@
 //
 //   g     = grad_normed * weight,  x_hat = (x - mean) * rstd
 //   grad  = rstd * (g - x_hat * mean(g * x_hat) [- mean(g)]) + grad_residual_out
-//   grad_residual = grad,  grad_branch = grad * gamma * row_scale,  grad_gamma = sum over rows of grad * row_scale * branch
+//   grad_residual = grad,  grad_branch = grad * gamma * row_scale
+//   grad_gamma = sum over rows of grad * row_scale * branch
 //   grad_weight = sum over rows of grad_normed * x_hat,  grad_bias = sum over rows of grad_normed
 //
 // Rows are cut into chunks by their number alone. A chunk sums its rows in order into its own row of `partial`, and the
@@ -14,8 +15,8 @@
 namespace internvit::INTERNVIT_ISA {
 
 template <class T, class R>
-INTERNVIT_INLINE void norm_backward_row(
-    const NormBackwardParams& p, int64_t row, float* grad_gamma, float* grad_weight, float* grad_bias) {
+INTERNVIT_INLINE void norm_backward_row(const NormBackwardParams& p, int64_t row, float* grad_gamma, float* grad_weight,
+                                        float* grad_bias) {
   const int64_t channels = p.channels;
   const R* x = static_cast<const R*>(p.x) + row * p.x_stride;
   const T* grad_normed = static_cast<const T*>(p.grad_normed) + row * p.grad_normed_stride;

@@ -1,5 +1,5 @@
-// Tiles: eight registers of 16 rows x 64 bytes, in the layouts of bf16.h: a load touches 16 neighbouring lines. A product
-// takes 16 cycles; what surrounds it must keep up.
+// Tiles: eight registers of 16 rows x 64 bytes, in the layouts of bf16.h: a load touches 16 neighbouring lines. A
+// product takes 16 cycles; what surrounds it must keep up.
 #pragma once
 
 #include "cpu/simd/bf16.h"

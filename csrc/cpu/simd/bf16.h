@@ -39,7 +39,8 @@ INTERNVIT_INLINE __mmask32 half_mask(int64_t n) {
   return n >= 32 ? __mmask32(~0u) : n <= 0 ? __mmask32(0) : __mmask32((1u << n) - 1);
 }
 
-// Sixteen rows of up to 32 elements, `stride` apart, as a B tile whose columns are those rows; zero where there is none.
+// Sixteen rows of up to 32 elements, `stride` apart, as a B tile whose columns are those rows; zero where there is
+// none.
 INTERNVIT_INLINE void pack_columns(const bf16* x, int64_t stride, int64_t rows, int64_t depth, bf16* tile) {
   __m512i r[16];
   const __mmask32 mask = half_mask(depth);

@@ -1,9 +1,9 @@
 // Products of bf16 by VDPBF16PS: acc[i][j] += A[i] B[j], 12 rows times two vectors of 16 columns, in 24 registers.
 //
-// Each step of a pair of depths loads two vectors of B and broadcasts twelve pairs of A: 24 products, 12 cycles where two
-// start in a cycle (Zen 5), for 14 loads. The strides of A are known to the compiler, so that every address is one base
-// and a constant. A pair's two depths are neighbours in memory, be it along a row (kRow = the row's length, kPair = 2) or
-// with the rows of a pair side by side (kRow = 2).
+// Each step of a pair of depths loads two vectors of B and broadcasts twelve pairs of A: 24 products, 12 cycles where
+// two start in a cycle (Zen 5), for 14 loads. The strides of A are known to the compiler, so that every address is one
+// base and a constant. A pair's two depths are neighbours in memory, be it along a row (kRow = the row's length, kPair
+// = 2) or with the rows of a pair side by side (kRow = 2).
 #pragma once
 
 #include "cpu/simd/bf16.h"
@@ -54,7 +54,8 @@ struct Vdpbf16Block {
 };
 
 // Rows of up to 32 columns, `stride` apart, as vectors whose depth is those rows: [pairs][2][16 columns][2].
-INTERNVIT_INLINE void pack_pairs(const bf16* x, int64_t stride, int64_t rows, int64_t columns, int64_t pairs, bf16* out) {
+INTERNVIT_INLINE void pack_pairs(const bf16* x, int64_t stride, int64_t rows, int64_t columns, int64_t pairs,
+                                 bf16* out) {
   const __mmask32 mask = half_mask(columns);
   for (int64_t k = 0; k < pairs; ++k) {
     const __mmask32 even_mask = 2 * k < rows ? mask : 0, odd_mask = 2 * k + 1 < rows ? mask : 0;

@@ -1,6 +1,6 @@
 // The raw ops torch.ops.internvit_cpu.*, on torch's stable ABI: one binary for every Python and every torch >= 2.10.
-// Here the library, its instruction set, threads and memory; the ops are in the files beside this one. No other folder of
-// csrc/cpu knows torch. Schemas come from internvit/ops (setup.py writes schemas.h).
+// Here the library, its instruction set, threads and memory; the ops are in the files beside this one. No other folder
+// of csrc/cpu knows torch. Schemas come from internvit/ops (setup.py writes schemas.h).
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -34,7 +34,8 @@ namespace {
 
 std::string instruction_sets() {
   std::string names;
-  for (const Kernels* const* k = supported_kernels(); *k; ++k) names += (names.empty() ? "" : " ") + std::string((*k)->name);
+  for (const Kernels* const* k = supported_kernels(); *k; ++k)
+    names += (names.empty() ? "" : " ") + std::string((*k)->name);
   return names;
 }
 

@@ -27,7 +27,9 @@ struct PackedShape {
 };
 constexpr int64_t kShapeElements = sizeof(PackedShape) / sizeof(bf16);
 
-bf16* packed_shape(const Tensor& packed) { return static_cast<bf16*>(packed.data_ptr()) + packed.numel() - kShapeElements; }
+bf16* packed_shape(const Tensor& packed) {
+  return static_cast<bf16*>(packed.data_ptr()) + packed.numel() - kShapeElements;
+}
 
 Tensor pack_weight(const Tensor& weight) {
   check_bfloat16("pack_weight", "weight", weight);
@@ -36,8 +38,8 @@ Tensor pack_weight(const Tensor& weight) {
                   list_of(weight.sizes()));
   const Tensor w = torch::stable::contiguous(weight);
   const PackedShape shape = {w.size(0), w.size(1)};
-  Tensor packed = torch::stable::new_empty(
-      w, {packed_weight_size(shape.out_features, shape.in_features) + kShapeElements});
+  Tensor packed =
+      torch::stable::new_empty(w, {packed_weight_size(shape.out_features, shape.in_features) + kShapeElements});
   kernels().pack_weight({static_cast<const bf16*>(w.data_ptr()), static_cast<bf16*>(packed.data_ptr()),
                          shape.in_features, shape.out_features},
                         kExecutor);
@@ -55,7 +57,8 @@ void check_linear_packed(const Tensor& x, const Tensor& packed_weight, int64_t o
   check.dtype("packed_weight", packed_weight, ScalarType::BFloat16);
   STD_TORCH_CHECK(packed_weight.dim() == 1 && packed_weight.numel() > kShapeElements && packed_weight.is_contiguous() &&
                       reinterpret_cast<uintptr_t>(packed_weight.data_ptr()) % 64 == 0,
-                  op, ": packed_weight must be as pack_weight returns it, contiguous from a multiple of 64 bytes on, got ",
+                  op,
+                  ": packed_weight must be as pack_weight returns it, contiguous from a multiple of 64 bytes on, got ",
                   "shape ", list_of(packed_weight.sizes()), " and strides ", list_of(packed_weight.strides()));
   PackedShape shape;
   std::memcpy(&shape, packed_shape(packed_weight), sizeof shape);

@@ -25,8 +25,8 @@ NormParams norm_params(const Rows& x, DType dtype, double eps) {
   return p;
 }
 
-std::tuple<Tensor, Tensor> rms_norm_of(
-    const Tensor& x, int channel_dims, const Tensor& weight, double eps, const std::string& rounding) {
+std::tuple<Tensor, Tensor> rms_norm_of(const Tensor& x, int channel_dims, const Tensor& weight, double eps,
+                                       const std::string& rounding) {
   const Rows rows(x, channel_dims);
   const Floats w{OptionalTensor(weight)};
   Tensor y = empty_like_of(x, x.scalar_type()), rstd = empty_floats(x, leading_sizes(x, channel_dims));
@@ -44,7 +44,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   return rms_norm_of(x, 1, weight, eps, rounding);
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                              double eps) {
   check::layer_norm(x, weight, bias, eps);
   const Rows rows(x);
   const Floats w{OptionalTensor(weight)}, b{bias};
@@ -79,17 +80,20 @@ struct FusedAdd {  // residual + row_scale * gamma * branch
   }
 };
 
-Tensor layer_scale_residual(
-    const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma, const OptionalTensor& row_scale) {
+Tensor layer_scale_residual(const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma,
+                            const OptionalTensor& row_scale) {
   check::layer_scale_residual(residual, branch, gamma, row_scale);
   FusedAdd fused(residual, branch, gamma, row_scale, 0);
   kernels().norm(fused.params, kExecutor);
   return fused.out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_scale_residual_norm(
-    const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma, const OptionalTensor& row_scale, const Tensor& weight,
-    const OptionalTensor& bias, double eps, const std::string& norm_type, const std::string& rounding) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_scale_residual_norm(const Tensor& residual, const Tensor& branch,
+                                                                     const OptionalTensor& gamma,
+                                                                     const OptionalTensor& row_scale,
+                                                                     const Tensor& weight, const OptionalTensor& bias,
+                                                                     double eps, const std::string& norm_type,
+                                                                     const std::string& rounding) {
   check::layer_scale_residual_norm(residual, branch, gamma, row_scale, weight, bias, eps, norm_type, rounding);
   FusedAdd fused(residual, branch, gamma, row_scale, eps);
   const Floats w{OptionalTensor(weight)}, b{bias};
@@ -125,13 +129,14 @@ struct GradSums {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(
-    const OptionalTensor& grad_residual_out, const OptionalTensor& grad_normed, const OptionalTensor& x, const OptionalTensor& branch, const OptionalTensor& gamma,
-    const OptionalTensor& row_scale, const OptionalTensor& weight, const OptionalTensor& bias_like, const OptionalTensor& mean, const OptionalTensor& rstd,
-    ScalarType branch_dtype, const std::vector<bool>& mask, int channel_dims = 1) {
+    const OptionalTensor& grad_residual_out, const OptionalTensor& grad_normed, const OptionalTensor& x,
+    const OptionalTensor& branch, const OptionalTensor& gamma, const OptionalTensor& row_scale,
+    const OptionalTensor& weight, const OptionalTensor& bias_like, const OptionalTensor& mean,
+    const OptionalTensor& rstd, ScalarType branch_dtype, const std::vector<bool>& mask, int channel_dims = 1) {
   const Tensor& first = x ? *x : *grad_residual_out;
   const auto rows_of = [&](const OptionalTensor& t) { return t ? Rows(*t, channel_dims) : Rows(); };
   const Rows shape(first, channel_dims), dy = rows_of(grad_normed), dr = rows_of(grad_residual_out), in = rows_of(x),
-             br = rows_of(mask[2] ? branch : OptionalTensor());
+                                         br = rows_of(mask[2] ? branch : OptionalTensor());
   const Floats g{gamma}, s{row_scale}, w{weight}, m{mean}, r{rstd};
   Tensor grad_residual = mask[0] ? empty_like_of(first, first.scalar_type()) : empty_grad(first);
   Tensor grad_branch = mask[1] ? empty_like_of(first, branch_dtype) : empty_grad(first);
@@ -170,41 +175,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(
   return {grad_residual, grad_branch, grad_gamma.get(), grad_weight.get(), grad_bias.get()};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(
-    const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& rstd, const std::vector<bool>& mask) {
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                             const Tensor& rstd, const std::vector<bool>& mask) {
   check::rms_norm_backward(grad_y, x, weight, rstd, mask);
-  const auto grads = norm_backward(
-      {}, grad_y, x, {}, {}, {}, weight, {}, {}, rstd, x.scalar_type(), {mask[0], false, false, mask[1], false});
+  const auto grads = norm_backward({}, grad_y, x, {}, {}, {}, weight, {}, {}, rstd, x.scalar_type(),
+                                   {mask[0], false, false, mask[1], false});
   return {std::get<0>(grads), std::get<3>(grads)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
-    const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-    const std::vector<bool>& mask) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                                       const Tensor& mean, const Tensor& rstd,
+                                                       const std::vector<bool>& mask) {
   check::layer_norm_backward(grad_y, x, weight, mean, rstd, mask);
-  const auto grads = norm_backward(
-      {}, grad_y, x, {}, {}, {}, weight, weight, mean, rstd, x.scalar_type(), {mask[0], false, false, mask[1], mask[2]});
+  const auto grads = norm_backward({}, grad_y, x, {}, {}, {}, weight, weight, mean, rstd, x.scalar_type(),
+                                   {mask[0], false, false, mask[1], mask[2]});
   return {std::get<0>(grads), std::get<3>(grads), std::get<4>(grads)};
 }
 
-std::tuple<Tensor, Tensor> layer_scale_residual_backward(
-    const Tensor& grad_residual_out, const OptionalTensor& branch, const OptionalTensor& gamma, const OptionalTensor& row_scale, ScalarType branch_dtype,
-    const std::vector<bool>& mask) {
+std::tuple<Tensor, Tensor> layer_scale_residual_backward(const Tensor& grad_residual_out, const OptionalTensor& branch,
+                                                         const OptionalTensor& gamma, const OptionalTensor& row_scale,
+                                                         ScalarType branch_dtype, const std::vector<bool>& mask) {
   check::layer_scale_residual_backward(grad_residual_out, branch, gamma, row_scale, branch_dtype, mask);
-  const auto grads = norm_backward(
-      grad_residual_out, {}, {}, branch, gamma, row_scale, {}, {}, {}, {}, branch_dtype, {false, mask[0], mask[1], false, false});
+  const auto grads = norm_backward(grad_residual_out, {}, {}, branch, gamma, row_scale, {}, {}, {}, {}, branch_dtype,
+                                   {false, mask[0], mask[1], false, false});
   return {std::get<1>(grads), std::get<2>(grads)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_scale_residual_norm_backward(
-    const OptionalTensor& grad_residual_out, const Tensor& grad_normed, const Tensor& residual_out, const OptionalTensor& branch,
-    const OptionalTensor& gamma, const OptionalTensor& row_scale, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-    const std::string& norm_type, const std::vector<bool>& mask) {
-  check::layer_scale_residual_norm_backward(grad_residual_out, grad_normed, residual_out, branch, gamma, row_scale, weight,
-                                            mean, rstd, norm_type, mask);
+    const OptionalTensor& grad_residual_out, const Tensor& grad_normed, const Tensor& residual_out,
+    const OptionalTensor& branch, const OptionalTensor& gamma, const OptionalTensor& row_scale, const Tensor& weight,
+    const Tensor& mean, const Tensor& rstd, const std::string& norm_type, const std::vector<bool>& mask) {
+  check::layer_scale_residual_norm_backward(grad_residual_out, grad_normed, residual_out, branch, gamma, row_scale,
+                                            weight, mean, rstd, norm_type, mask);
   const OptionalTensor used_mean = norm_type == "layer_norm" ? OptionalTensor(mean) : OptionalTensor();
-  return norm_backward(grad_residual_out, grad_normed, residual_out, branch, gamma, row_scale, weight, weight, used_mean,
-                       rstd, grad_normed.scalar_type(), mask);
+  return norm_backward(grad_residual_out, grad_normed, residual_out, branch, gamma, row_scale, weight, weight,
+                       used_mean, rstd, grad_normed.scalar_type(), mask);
 }
 
 // ---- QK-norm --------------------------------------------------------------------------------------------------------
@@ -235,26 +240,25 @@ void add_stats_grad(const Tensor& grad_rstd, const Tensor& x, const Tensor& rstd
   }
 }
 
-void qk_norm_stats_backward(
-    const Tensor& grad_rstd_q, const Tensor& grad_rstd_k, const Tensor& q, const Tensor& k, const Tensor& rstd_q,
-    const Tensor& rstd_k, const Tensor& grad_q, const Tensor& grad_k) {
+void qk_norm_stats_backward(const Tensor& grad_rstd_q, const Tensor& grad_rstd_k, const Tensor& q, const Tensor& k,
+                            const Tensor& rstd_q, const Tensor& rstd_k, const Tensor& grad_q, const Tensor& grad_k) {
   check::qk_norm_stats_backward(grad_rstd_q, grad_rstd_k, q, k, rstd_q, rstd_k, grad_q, grad_k);
   add_stats_grad(grad_rstd_q, q, rstd_q, grad_q);
   add_stats_grad(grad_rstd_k, k, rstd_k, grad_k);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm(
-    const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, double eps,
-    const std::string& rounding) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm(const Tensor& q, const Tensor& k, const Tensor& q_weight,
+                                                   const Tensor& k_weight, double eps, const std::string& rounding) {
   check::qk_norm(q, k, q_weight, k_weight, eps, rounding);
   const auto [q_normed, rstd_q] = rms_norm_of(q, 2, q_weight, eps, rounding);
   const auto [k_normed, rstd_k] = rms_norm_of(k, 2, k_weight, eps, rounding);
   return {q_normed, k_normed, rstd_q, rstd_k};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_backward(
-    const Tensor& grad_q_normed, const Tensor& grad_k_normed, const Tensor& q, const Tensor& k, const Tensor& q_weight,
-    const Tensor& k_weight, const Tensor& rstd_q, const Tensor& rstd_k, const std::vector<bool>& mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_backward(const Tensor& grad_q_normed, const Tensor& grad_k_normed,
+                                                            const Tensor& q, const Tensor& k, const Tensor& q_weight,
+                                                            const Tensor& k_weight, const Tensor& rstd_q,
+                                                            const Tensor& rstd_k, const std::vector<bool>& mask) {
   check::qk_norm_backward(grad_q_normed, grad_k_normed, q, k, q_weight, k_weight, rstd_q, rstd_k, mask);
   const auto one = [](const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd, bool x_asked,
                       bool weight_asked) {

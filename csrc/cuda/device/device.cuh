@@ -1,5 +1,6 @@
-// The few things a body needs that the host has otherwise: conversions in one instruction, launches, and the types whose
-// accesses the host harness watches (tests/proofs/native/cuda_host.h, which also gives g++ the names that nvcc knows).
+// The few things a body needs that the host has otherwise: conversions in one instruction, launches, and the types
+// whose accesses the host harness watches (tests/proofs/native/cuda_host.h, which also gives g++ the names that nvcc
+// knows).
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,7 @@ INTERNVIT_DEVICE uint32_t packed(float low, float high, f16) {
 
 template <class Argument>
 const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, void* stream, const Argument& argument) {
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(argument);
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)> > >(argument);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,5 +1,5 @@
-// How a block holds rows: blockDim.x lanes a row, blockDim.y rows; a lane has V vectors of 16 bytes in registers, vector
-// v at column (v * lanes + lane) * W, so that neighbouring lanes touch neighbouring 16 bytes.
+// How a block holds rows: blockDim.x lanes a row, blockDim.y rows; a lane has V vectors of 16 bytes in registers,
+// vector v at column (v * lanes + lane) * W, so that neighbouring lanes touch neighbouring 16 bytes.
 //
 // kAligned: every pointer, stride and C is a multiple of 16 bytes; all accesses are 16 bytes wide. Else elements move
 // one by one, in the same layout and with the same order of summation: the bits do not depend on the alignment.

@@ -1,5 +1,5 @@
-// The launch of each kernel for activations T and residuals R, and with it the instantiation of every kernel: the vectors
-// a thread may hold are listed in launch.h, and nowhere else.
+// The launch of each kernel for activations T and residuals R, and with it the instantiation of every kernel: the
+// vectors a thread may hold are listed in launch.h, and nowhere else.
 #pragma once
 
 #include "cuda/ops/gelu.cuh"
@@ -27,9 +27,9 @@ struct Launches {
 
   static bool aligned(const NormParams& p) {
     const bool input = p.residual ? is_aligned(p.x, p.x_stride * kT) : is_aligned(p.x, p.x_stride * kR);
-    return whole_vectors(p) && input && is_aligned(p.residual, p.residual_stride * kR) && is_aligned(p.residual_out, 0) &&
-           is_aligned(p.normed, 0) && is_aligned_parameter(p.gamma) && is_aligned_parameter(p.weight) &&
-           is_aligned_parameter(p.bias);
+    return whole_vectors(p) && input && is_aligned(p.residual, p.residual_stride * kR) &&
+           is_aligned(p.residual_out, 0) && is_aligned(p.normed, 0) && is_aligned_parameter(p.gamma) &&
+           is_aligned_parameter(p.weight) && is_aligned_parameter(p.bias);
   }
   static bool aligned(const NormBackwardParams& p) {
     return whole_vectors(p) && is_aligned(p.grad_normed, p.grad_normed_stride * kT) &&
@@ -68,10 +68,12 @@ struct Launches {
   static const char* norm(const Jobs<NormParams>& jobs, void* stream) {
     const NormParams& first = jobs.job[0];
     const RowLaunch rule = row_launch(first.channels, W);
-    const dim3 grid(cdiv(first.rows, rule.rows), unsigned(jobs.count)), block(unsigned(rule.lanes), unsigned(rule.rows));
+    const dim3 grid(cdiv(first.rows, rule.rows), unsigned(jobs.count)),
+        block(unsigned(rule.lanes), unsigned(rule.rows));
     return with_vectors(rule.vectors, [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
-      return launch(all_aligned(jobs) ? norm_kernel<T, R, V, true> : norm_kernel<T, R, V, false>, grid, block, stream, jobs);
+      return launch(all_aligned(jobs) ? norm_kernel<T, R, V, true> : norm_kernel<T, R, V, false>, grid, block, stream,
+                    jobs);
     });
   }
 
@@ -79,10 +81,11 @@ struct Launches {
     const NormBackwardParams& first = jobs.job[0];
     const RowLaunch rule = row_launch(first.channels, W);
     const bool wide = all_aligned(jobs), is_layer_norm = first.mean || first.grads[kBias].data;
-    const dim3 grid(unsigned(first.partial_rows), unsigned(jobs.count)), block(unsigned(rule.lanes), unsigned(rule.rows));
+    const dim3 grid(unsigned(first.partial_rows), unsigned(jobs.count)),
+        block(unsigned(rule.lanes), unsigned(rule.rows));
     const char* failed = with_vectors(rule.vectors, [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
-      const auto kernel = !wide             ? norm_backward_kernel<T, R, V, false, true>
+      const auto kernel = !wide           ? norm_backward_kernel<T, R, V, false, true>
                           : is_layer_norm ? norm_backward_kernel<T, R, V, true, true>
                                           : norm_backward_kernel<T, R, V, true, false>;
       return first.partial_rows ? launch(kernel, grid, block, stream, jobs) : nullptr;
@@ -99,7 +102,8 @@ struct Launches {
   static const char* qk_norm_stats_backward(const Jobs<QKNormStatsBackwardParams>& jobs, void* stream) {
     const QKNormStatsBackwardParams& first = jobs.job[0];
     const RowLaunch rule = row_launch(first.channels, W);
-    const dim3 grid(cdiv(first.rows, rule.rows), unsigned(jobs.count)), block(unsigned(rule.lanes), unsigned(rule.rows));
+    const dim3 grid(cdiv(first.rows, rule.rows), unsigned(jobs.count)),
+        block(unsigned(rule.lanes), unsigned(rule.rows));
     const auto kernel =
         all_aligned(jobs) ? qk_norm_stats_backward_kernel<T, true> : qk_norm_stats_backward_kernel<T, false>;
     return launch(kernel, grid, block, stream, jobs);

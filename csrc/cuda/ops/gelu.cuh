@@ -1,5 +1,5 @@
-// The exact GELU and its derivative, of the pre-activation as stored. Product and bias are cuBLASLt's, which adds the bias
-// in float32 before its one rounding: added here, to a product already rounded, it would cost a second one.
+// The exact GELU and its derivative, of the pre-activation as stored. Product and bias are cuBLASLt's, which adds the
+// bias in float32 before its one rounding: added here, to a product already rounded, it would cost a second one.
 //
 //   gelu(z) = z Phi(z),  gelu'(z) = Phi(z) + z exp(-z^2 / 2) / sqrt(2 pi),  Phi(z) = erfc(-z / sqrt(2)) / 2
 //

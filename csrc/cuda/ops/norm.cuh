@@ -33,8 +33,8 @@ INTERNVIT_DEVICE RowStatistics row_statistics(const float (&x)[V][W], int channe
       for (int i = 0; i < W; ++i) total[0] += x[v][i];
     }
     sum_over_row(total, sums, 0);
-    // A pivot of 7 bits: x - pivot is exact for 16-bit x. With all 24 bits the same rounding error would repeat in every
-    // element of a binade, and shift the mean by half an ulp of 1.
+    // A pivot of 7 bits: x - pivot is exact for 16-bit x. With all 24 bits the same rounding error would repeat in
+    // every element of a binade, and shift the mean by half an ulp of 1.
     s.mean = __uint_as_float(__float_as_uint(total[0] / float(channels)) & 0xfffe0000u);
 #pragma unroll
     for (int v = 0; v < V; ++v) {

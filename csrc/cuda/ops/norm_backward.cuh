@@ -2,7 +2,8 @@
 //
 //   g     = grad_normed * weight,  x_hat = (x - mean) * rstd
 //   grad  = rstd * (g - x_hat * mean(g * x_hat) [- mean(g)]) + grad_residual_out
-//   grad_residual = grad,  grad_branch = grad * gamma * row_scale,  grad_gamma = sum over rows of grad * row_scale * branch
+//   grad_residual = grad,  grad_branch = grad * gamma * row_scale
+//   grad_gamma = sum over rows of grad * row_scale * branch
 //   grad_weight = sum over rows of grad_normed * x_hat,  grad_bias = sum over rows of grad_normed
 //
 // Blocks walk over the rows, one tile of blockDim.y rows after another, and keep the sums over rows in registers. Each
@@ -56,7 +57,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   constexpr int W = 16 / int(sizeof(T));
   constexpr bool kReload = V * W * int(sizeof(R)) > 128;  // 40 floats more would spill: x comes from the cache again
   // Registers of sums and of what is read; above 210 the second half of it is read late, where it is used.
-  constexpr int kHeld = V * W * (kLayerNorm ? 3 : 2) + V * W * ((kReload ? 1 : 2) * int(sizeof(R)) + 2 * int(sizeof(T))) / 4;
+  constexpr int kHeld =
+      V * W * (kLayerNorm ? 3 : 2) + V * W * ((kReload ? 1 : 2) * int(sizeof(R)) + 2 * int(sizeof(T))) / 4;
   constexpr bool kEarly = kAligned && kHeld <= 210;
   __shared__ GroupSums<2> group_sums;
   const NormBackwardParams& p = jobs.job[blockIdx.y];
@@ -162,7 +164,7 @@ constexpr int kSumColumns = 32, kSumSlices = 8;  // threads: a column is 4 chann
 
 // grads[blockIdx.y] of job blockIdx.z: the sum over programs, slice by slice, then over the slices.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kSumColumns * kSumSlices)
+__global__ void __launch_bounds__(kSumColumns* kSumSlices)
     sum_partials_kernel(const __grid_constant__ Jobs<NormBackwardParams> jobs) {
   __shared__ Shared<float> slices[kSumSlices][4][kSumColumns];
   const NormBackwardParams& p = jobs.job[blockIdx.z];

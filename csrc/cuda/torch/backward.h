@@ -1,11 +1,12 @@
-// The backward of the norms and of the fused residual, as a job of norm_backward.cuh: what it reads, writes and returns.
+// The backward of the norms and of the fused residual, as a job of norm_backward.cuh: what it reads, writes and
+// returns.
 #pragma once
 
 #include <utility>
 #include <vector>
 
-#include "cuda/torch/arguments.h"
 #include "cuda/device/launch.h"
+#include "cuda/torch/arguments.h"
 #include "cuda/torch/stream.h"
 
 namespace internvit::cuda {
@@ -29,11 +30,20 @@ struct Backward {
   NormBackwardParams params = {};
 
   Backward(const char* op, BackwardInputs inputs)
-      : in(std::move(inputs)), like(in.x ? *in.x : *in.grad_residual_out), dtype(dtype_of(in.branch_dtype)),
-        residual_dtype(dtype_of(like.scalar_type())), shape(like, in.channel_dims), grad_normed(rows(in.grad_normed)),
-        grad_residual_out(rows(in.grad_residual_out)), x(rows(in.x)),
-        branch(rows(in.mask[2] ? in.branch : OptionalTensor())), gamma(in.gamma, in.branch_dtype),
-        weight(in.weight, in.branch_dtype), row_scale(in.row_scale), mean(in.mean), rstd(in.rstd) {
+      : in(std::move(inputs)),
+        like(in.x ? *in.x : *in.grad_residual_out),
+        dtype(dtype_of(in.branch_dtype)),
+        residual_dtype(dtype_of(like.scalar_type())),
+        shape(like, in.channel_dims),
+        grad_normed(rows(in.grad_normed)),
+        grad_residual_out(rows(in.grad_residual_out)),
+        x(rows(in.x)),
+        branch(rows(in.mask[2] ? in.branch : OptionalTensor())),
+        gamma(in.gamma, in.branch_dtype),
+        weight(in.weight, in.branch_dtype),
+        row_scale(in.row_scale),
+        mean(in.mean),
+        rstd(in.rstd) {
     check_channels(op, shape.channels);
     grad_residual = in.mask[0] ? empty_like_of(like, like.scalar_type()) : empty_grad(like);
     grad_branch = in.mask[1] ? empty_like_of(like, in.branch_dtype) : empty_grad(like);

@@ -13,7 +13,8 @@
 #include "cuda/torch/stream.h"
 #include "schemas.h"
 
-#ifndef INTERNVIT_LIBRARY  // the host harness (tests/proofs/native) builds these ops for CPU tensors, under a name of its own
+#ifndef INTERNVIT_LIBRARY  // the host harness (tests/proofs/native) builds these ops for CPU tensors, under a name of
+                           // its own
 #define INTERNVIT_LIBRARY internvit_cuda
 #define INTERNVIT_DEVICE_KEY CUDA
 #endif
@@ -59,7 +60,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   return {y, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                              double eps) {
   check::layer_norm(x, weight, bias, eps);
   const Rows rows(x);
   const Vector w(weight, x.scalar_type()), b(bias, x.scalar_type());
@@ -82,8 +84,13 @@ struct FusedAdd {  // residual + row_scale * gamma * branch
   Floats row_scale;
   Tensor out;
   NormParams params;
-  FusedAdd(const char* op, const Tensor& r, const Tensor& b, const OptionalTensor& g, const OptionalTensor& s, double eps)
-      : residual(r), branch(b), gamma(g, b.scalar_type()), row_scale(s), out(empty_like_of(r, r.scalar_type())),
+  FusedAdd(const char* op, const Tensor& r, const Tensor& b, const OptionalTensor& g, const OptionalTensor& s,
+           double eps)
+      : residual(r),
+        branch(b),
+        gamma(g, b.scalar_type()),
+        row_scale(s),
+        out(empty_like_of(r, r.scalar_type())),
         params(norm_params(op, branch, b.scalar_type(), eps)) {
     params.residual_dtype = dtype_of(r.scalar_type());
     params.residual = residual.data;
@@ -95,17 +102,20 @@ struct FusedAdd {  // residual + row_scale * gamma * branch
   }
 };
 
-Tensor layer_scale_residual(
-    const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma, const OptionalTensor& row_scale) {
+Tensor layer_scale_residual(const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma,
+                            const OptionalTensor& row_scale) {
   check::layer_scale_residual(residual, branch, gamma, row_scale);
   FusedAdd fused("layer_scale_residual", residual, branch, gamma, row_scale, 0);
   run_norm("layer_scale_residual", branch, {{fused.params}, 1});
   return fused.out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_scale_residual_norm(
-    const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma, const OptionalTensor& row_scale, const Tensor& weight,
-    const OptionalTensor& bias, double eps, const std::string& norm_type, const std::string& rounding) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_scale_residual_norm(const Tensor& residual, const Tensor& branch,
+                                                                     const OptionalTensor& gamma,
+                                                                     const OptionalTensor& row_scale,
+                                                                     const Tensor& weight, const OptionalTensor& bias,
+                                                                     double eps, const std::string& norm_type,
+                                                                     const std::string& rounding) {
   check::layer_scale_residual_norm(residual, branch, gamma, row_scale, weight, bias, eps, norm_type, rounding);
   const char* op = "layer_scale_residual_norm";
   FusedAdd fused(op, residual, branch, gamma, row_scale, eps);
@@ -128,41 +138,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_scale_residual_norm(
 
 // ---- their backward -------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> rms_norm_backward(
-    const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& rstd, const std::vector<bool>& mask) {
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                             const Tensor& rstd, const std::vector<bool>& mask) {
   check::rms_norm_backward(grad_y, x, weight, rstd, mask);
-  Backward backward("rms_norm_backward", {{}, grad_y, x, {}, {}, {}, weight, {}, rstd, x.scalar_type(),
-                                          {mask[0], false, false, mask[1], false}});
+  Backward backward(
+      "rms_norm_backward",
+      {{}, grad_y, x, {}, {}, {}, weight, {}, rstd, x.scalar_type(), {mask[0], false, false, mask[1], false}});
   run_backward("rms_norm_backward", {&backward});
   return {backward.grad_residual, backward.grad(kWeight)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
-    const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-    const std::vector<bool>& mask) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                                       const Tensor& mean, const Tensor& rstd,
+                                                       const std::vector<bool>& mask) {
   check::layer_norm_backward(grad_y, x, weight, mean, rstd, mask);
-  Backward backward("layer_norm_backward", {{}, grad_y, x, {}, {}, {}, weight, mean, rstd, x.scalar_type(),
-                                            {mask[0], false, false, mask[1], mask[2]}});
+  Backward backward(
+      "layer_norm_backward",
+      {{}, grad_y, x, {}, {}, {}, weight, mean, rstd, x.scalar_type(), {mask[0], false, false, mask[1], mask[2]}});
   run_backward("layer_norm_backward", {&backward});
   return {backward.grad_residual, backward.grad(kWeight), backward.grad(kBias)};
 }
 
-std::tuple<Tensor, Tensor> layer_scale_residual_backward(
-    const Tensor& grad_residual_out, const OptionalTensor& branch, const OptionalTensor& gamma, const OptionalTensor& row_scale, ScalarType branch_dtype,
-    const std::vector<bool>& mask) {
+std::tuple<Tensor, Tensor> layer_scale_residual_backward(const Tensor& grad_residual_out, const OptionalTensor& branch,
+                                                         const OptionalTensor& gamma, const OptionalTensor& row_scale,
+                                                         ScalarType branch_dtype, const std::vector<bool>& mask) {
   check::layer_scale_residual_backward(grad_residual_out, branch, gamma, row_scale, branch_dtype, mask);
-  Backward backward("layer_scale_residual_backward", {grad_residual_out, {}, {}, branch, gamma, row_scale, {}, {}, {},
-                                                      branch_dtype, {false, mask[0], mask[1], false, false}});
+  Backward backward("layer_scale_residual_backward", {grad_residual_out,
+                                                      {},
+                                                      {},
+                                                      branch,
+                                                      gamma,
+                                                      row_scale,
+                                                      {},
+                                                      {},
+                                                      {},
+                                                      branch_dtype,
+                                                      {false, mask[0], mask[1], false, false}});
   run_backward("layer_scale_residual_backward", {&backward});
   return {backward.grad_branch, backward.grad(kGamma)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_scale_residual_norm_backward(
-    const OptionalTensor& grad_residual_out, const Tensor& grad_normed, const Tensor& residual_out, const OptionalTensor& branch,
-    const OptionalTensor& gamma, const OptionalTensor& row_scale, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-    const std::string& norm_type, const std::vector<bool>& mask) {
-  check::layer_scale_residual_norm_backward(grad_residual_out, grad_normed, residual_out, branch, gamma, row_scale, weight,
-                                            mean, rstd, norm_type, mask);
+    const OptionalTensor& grad_residual_out, const Tensor& grad_normed, const Tensor& residual_out,
+    const OptionalTensor& branch, const OptionalTensor& gamma, const OptionalTensor& row_scale, const Tensor& weight,
+    const Tensor& mean, const Tensor& rstd, const std::string& norm_type, const std::vector<bool>& mask) {
+  check::layer_scale_residual_norm_backward(grad_residual_out, grad_normed, residual_out, branch, gamma, row_scale,
+                                            weight, mean, rstd, norm_type, mask);
   const OptionalTensor used_mean = norm_type == "layer_norm" ? OptionalTensor(mean) : OptionalTensor();
   Backward backward("layer_scale_residual_norm_backward",
                     {grad_residual_out, grad_normed, residual_out, branch, gamma, row_scale, weight, used_mean, rstd,
@@ -186,9 +207,8 @@ std::tuple<Tensor, Tensor> qk_norm_stats(const Tensor& q, const Tensor& k, doubl
   return {rstd_q, rstd_k};
 }
 
-void qk_norm_stats_backward(
-    const Tensor& grad_rstd_q, const Tensor& grad_rstd_k, const Tensor& q, const Tensor& k, const Tensor& rstd_q,
-    const Tensor& rstd_k, const Tensor& grad_q, const Tensor& grad_k) {
+void qk_norm_stats_backward(const Tensor& grad_rstd_q, const Tensor& grad_rstd_k, const Tensor& q, const Tensor& k,
+                            const Tensor& rstd_q, const Tensor& rstd_k, const Tensor& grad_q, const Tensor& grad_k) {
   check::qk_norm_stats_backward(grad_rstd_q, grad_rstd_k, q, k, rstd_q, rstd_k, grad_q, grad_k);
   const char* op = "qk_norm_stats_backward";
   const Rows x[] = {Rows(q, 2), Rows(k, 2)}, out[] = {Rows(grad_q, 2), Rows(grad_k, 2)};
@@ -198,8 +218,8 @@ void qk_norm_stats_backward(
   const DType dtype = dtype_of(q.scalar_type());
   Jobs<QKNormStatsBackwardParams> jobs = {{}, 2};
   for (int j = 0; j < 2; ++j)
-    jobs.job[j] = {slope[j].data, rstd[j].data,  x[j].data, x[j].stride, out[j].data,
-                   out[j].stride, rows, int32_t(x[0].channels), dtype};
+    jobs.job[j] = {slope[j].data, rstd[j].data,           x[j].data, x[j].stride, out[j].data, out[j].stride,
+                   rows,          int32_t(x[0].channels), dtype};
   check_channels(op, x[0].channels);
   if (rows == 0) return;
   const CurrentStream stream(q);
@@ -210,9 +230,8 @@ void qk_norm_stats_backward(
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm(
-    const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, double eps,
-    const std::string& rounding) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm(const Tensor& q, const Tensor& k, const Tensor& q_weight,
+                                                   const Tensor& k_weight, double eps, const std::string& rounding) {
   check::qk_norm(q, k, q_weight, k_weight, eps, rounding);
   const Tensor x[] = {q, k}, weights[] = {q_weight, k_weight};
   const Rows rows[] = {Rows(q, 2), Rows(k, 2)};
@@ -232,15 +251,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm(
   return {normed[0], normed[1], rstd[0], rstd[1]};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_backward(
-    const Tensor& grad_q_normed, const Tensor& grad_k_normed, const Tensor& q, const Tensor& k, const Tensor& q_weight,
-    const Tensor& k_weight, const Tensor& rstd_q, const Tensor& rstd_k, const std::vector<bool>& mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_backward(const Tensor& grad_q_normed, const Tensor& grad_k_normed,
+                                                            const Tensor& q, const Tensor& k, const Tensor& q_weight,
+                                                            const Tensor& k_weight, const Tensor& rstd_q,
+                                                            const Tensor& rstd_k, const std::vector<bool>& mask) {
   check::qk_norm_backward(grad_q_normed, grad_k_normed, q, k, q_weight, k_weight, rstd_q, rstd_k, mask);
   const char* op = "qk_norm_backward";
-  Backward for_q(op, {{}, grad_q_normed, q, {}, {}, {}, q_weight, {}, rstd_q, q.scalar_type(),
-                      {mask[0], false, false, mask[2], false}, 2});
-  Backward for_k(op, {{}, grad_k_normed, k, {}, {}, {}, k_weight, {}, rstd_k, k.scalar_type(),
-                      {mask[1], false, false, mask[3], false}, 2});
+  Backward for_q(op, {{},
+                      grad_q_normed,
+                      q,
+                      {},
+                      {},
+                      {},
+                      q_weight,
+                      {},
+                      rstd_q,
+                      q.scalar_type(),
+                      {mask[0], false, false, mask[2], false},
+                      2});
+  Backward for_k(op, {{},
+                      grad_k_normed,
+                      k,
+                      {},
+                      {},
+                      {},
+                      k_weight,
+                      {},
+                      rstd_k,
+                      k.scalar_type(),
+                      {mask[1], false, false, mask[3], false},
+                      2});
   run_backward(op, {&for_q, &for_k});
   return {for_q.grad_residual, for_k.grad_residual, for_q.grad(kWeight), for_k.grad(kWeight)};
 }

@@ -230,13 +230,14 @@ def test_attention_backward_of_large_scores_that_differ_little(unit: str, dtype,
     check_attention_backward(q, k, v, grad_out, 0.125, dtype)
 
 
-@each_dtype
-@pytest.mark.parametrize("size", [1e4, 1e7, 1e9])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(dtype, size) for dtype in DTYPES for size in (1e4, 1e7, 1e9) if dtype != torch.float16 or size < 1e9],
+    ids=str,
+)
 @pytest.mark.parametrize("scale", [0.125, -0.125])
 def test_attention_backward_of_large_scores(unit: str, dtype, size: float, scale: float, generator) -> None:
     """A softmax of one key each, where its gradient is what is left of a difference of huge numbers."""
-    if dtype == torch.float16 and size > 1e7:
-        pytest.skip("float16 does not hold such q and k")
     q, k, v = sample((2, 70, 3, 2, 64), "normal", dtype, generator).unbind(2)
     q, k = ((t.double() * size**0.5).to(dtype) for t in (q, k))
     grad_out = sample(tuple(q.shape), "normal", dtype, generator)
@@ -324,13 +325,13 @@ def test_the_same_bits_for_any_number_of_threads(unit: str, generator) -> None:
     for count in (1, 2, 3, 5):
         torch.set_num_threads(count)
         mean, rstd = x.float().mean(-1), torch.rsqrt(x.float().var(-1) + 1e-6)
-        seam = cpu.layer_scale_residual_norm_backward(
+        fused = cpu.layer_scale_residual_norm_backward(
             grad, grad, x, branch, weight, None, weight, mean, rstd, "layer_norm", [True] * 5
         )
         out, lse = cpu.attention(q, k, v, 0.2, *weights)
         packed = torch.empty(2, 70, 3, 2, 40, dtype=torch.bfloat16)
         sums = cpu.attention_backward(out, q, k, v, out, lse, 0.2, *weights, *packed.unbind(2))
-        results.append([*seam, out, lse, packed, *sums])
+        results.append([*fused, out, lse, packed, *sums])
     torch.set_num_threads(before)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):

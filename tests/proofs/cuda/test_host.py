@@ -32,7 +32,7 @@ def run_op_tests(host_library, pytestconfig) -> Callable[..., None]:
     return run
 
 
-def test_what_every_op_owes(run_op_tests) -> None:
+def test_every_op_on_the_host(run_op_tests) -> None:
     run_op_tests("tests/ops/test_every_op.py", "-k", "cuda and not attention")
 
 
@@ -50,11 +50,11 @@ def test_every_op_test(run_op_tests) -> None:
     run_op_tests("tests/ops", "-k", "cuda")
 
 
-def seam(kind: str, x: dict) -> tuple:
+def fused_add_norm(kind: str, x: dict) -> tuple:
     return ops.layer_scale_residual_norm(**x, norm_type=kind, backend="cuda")
 
 
-def seam_arguments(shape: tuple, kind: str, dtype: torch.dtype, generator, residual_dtype=None) -> dict:
+def fused_arguments(shape: tuple, kind: str, dtype: torch.dtype, generator, residual_dtype=None) -> dict:
     def vector():
         return sample(shape[-1:], "normal", dtype, generator)
 
@@ -78,9 +78,9 @@ def with_gradients(function, x: dict, grads: list) -> list:
     ]
 
 
-def seam_truth(kind: str, x: dict, grads: list) -> tuple[list, list]:
-    """What `with_gradients` of `seam` gives, in float64, and the size of each: the largest element, or of the sums over
-    rows the root of their terms' squares, which is what the terms' own roundings add up to where a sum cancels."""
+def fused_truth(kind: str, x: dict, grads: list) -> tuple[list, list]:
+    """The results of `with_gradients` in float64, and the size of each: the largest element, or of the sums over rows
+    the root of their terms' squares, which is what the terms' own roundings add up to where a sum cancels."""
     images = x["row_scale"].double().view(-1, 1, 1)
     shape, given = x["residual"].shape, {n: t.double() for n, t in x.items() if t is not None and n != "row_scale"}
     leaves = {n: t.expand(shape).clone().requires_grad_() for n, t in given.items()}
@@ -102,11 +102,11 @@ def test_every_width(on_host, kind, channels, generator) -> None:
     """Each layout of the launch rule, rows that do not fill a block, and a backward that walks over several tiles."""
     for dtype, residual_dtype in ((torch.bfloat16, None), (torch.float16, torch.float32), (torch.float32, None)):
         shape = (2, 13 if channels < 1100 else 3, channels)
-        x = seam_arguments(shape, kind, dtype, generator, residual_dtype)
+        x = fused_arguments(shape, kind, dtype, generator, residual_dtype)
         grads = [sample(shape, "normal", dtype, generator) for _ in range(2)]
-        actual = with_gradients(lambda x: seam(kind, x), x, grads)
+        actual = with_gradients(lambda x: fused_add_norm(kind, x), x, grads)
         eps = torch.finfo(dtype).eps
-        for a, t, size in zip(actual, *seam_truth(kind, x, grads), strict=True):
+        for a, t, size in zip(actual, *fused_truth(kind, x, grads), strict=True):
             # Of one channel LayerNorm is 0 but for rounding.
             assert ((a.double() - t).abs().max().item() < 4 * eps * size) or channels == 1
 
@@ -133,7 +133,7 @@ def test_misaligned_tensors_have_the_same_bits(on_host, dtype, channels, generat
             "bias": weight,
         }
         norm = with_gradients(lambda i: (ops.rms_norm(i["x"], i["w"], backend="cuda"),), {"x": x, "w": weight}, [grad])
-        return [*norm, *with_gradients(lambda i: seam("layer_norm", i), inputs, [grad, grad])]
+        return [*norm, *with_gradients(lambda i: fused_add_norm("layer_norm", i), inputs, [grad, grad])]
 
     aligned = run(x, residual, weight, gamma, grad)
     moved = run(*map(shifted, (x, residual, weight, gamma, grad)))

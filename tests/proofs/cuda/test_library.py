@@ -59,7 +59,7 @@ def test_it_needs_nothing_that_torch_does_not_bring() -> None:
     assert "RUNPATH" not in told
 
 
-class Seam(torch.nn.Module):
+class FusedAddNorm(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(48, device="cuda", dtype=torch.bfloat16))
@@ -86,7 +86,7 @@ def test_fake_cuda_tensors_forward_export_and_compile() -> None:
 
     with FakeTensorMode(), torch.no_grad(), internvit.backend("cuda"):
         x = torch.empty(2, 17, 48, device="cuda", dtype=torch.bfloat16)
-        module = Seam()
+        module = FusedAddNorm()
         y = module(x, x)
         assert (y.shape, y.dtype, y.device.type) == ((2, 17, 96), torch.bfloat16, "cuda")
         assert backends_in(torch.export.export(module, (x, x)).graph) == {"cuda"}

@@ -8,7 +8,8 @@
 //   PLANT bounds   tells a kernel of one row more than there is: the guard page must stop it
 //         race     gives two threads the same range: ThreadSanitizer must see it
 //
-// Buffers end at a page without access; reading or writing past them is a crash. Prints one line with a hash per kernel.
+// Buffers end at a page without access; reading or writing past them is a crash. Prints one line with a hash per
+// kernel.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -77,7 +78,8 @@ void* filled(DType dtype, int64_t n) {
     const float x = (float(random_bits() % 2001) - 1000) / 500;
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    const uint16_t half = dtype == kBFloat16 ? uint16_t(bits >> 16) : uint16_t((bits >> 16 & 0x8000) | 0x3800 | (i & 0x1ff));
+    const uint16_t half =
+        dtype == kBFloat16 ? uint16_t(bits >> 16) : uint16_t((bits >> 16 & 0x8000) | 0x3800 | (i & 0x1ff));
     if (dtype == kFloat32) memcpy(data + 4 * i, &x, 4);
     if (dtype != kFloat32) memcpy(data + 2 * i, &half, 2);
   }
@@ -149,8 +151,8 @@ struct Driver {
     for (float* sum : b.grads) add(sum, channels * 4);
     report("norm_backward", dtype);
 
-    const QKNormStatsBackwardParams s = {floats(rows), p.rstd, p.x, channels, filled(dtype, rows * channels), channels, rows,
-                                         int32_t(channels), dtype};
+    const QKNormStatsBackwardParams s = {
+        floats(rows), p.rstd, p.x, channels, filled(dtype, rows * channels), channels, rows, int32_t(channels), dtype};
     kernels.qk_norm_stats_backward(s, executor);
     add(s.grad_x, bytes);
     report("qk_norm_stats_backward", dtype);
@@ -280,7 +282,9 @@ int main(int argc, char** argv) {
     return 77;
   }
   plant_race = plant == "race";
-  const auto parallel_for = mode == "serial" || mode == "counted" ? run_serially : mode == "threads" ? run_threads : run_shuffled;
+  const auto parallel_for = mode == "serial" || mode == "counted" ? run_serially
+                            : mode == "threads"                   ? run_threads
+                                                                  : run_shuffled;
   Driver driver{*kernels, {parallel_for, guarded_scratch, guarded_scratch}, plant == "bounds"};
   if (mode == "counted")
     driver.counted(plant == "float32" ? kFloat32 : kBFloat16);

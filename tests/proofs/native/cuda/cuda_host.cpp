@@ -90,7 +90,8 @@ void fail(const std::string& what) {
 
 // Leaves a fiber that broke a rule where it is: the launch ends without it.
 void fail_here(const std::string& what) {
-  fail(thread_name(current) + " of block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + "): " + what);
+  fail(thread_name(current) + " of block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
+       "): " + what);
   to_scheduler(false);
 }
 
@@ -147,7 +148,8 @@ void prepare(Fiber& fiber, dim3 index) {
 void run_block(std::mt19937_64& random) {
   ++epoch;
   ++block_number;
-  for (int t = 0; t < threads; ++t) prepare(fibers[size_t(t)], dim3(unsigned(t) % blockDim.x, unsigned(t) / blockDim.x));
+  for (int t = 0; t < threads; ++t)
+    prepare(fibers[size_t(t)], dim3(unsigned(t) % blockDim.x, unsigned(t) / blockDim.x));
   for (;;) {
     int ended = 0, at_barrier = 0;
     bool moved = false;

@@ -4,7 +4,7 @@
 // chooses. What a GPU leaves to chance is checked exactly:
 //   __syncthreads      every thread of the block comes, or has ended; else the launch fails: "threads wait ..."
 //   __shfl_xor_sync    the caller is in its mask, all lanes of the mask exist and come with the same mask and offset
-//   Shared<T>          no two threads touch a cell between two barriers if one of them writes; nothing unwritten is read
+//   Shared<T>          no two threads touch a cell between two barriers if one of them writes; what is read was written
 // A failed check makes `launch` return its description, as a failed launch does on a device.
 #pragma once
 

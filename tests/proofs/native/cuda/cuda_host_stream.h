@@ -1,4 +1,5 @@
-// csrc/cuda/torch/stream.h for the host: no device, no stream; few multiprocessors, so that a block of backward walks far.
+// csrc/cuda/torch/stream.h for the host: no device, no stream; few multiprocessors, so that a block of backward walks
+// far.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -13,9 +13,9 @@
 #include <string>
 #include <vector>
 
-#include "cuda_host.h"
-#include "cuda/kernels.h"
 #include "cuda/device/launch.h"
+#include "cuda/kernels.h"
+#include "cuda_host.h"
 
 using namespace internvit::cuda;
 
@@ -105,9 +105,26 @@ struct Driver {
     Jobs<NormParams> jobs = {};
     jobs.count = 1;
     NormParams& p = jobs.job[0];
-    p = {x.data, channels, residual.data, channels, {gamma.data, wide}, scale.floats(), rows, {weight.data, true},
-         {layer_norm ? bias.data : nullptr, wide}, out.data, normed.data, layer_norm ? mean.floats() : nullptr,
-         rstd.floats(), rows, int32_t(channels), 1e-6f, layer_norm, false, dtype, residual_dtype};
+    p = {x.data,
+         channels,
+         residual.data,
+         channels,
+         {gamma.data, wide},
+         scale.floats(),
+         rows,
+         {weight.data, true},
+         {layer_norm ? bias.data : nullptr, wide},
+         out.data,
+         normed.data,
+         layer_norm ? mean.floats() : nullptr,
+         rstd.floats(),
+         rows,
+         int32_t(channels),
+         1e-6f,
+         layer_norm,
+         false,
+         dtype,
+         residual_dtype};
     if (plant_bounds) p.rows += 1;
     check("norm", kernels.norm(jobs, nullptr));
 
@@ -120,7 +137,8 @@ struct Driver {
         total += out[i];  // the statistics are those of what was stored
       }
       const double centre = layer_norm ? total / double(channels) : 0;
-      for (int64_t c = 0; c < channels; ++c) squares += (out[r * channels + c] - centre) * (out[r * channels + c] - centre);
+      for (int64_t c = 0; c < channels; ++c)
+        squares += (out[r * channels + c] - centre) * (out[r * channels + c] - centre);
       inverse[size_t(r)] = 1 / std::sqrt(squares / double(channels) + 1e-6f);
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t i = r * channels + c;
@@ -138,11 +156,29 @@ struct Driver {
     Jobs<NormBackwardParams> back = {};
     back.count = 1;
     NormBackwardParams& b = back.job[0];
-    b = {grad_normed.data, channels, grad_out.data, channels, out.data, channels, x.data, channels,
-         {gamma.data, wide}, scale.floats(), rows, {weight.data, true}, layer_norm ? mean.floats() : nullptr,
-         rstd.floats(), grad_residual.data, grad_branch.data,
+    b = {grad_normed.data,
+         channels,
+         grad_out.data,
+         channels,
+         out.data,
+         channels,
+         x.data,
+         channels,
+         {gamma.data, wide},
+         scale.floats(),
+         rows,
+         {weight.data, true},
+         layer_norm ? mean.floats() : nullptr,
+         rstd.floats(),
+         grad_residual.data,
+         grad_branch.data,
          {{grads[0].data, true}, {grads[1].data, true}, {layer_norm ? grads[2].data : nullptr, wide}},
-         nullptr, rows, int32_t(channels), 0, dtype, residual_dtype};
+         nullptr,
+         rows,
+         int32_t(channels),
+         0,
+         dtype,
+         residual_dtype};
     b.partial_rows = int32_t(backward_programs(rows, row_launch(channels, wide ? 4 : 8), 2));
     const Tensor partial(kFloat32, b.partial_rows * kParameterKinds * channels);
     b.partial = partial.floats();
@@ -178,7 +214,8 @@ struct Driver {
   void elementwise(int64_t rows, int64_t channels) {
     label = std::to_string(dtype) + " " + std::to_string(rows) + "x" + std::to_string(channels);
     const int64_t n = rows * channels;
-    const Tensor x = filled(dtype, n), grad = filled(dtype, n), slope = filled(kFloat32, rows), rstd = filled(kFloat32, rows);
+    const Tensor x = filled(dtype, n), grad = filled(dtype, n), slope = filled(kFloat32, rows),
+                 rstd = filled(kFloat32, rows);
     Tensor y(dtype, n), y_slope(dtype, n), added = filled(dtype, n);
     std::vector<double> gelu(static_cast<size_t>(n)), gelu_slope(gelu), expected(gelu);
     for (int64_t i = 0; i < n; ++i) {
@@ -191,7 +228,8 @@ struct Driver {
     check("gelu_backward", kernels.gelu({x.data, grad.data, y_slope.data, n, dtype}, nullptr));
     Jobs<QKNormStatsBackwardParams> jobs = {};
     jobs.count = 1;
-    jobs.job[0] = {slope.floats(), rstd.floats(), x.data, channels, added.data, channels, rows, int32_t(channels), dtype};
+    jobs.job[0] = {slope.floats(), rstd.floats(),     x.data, channels, added.data, channels,
+                   rows,           int32_t(channels), dtype};
     check("qk_norm_stats_backward", kernels.qk_norm_stats_backward(jobs, nullptr));
     compare("gelu", y, gelu, 2 * y.eps());
     compare("gelu_backward", y_slope, gelu_slope, 2 * y.eps());
@@ -209,7 +247,10 @@ int main(int argc, char** argv) {
   const bool plant_bounds = argc > 2 && std::string(argv[2]) == "bounds";
   const std::pair<DType, DType> pairs[] = {{kBFloat16, kBFloat16},
 #ifndef INTERNVIT_ONE_UNIT
-                                           {kFloat32, kFloat32}, {kFloat16, kFloat16}, {kBFloat16, kFloat32}, {kFloat16, kFloat32}
+                                           {kFloat32, kFloat32},
+                                           {kFloat16, kFloat16},
+                                           {kBFloat16, kFloat32},
+                                           {kFloat16, kFloat32}
 #endif
   };
   for (const auto& [dtype, residual_dtype] : pairs) {
@@ -220,7 +261,8 @@ int main(int argc, char** argv) {
 #endif
     Driver driver{kernels, dtype, residual_dtype, plant_bounds, ""};
     for (const bool layer_norm : {false, true}) {
-      const std::pair<int64_t, int64_t> shapes[] = {{1, 1}, {3, 7}, {21, 40}, {17, 384}, {9, 1024}, {3, 1025}, {9, 3200}, {3, 4104}};
+      const std::pair<int64_t, int64_t> shapes[] = {{1, 1},    {3, 7},    {21, 40},  {17, 384},
+                                                    {9, 1024}, {3, 1025}, {9, 3200}, {3, 4104}};
       for (const auto& [rows, channels] : shapes) driver.fused_add_norm(rows, channels, layer_norm);
     }
     if (dtype != residual_dtype) continue;
