@@ -24,8 +24,8 @@ def nothing_watches() -> bool:
 
 
 def plain(args: Iterable[Any]) -> bool:
-    """Whether no argument is of a tensor subclass, which may have a `__torch_dispatch__` of its own."""
-    return all(type(a) in PLAIN or not isinstance(a, Tensor) for a in args)
+    """Whether no argument is of a tensor subclass, with a `__torch_dispatch__` of its own, or on the meta device."""
+    return all((type(a) in PLAIN and not a.is_meta) or not isinstance(a, Tensor) for a in args)
 
 
 def transformed(args: Iterable[Any]) -> bool:

@@ -122,7 +122,7 @@ class PublicOp(Op):
         differentiate = False
         for a in args:
             kind = type(a)
-            if kind in PLAIN:
+            if kind in PLAIN and not a.is_meta:
                 needs = a.requires_grad
                 key += (a.shape, a.dtype, a.device, needs)
                 differentiate = differentiate or needs
