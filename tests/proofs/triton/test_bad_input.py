@@ -67,7 +67,7 @@ def calls(make):
 
 
 def call(op, arguments):
-    options = {"kind": "layer_norm"} if op is layer_scale_residual_norm else {}
+    options = {"norm_type": "layer_norm"} if op is layer_scale_residual_norm else {}
     return op(**arguments, **options, backend="triton")
 
 
