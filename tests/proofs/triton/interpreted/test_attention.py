@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from test_qk_norm import LAYOUTS, heads, statistics
 
 from internvit import numerics
 from internvit.ops import attention, qk_norm_attention, qk_norm_attention_qkvpacked
 from tests.proofs.triton.interpreted.harness import DTYPES, Memory, generator, parametrize, reference, run
+from tests.proofs.triton.interpreted.test_qk_norm import LAYOUTS, heads, statistics
 
 FACTORS = {
     "heads": ((2, 24), (2, 64), (1, 88), (2, 128)),

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_attention import NAMES, emulate, problem, solve, solve_in
-from test_qk_norm import statistics
 
 from internvit import numerics
 from internvit.kernels.attention import config as attention_configs
 from internvit.kernels.attention.config import AttentionConfig
 from tests.proofs.triton.interpreted.harness import Memory, run
+from tests.proofs.triton.interpreted.test_attention import NAMES, emulate, problem, solve, solve_in
+from tests.proofs.triton.interpreted.test_qk_norm import statistics
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_qk_norm import statistics
 
 from internvit import numerics
 from tests.proofs.triton.interpreted.harness import Memory, run
+from tests.proofs.triton.interpreted.test_qk_norm import statistics
 from tests.support.implementations import call
 
 
