@@ -23,16 +23,8 @@ from internvit.data.pca import pca_map
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 PHOTOS = ("astronaut", "coffee", "chelsea")
-CONFIG = InternViTConfig(
-    image_size=518,
-    hidden_size=384,
-    num_hidden_layers=12,
-    num_attention_heads=6,
-    intermediate_size=1536,
-    norm_type="layer_norm",
-    qkv_bias=True,
-    qk_normalization=False,
-)
+SIZES = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
+CONFIG = InternViTConfig.from_name("internvit-300m-448px", image_size=518, drop_path_rate=0.0, **SIZES)
 
 
 def load_graph() -> Any:

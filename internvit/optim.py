@@ -46,6 +46,17 @@ class _Depth:
         return int(block.group(1)) + 1 if block else self.num_layers + 1
 
 
+def _validate(model: nn.Module, weight_decay: float, layer_decay: float, lr: float | None) -> None:
+    for name, value, holds, expected in (
+        ("model", type(model).__name__, isinstance(model, nn.Module), "a torch.nn.Module"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "a number >= 0"),
+        ("layer_decay", layer_decay, 0 < layer_decay <= 1, "in (0, 1]"),
+        ("lr", lr, lr is None or 0 <= lr < math.inf, "a number >= 0 or None"),
+    ):
+        if not holds:
+            raise ValueError(f"param_groups_layer_decay: {name} must be {expected}, got {value!r}")
+
+
 def param_groups_layer_decay(
     model: nn.Module,
     weight_decay: float = 0.05,
@@ -81,14 +92,7 @@ def param_groups_layer_decay(
         >>> groups = internvit.optim.param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.95, lr=4e-5)
         >>> optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     """
-    for name, value, holds, expected in (
-        ("model", type(model).__name__, isinstance(model, nn.Module), "a torch.nn.Module"),
-        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "a number >= 0"),
-        ("layer_decay", layer_decay, 0 < layer_decay <= 1, "in (0, 1]"),
-        ("lr", lr, lr is None or 0 <= lr < math.inf, "a number >= 0 or None"),
-    ):
-        if not holds:
-            raise ValueError(f"param_groups_layer_decay: {name} must be {expected}, got {value!r}")
+    _validate(model, weight_decay, layer_decay, lr)
     depth = _Depth([name for name, _ in model.named_parameters()])
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

@@ -19,6 +19,7 @@ from internvit.kernels.common.rows import (
     as_rows,
     columns,
     contiguous,
+    in_elements,
     load_tile,
     load_vector,
     persistent_programs,
@@ -85,8 +86,8 @@ def layer_scale_residual_kernel(
 ):
     o_cols = columns(BLOCK_C, p_residual.dtype.element_ty, p_branch.dtype.element_ty)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
-    b_residual = load_tile(p_residual, o_rows, tl.cast(stride_residual, tl.int64) * STRIDE_UNIT, o_cols, m_tile)
-    b_branch = load_tile(p_branch, o_rows, tl.cast(stride_branch, tl.int64) * STRIDE_UNIT, o_cols, m_tile)
+    b_residual = load_tile(p_residual, o_rows, in_elements(stride_residual, STRIDE_UNIT), o_cols, m_tile)
+    b_branch = load_tile(p_branch, o_rows, in_elements(stride_branch, STRIDE_UNIT), o_cols, m_tile)
     b_out = add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C)
     store_tile(p_out, o_rows, C, o_cols, m_tile, b_out)
 
@@ -110,8 +111,8 @@ def layer_scale_residual_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     o_cols = tl.arange(0, BLOCK_C)
-    stride_grad = tl.cast(stride_grad, tl.int64) * STRIDE_UNIT
-    stride_branch = tl.cast(stride_branch, tl.int64) * STRIDE_UNIT
+    stride_grad = in_elements(stride_grad, STRIDE_UNIT)
+    stride_branch = in_elements(stride_branch, STRIDE_UNIT)
     b_gamma = load_gamma(p_gamma, o_cols, C)
     b_gamma_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):

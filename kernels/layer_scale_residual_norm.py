@@ -22,6 +22,7 @@ from internvit.kernels.common.rows import (
     as_rows,
     columns,
     contiguous,
+    in_elements,
     load_tile,
     load_vector,
     persistent_programs,
@@ -63,8 +64,8 @@ def layer_scale_residual_norm_kernel(
 ):
     o_cols = columns(BLOCK_C, p_residual.dtype.element_ty, p_branch.dtype.element_ty)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
-    b_residual = load_tile(p_residual, o_rows, tl.cast(stride_residual, tl.int64) * STRIDE_UNIT, o_cols, m_tile)
-    b_branch = load_tile(p_branch, o_rows, tl.cast(stride_branch, tl.int64) * STRIDE_UNIT, o_cols, m_tile)
+    b_residual = load_tile(p_residual, o_rows, in_elements(stride_residual, STRIDE_UNIT), o_cols, m_tile)
+    b_branch = load_tile(p_branch, o_rows, in_elements(stride_branch, STRIDE_UNIT), o_cols, m_tile)
     b_weight = load_vector(p_weight, o_cols, C)
     dtype = p_residual_out.dtype.element_ty
     b_sum = add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C).to(dtype)
@@ -107,10 +108,10 @@ def layer_scale_residual_norm_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     o_cols = columns(BLOCK_C, p_residual_out.dtype.element_ty, p_grad_normed.dtype.element_ty)
-    stride_grad_residual_out = tl.cast(stride_grad_residual_out, tl.int64) * STRIDE_UNIT
-    stride_grad_normed = tl.cast(stride_grad_normed, tl.int64) * STRIDE_UNIT
-    stride_residual_out = tl.cast(stride_residual_out, tl.int64) * STRIDE_UNIT
-    stride_branch = tl.cast(stride_branch, tl.int64) * STRIDE_UNIT
+    stride_grad_residual_out = in_elements(stride_grad_residual_out, STRIDE_UNIT)
+    stride_grad_normed = in_elements(stride_grad_normed, STRIDE_UNIT)
+    stride_residual_out = in_elements(stride_residual_out, STRIDE_UNIT)
+    stride_branch = in_elements(stride_branch, STRIDE_UNIT)
     b_weight = load_vector(p_weight, o_cols, C)
     b_gamma_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     b_weight_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
@@ -121,23 +122,23 @@ def layer_scale_residual_norm_backward_kernel(
         b_x_hat, b_rstd = load_x_hat(
             p_residual_out, p_mean, p_rstd, o_rows, m_rows, stride_residual_out, o_cols, m_tile, NORM_TYPE
         )
-        if WEIGHT_SUM:
+        b_grad = norm_backward(b_grad_normed, b_x_hat, b_weight, b_rstd, C, NORM_TYPE)
+        if WEIGHT_SUM:  # after grad: before it, sm_90 spilled 8 bytes where gamma is frozen
             b_weight_sum += b_grad_normed * b_x_hat
         if BIAS_SUM:
             b_bias_sum += b_grad_normed
-        b_grad = norm_backward(b_grad_normed, b_x_hat, b_weight, b_rstd, C, NORM_TYPE)
         if p_grad_residual_out is not None:
             b_grad += load_tile(p_grad_residual_out, o_rows, stride_grad_residual_out, o_cols, m_tile)
         if p_grad_residual is not None:
             store_tile(p_grad_residual, o_rows, C, o_cols, m_tile, b_grad)
         b_grad *= load_row_scale(p_row_scale, o_rows, m_rows, rows_per_image)[:, None]
-        if GAMMA_SUM:
-            b_gamma_sum += b_grad * load_tile(p_branch, o_rows, stride_branch, o_cols, m_tile)
         if p_grad_branch is not None:
             # read again for each tile: kept in registers, 150 of them at C = 3200 instead of 128 leave room for one
             # program on a multiprocessor instead of two
             b_gamma = load_gamma(p_gamma, o_cols, C)
             store_tile(p_grad_branch, o_rows, C, o_cols, m_tile, b_grad * b_gamma[None, :])
+        if GAMMA_SUM:  # after the store: loaded before it, the branch spilled 4 bytes at C = 3200 on sm_100
+            b_gamma_sum += b_grad * load_tile(p_branch, o_rows, stride_branch, o_cols, m_tile)
     if GAMMA_SUM:
         store_partial(p_partials, 0, b_gamma_sum, o_cols, C)
     if WEIGHT_SUM:

@@ -19,6 +19,7 @@ from internvit.kernels.common.rows import (
     RowConfig,
     as_rows,
     contiguous,
+    in_elements,
     load_tile,
     load_vector,
     persistent_programs,
@@ -103,7 +104,7 @@ def norm_kernel(
     o_cols = tl.arange(0, BLOCK_C)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
     b_weight = load_vector(p_weight, o_cols, C)
-    b_x = load_tile(p_x, o_rows, tl.cast(stride_x, tl.int64) * STRIDE_UNIT, o_cols, m_tile)
+    b_x = load_tile(p_x, o_rows, in_elements(stride_x, STRIDE_UNIT), o_cols, m_tile)
     b_x_hat, b_mean, b_rstd = standardize(b_x, m_tile, eps, C, NORM_TYPE)
     b_y = scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, p_x.dtype.element_ty, C, ROUNDING)
     store_tile(p_y, o_rows, C, o_cols, m_tile, b_y)
@@ -133,8 +134,8 @@ def norm_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     o_cols = tl.arange(0, BLOCK_C)
-    stride_grad_y = tl.cast(stride_grad_y, tl.int64) * STRIDE_UNIT
-    stride_x = tl.cast(stride_x, tl.int64) * STRIDE_UNIT
+    stride_grad_y = in_elements(stride_grad_y, STRIDE_UNIT)
+    stride_x = in_elements(stride_x, STRIDE_UNIT)
     b_weight = load_vector(p_weight, o_cols, C)
     b_weight_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     b_bias_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)

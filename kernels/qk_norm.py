@@ -14,7 +14,7 @@ from torch import Tensor
 
 from internvit.kernels.common import launch, rows
 from internvit.kernels.common.heads import dense_heads, head_strides, heads_adjacent, load_heads
-from internvit.kernels.common.rows import RowConfig, load_vector, row_tile, store_tile
+from internvit.kernels.common.rows import RowConfig, in_elements, load_vector, row_tile, store_tile
 from internvit.kernels.norm import norm_gradients, scale_and_shift, standardize
 
 OP = "qk_norm"
@@ -78,11 +78,11 @@ def qk_norm_kernel(
 ):
     # fmt: off
     normalize_heads(p_q, p_q_weight, p_q_normed, p_rstd_q, M, N,
-                    tl.cast(stride_qb, tl.int64) * STRIDE_UNIT, tl.cast(stride_qn, tl.int64) * STRIDE_UNIT,
-                    tl.cast(stride_qh, tl.int64) * STRIDE_UNIT, eps, C, D, ADJACENT, ROUNDING, ROWS, BLOCK_C)
+                    in_elements(stride_qb, STRIDE_UNIT), in_elements(stride_qn, STRIDE_UNIT),
+                    in_elements(stride_qh, STRIDE_UNIT), eps, C, D, ADJACENT, ROUNDING, ROWS, BLOCK_C)
     normalize_heads(p_k, p_k_weight, p_k_normed, p_rstd_k, M, N,
-                    tl.cast(stride_kb, tl.int64) * STRIDE_UNIT, tl.cast(stride_kn, tl.int64) * STRIDE_UNIT,
-                    tl.cast(stride_kh, tl.int64) * STRIDE_UNIT, eps, C, D, ADJACENT, ROUNDING, ROWS, BLOCK_C)
+                    in_elements(stride_kb, STRIDE_UNIT), in_elements(stride_kn, STRIDE_UNIT),
+                    in_elements(stride_kh, STRIDE_UNIT), eps, C, D, ADJACENT, ROUNDING, ROWS, BLOCK_C)
     # fmt: on
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from internvit.kernels.common import launch, rows
 from internvit.kernels.common.heads import dense_heads, head_offsets, head_strides, heads_adjacent, load_heads
-from internvit.kernels.common.rows import RowConfig, row_tile
+from internvit.kernels.common.rows import RowConfig, in_elements, row_tile
 from internvit.kernels.norm import standardize
 
 OP = "qk_norm_stats"
@@ -43,12 +43,12 @@ def qk_norm_stats_kernel(
 ):
     o_cols = tl.arange(0, BLOCK_C)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
-    stride_qb = tl.cast(stride_qb, tl.int64) * STRIDE_UNIT
-    stride_qn = tl.cast(stride_qn, tl.int64) * STRIDE_UNIT
-    stride_qh = tl.cast(stride_qh, tl.int64) * STRIDE_UNIT
-    stride_kb = tl.cast(stride_kb, tl.int64) * STRIDE_UNIT
-    stride_kn = tl.cast(stride_kn, tl.int64) * STRIDE_UNIT
-    stride_kh = tl.cast(stride_kh, tl.int64) * STRIDE_UNIT
+    stride_qb = in_elements(stride_qb, STRIDE_UNIT)
+    stride_qn = in_elements(stride_qn, STRIDE_UNIT)
+    stride_qh = in_elements(stride_qh, STRIDE_UNIT)
+    stride_kb = in_elements(stride_kb, STRIDE_UNIT)
+    stride_kn = in_elements(stride_kn, STRIDE_UNIT)
+    stride_kh = in_elements(stride_kh, STRIDE_UNIT)
     b_q = load_heads(p_q, o_rows, N, stride_qb, stride_qn, stride_qh, o_cols, m_tile, D, ADJACENT)
     b_k = load_heads(p_k, o_rows, N, stride_kb, stride_kn, stride_kh, o_cols, m_tile, D, ADJACENT)
     _, _, b_rstd_q = standardize(b_q, m_tile, eps, C, "rms_norm")
@@ -80,12 +80,12 @@ def qk_norm_stats_backward_kernel(
 ):
     o_cols = tl.arange(0, BLOCK_C)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
-    stride_xb = tl.cast(stride_xb, tl.int64) * STRIDE_UNIT
-    stride_xn = tl.cast(stride_xn, tl.int64) * STRIDE_UNIT
-    stride_xh = tl.cast(stride_xh, tl.int64) * STRIDE_UNIT
-    stride_gb = tl.cast(stride_gb, tl.int64) * STRIDE_UNIT
-    stride_gn = tl.cast(stride_gn, tl.int64) * STRIDE_UNIT
-    stride_gh = tl.cast(stride_gh, tl.int64) * STRIDE_UNIT
+    stride_xb = in_elements(stride_xb, STRIDE_UNIT)
+    stride_xn = in_elements(stride_xn, STRIDE_UNIT)
+    stride_xh = in_elements(stride_xh, STRIDE_UNIT)
+    stride_gb = in_elements(stride_gb, STRIDE_UNIT)
+    stride_gn = in_elements(stride_gn, STRIDE_UNIT)
+    stride_gh = in_elements(stride_gh, STRIDE_UNIT)
     b_rstd = tl.load(p_rstd + o_rows, mask=m_rows, other=0.0)
     b_slope = tl.load(p_grad_rstd + o_rows, mask=m_rows, other=0.0) * b_rstd * b_rstd * (1.0 / C)  # [ROWS]
     b_x = load_heads(p_x, o_rows, N, stride_xb, stride_xn, stride_xh, o_cols, m_tile, D, ADJACENT)

@@ -108,7 +108,7 @@ def read(path: str | Path) -> Results:
         if len(rows) != facts["rows"]:
             raise ValueError(f"bench.csv has {len(rows)} rows, bench.json counts {facts['rows']}")
         return Results(**{**facts, "rows": rows})
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: expected the files that `internvit bench --out` writes, got {error!r}") from error
 
 

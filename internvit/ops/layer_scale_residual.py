@@ -16,7 +16,7 @@ from internvit.numerics import norm_violations
 from internvit.ops.backends.registry import implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype, sum_rows
-from internvit.ops.core.registration import Mask, define, define_backward
+from internvit.ops.core.registration import define, define_backward
 from internvit.ops.core.spec import Inputs, OpSpec, register_spec, widened
 
 OP = "layer_scale_residual"
@@ -40,14 +40,9 @@ def layer_scale_residual_reference(
 
 
 @implements(f"{OP}_backward", "reference")
-def layer_scale_residual_backward_reference(
-    grad_residual_out: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    branch_dtype: torch.dtype,
-    output_mask: Mask,
-) -> tuple[Tensor | None, Tensor | None]:
+def layer_scale_residual_backward_reference(  # type: ignore[no-untyped-def]
+    grad_residual_out, branch, gamma, row_scale, branch_dtype, output_mask
+):
     grad = grad_residual_out.to(accumulate_dtype(grad_residual_out, branch))
     grad_branch, grad_gamma = None, None
     if output_mask[0]:

@@ -17,7 +17,7 @@ from internvit.numerics import layer_norm_terms, norm_violations
 from internvit.ops.backends.registry import implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype, norm_backward, scale_and_shift, standardize, statistics
-from internvit.ops.core.registration import Mask, define, define_backward
+from internvit.ops.core.registration import define, define_backward
 from internvit.ops.core.spec import Inputs, OpSpec, register_spec
 from internvit.ops.layer_scale_residual import formula as residual_formula
 from internvit.ops.layer_scale_residual import (
@@ -31,17 +31,9 @@ OP = "layer_scale_residual_norm"
 
 
 @implements(OP, "reference")
-def layer_scale_residual_norm_reference(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    norm_type: str,
-    rounding: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer_scale_residual_norm_reference(  # type: ignore[no-untyped-def]
+    residual, branch, gamma, row_scale, weight, bias, eps, norm_type, rounding
+):
     residual_out = layer_scale_residual_reference(residual, branch, gamma, row_scale)
     mean, rstd = statistics(residual_out, norm_type, eps)
     x_hat = standardize(residual_out, mean, rstd, norm_type)
@@ -51,19 +43,9 @@ def layer_scale_residual_norm_reference(
 
 
 @implements(f"{OP}_backward", "reference")
-def layer_scale_residual_norm_backward_reference(
-    grad_residual_out: Tensor | None,
-    grad_normed: Tensor,
-    residual_out: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_type: str,
-    output_mask: Mask,
-) -> tuple[Tensor | None, ...]:
+def layer_scale_residual_norm_backward_reference(  # type: ignore[no-untyped-def]
+    grad_residual_out, grad_normed, residual_out, branch, gamma, row_scale, weight, mean, rstd, norm_type, output_mask
+):
     grad, grad_weight, grad_bias = norm_backward(grad_normed, residual_out, weight, mean, rstd, norm_type)
     if grad_residual_out is not None:
         grad = grad + grad_residual_out

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from internvit.ops.backends.registry import implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype
-from internvit.ops.core.registration import Mask, define, define_backward
+from internvit.ops.core.registration import define, define_backward
 from internvit.ops.core.spec import Inputs, OpSpec, register_spec
 from internvit.ops.rms_norm import rms_norm_backward_reference, rms_norm_reference
 
@@ -30,17 +30,9 @@ def qk_norm_reference(
 
 
 @implements(f"{OP}_backward", "reference")
-def qk_norm_backward_reference(
-    grad_q_normed: Tensor,
-    grad_k_normed: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    rstd_q: Tensor,
-    rstd_k: Tensor,
-    output_mask: Mask,
-) -> tuple[Tensor | None, ...]:
+def qk_norm_backward_reference(  # type: ignore[no-untyped-def]
+    grad_q_normed, grad_k_normed, q, k, q_weight, k_weight, rstd_q, rstd_k, output_mask
+):
     grads = []
     for grad, x, weight, rstd, mask in (
         (grad_q_normed, q, q_weight, rstd_q, (output_mask[0], output_mask[2])),

@@ -23,16 +23,9 @@ def qk_norm_stats_reference(q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, T
 
 
 @implements(f"{OP}_backward", "reference")
-def qk_norm_stats_backward_reference(
-    grad_rstd_q: Tensor,
-    grad_rstd_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-    rstd_q: Tensor,
-    rstd_k: Tensor,
-    grad_q: Tensor,
-    grad_k: Tensor,
-) -> None:
+def qk_norm_stats_backward_reference(  # type: ignore[no-untyped-def]
+    grad_rstd_q, grad_rstd_k, q, k, rstd_q, rstd_k, grad_q, grad_k
+):
     """Adds the gradient that flows through the statistics to grad_q and grad_k, in place.
 
     grad_x -= grad_rstd * rstd^3 / C * x

@@ -9,7 +9,7 @@ part is of a class whose arithmetic is the one above. `why_unsupported` says wha
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -62,24 +62,25 @@ class Layout:
         return tuple(name for value in values for name in ((value,) if isinstance(value, str) else value))
 
 
+OPENGVLAB = Layout(
+    name="opengvlab",
+    classes=(("InternVisionEncoderLayer",), "InternAttention", "InternMLP"),
+    norms=("norm1", "norm2"),
+    attention="attn",
+    qkv=("attn.qkv",),
+    qk_norms=("attn.q_norm", "attn.k_norm"),
+    proj="attn.proj",
+    mlp="mlp",
+    fc1="mlp.fc1",
+    activation="mlp.act",
+    fc2="mlp.fc2",
+    gammas=("ls1", "ls2"),
+    drop_paths=("drop_path1", "drop_path2"),
+    dropouts=("attn.attn_drop", "attn.proj_drop"),
+    inside=("attn.inner_attn",),
+)
 LAYOUTS = (
-    Layout(
-        name="opengvlab",
-        classes=(("InternVisionEncoderLayer",), "InternAttention", "InternMLP"),
-        norms=("norm1", "norm2"),
-        attention="attn",
-        qkv=("attn.qkv",),
-        qk_norms=("attn.q_norm", "attn.k_norm"),
-        proj="attn.proj",
-        mlp="mlp",
-        fc1="mlp.fc1",
-        activation="mlp.act",
-        fc2="mlp.fc2",
-        gammas=("ls1", "ls2"),
-        drop_paths=("drop_path1", "drop_path2"),
-        dropouts=("attn.attn_drop", "attn.proj_drop"),
-        inside=("attn.inner_attn",),
-    ),
+    OPENGVLAB,
     Layout(
         name="transformers",
         classes=(("InternVLVisionLayer",), "InternVLVisionAttention", "InternVLVisionMLP"),
@@ -95,23 +96,12 @@ LAYOUTS = (
         gammas=("lambda_1", "lambda_2"),
         dropouts=("dropout", "attention.projection_dropout", "attention.attention_dropout"),
     ),
-    Layout(
+    replace(
+        OPENGVLAB,
         name="timm",
         classes=(("Block",), "Attention", "Mlp"),
-        norms=("norm1", "norm2"),
-        attention="attn",
-        qkv=("attn.qkv",),
-        qk_norms=("attn.q_norm", "attn.k_norm"),
-        proj="attn.proj",
-        mlp="mlp",
-        fc1="mlp.fc1",
-        activation="mlp.act",
-        fc2="mlp.fc2",
-        gammas=("ls1", "ls2"),
-        drop_paths=("drop_path1", "drop_path2"),
         dropouts=("attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"),
         idle=("attn.norm", "attn.gate", "mlp.norm"),
-        inside=("attn.inner_attn",),
     ),
 )
 

@@ -88,6 +88,16 @@ def persistent_programs(rows: int, config: RowConfig, target: Target) -> int:
 
 
 @triton.jit
+def in_elements(stride, STRIDE_UNIT: tl.constexpr):
+    """A stride passed in units of STRIDE_UNIT elements; int64 where it has to be multiplied (`stride_unit`)."""
+    if STRIDE_UNIT == 1:
+        elements = stride
+    else:
+        elements = tl.cast(stride, tl.int64) * STRIDE_UNIT
+    return elements
+
+
+@triton.jit
 def columns(BLOCK_C: tl.constexpr, dtype_a: tl.constexpr, dtype_b: tl.constexpr):
     """Column numbers [BLOCK_C] for rows of tensors of two dtypes.
 

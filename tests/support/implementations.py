@@ -64,7 +64,7 @@ def call(op: str, backend: str, *args: Any) -> Any:
         grad_out, *saved = args[:7]
         qk_norm = None if args[7] is None else QKNorm(*args[7:11])
         grads = function(grad_out, SavedAttention(*saved, qk_norm), args[11:])
-        return () if grads is None else tuple(grads)
+        return fill_gradients((None,) * 4, grad_out) if grads is None else tuple(grads)
     outputs = function(*args)
     if isinstance(outputs, tuple) and any(o is None for o in outputs):
         return fill_gradients(outputs, args[0])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internvit import InternViTConfig
+from internvit import InternViT, InternViTConfig, reference
 from internvit.upstream.patch import FusedBlock
 from internvit.upstream.state_dict import convert_state_dict
 
@@ -148,3 +148,13 @@ def replicate(model: nn.Module, change: float) -> nn.Module:
         for key, parameter in module._parameters.items():
             setattr(replica, key, None if parameter is None else parameter * change)
     return replicas[0]
+
+
+def pair(name: str, **changes: Any) -> tuple[InternViT, reference.InternViT]:
+    """The model and the reference in eval mode, of one configuration and the same random weights."""
+    config = CONFIGS[name].replace(**changes)
+    plain = reference.InternViT(config).eval()
+    random_weights(plain)
+    model = InternViT(config).eval()
+    model.load_state_dict(plain.state_dict())
+    return model, plain

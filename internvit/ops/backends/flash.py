@@ -12,8 +12,15 @@ from torch import Tensor
 from internvit.ops.attention import Heads, QKNorm, SavedAttention
 from internvit.ops.backends.registry import implements
 
-_NO_WINDOW = -1
-_NO_SOFTCAP = 0.0
+_DENSE = {
+    "dropout_p": 0.0,
+    "causal": False,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+}
+"""Attention without dropout, mask, window, softcap or position bias."""
 
 
 def _interface() -> Any:
@@ -24,19 +31,7 @@ def _interface() -> Any:
 
 @implements("attention", "flash")
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None = None) -> tuple[Tensor, Tensor]:
-    out, lse, _, _ = _interface()._flash_attn_forward(
-        q,
-        k,
-        v,
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=False,
-        window_size_left=_NO_WINDOW,
-        window_size_right=_NO_WINDOW,
-        softcap=_NO_SOFTCAP,
-        alibi_slopes=None,
-        return_softmax=False,
-    )
+    out, lse, _, _ = _interface()._flash_attn_forward(q, k, v, softmax_scale=scale, return_softmax=False, **_DENSE)
     return out, lse
 
 
@@ -44,19 +39,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | N
 def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> None:
     q, k, v, out, lse, scale, _ = saved
     _interface()._flash_attn_backward(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        *grads,
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=False,
-        window_size_left=_NO_WINDOW,
-        window_size_right=_NO_WINDOW,
-        softcap=_NO_SOFTCAP,
-        alibi_slopes=None,
-        deterministic=True,
+        grad_out, q, k, v, out, lse, *grads, softmax_scale=scale, deterministic=True, **_DENSE
     )

@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional as F
 
 from internvit.numerics import norm_violations, product_violations, relative_error, sample
-from internvit.ops.attention import attention_backward_reference, attention_reference
 from internvit.ops.backends import native
 from internvit.ops.core.norm_math import statistics
 from internvit.ops.core.registration import OPS
@@ -162,13 +161,13 @@ def test_attention(unit: str, dtype, folded: bool, tokens: int, heads: int, head
     scale = head_dim**-0.5
     out, lse = cpu.attention(q, k, v, scale, *weights)
     wide = [t.double() for t in (q, k, v)], [None if w is None else w.double() for w in weights]
-    truth, true_lse = attention_reference(*wide[0], scale, *wide[1])
+    truth, true_lse = call("attention", "reference", *wide[0], scale, *wide[1])
     if dtype == torch.bfloat16:
         # Few elements scatter more than 10 % about the emulation's error.
         factor = 1.1 if out.numel() > 20000 else 1.5
         assert product_violations(out, truth, emulated(q, k, v, scale, weights), factor) == []
     else:
-        eager = attention_reference(q.float(), k.float(), v.float(), scale, *weights)[0].to(dtype)
+        eager = call("attention", "reference", q.float(), k.float(), v.float(), scale, *weights)[0].to(dtype)
         assert product_violations(out, truth, eager, 2.0) == []
     assert (lse - true_lse).abs().max() < (0.03 if folded and dtype == torch.bfloat16 else 2e-4)
 
@@ -185,7 +184,7 @@ def test_attention_with_scores_far_from_their_bound(unit: str, spread: float, ge
     q, k, v, weights = attention_case(130, 2, 64, False, torch.bfloat16, generator, spread)
     q[:, 3] = 0
     out, lse = cpu.attention(q, k, v, 0.125, *weights)
-    truth, true_lse = attention_reference(q.double(), k.double(), v.double(), 0.125, *weights)
+    truth, true_lse = call("attention", "reference", q.double(), k.double(), v.double(), 0.125, *weights)
     assert out.isfinite().all()
     assert lse.isfinite().all()
     assert relative_error(lse, true_lse) < 1e-6
@@ -207,7 +206,7 @@ def test_attention_with_scores_far_from_their_bound(unit: str, spread: float, ge
 def test_attention_backward(unit: str, dtype, folded: bool, tokens: int, heads: int, head_dim: int, generator) -> None:
     q, k, v, weights = attention_case(tokens, heads, head_dim, folded, dtype, generator)
     wide = [t.double() for t in (q, k, v)], [None if w is None else w.double() for w in weights]
-    out, lse = attention_reference(*wide[0], 0.2, *wide[1])
+    out, lse = call("attention", "reference", *wide[0], 0.2, *wide[1])
     out, lse = (
         out.to(dtype),
         lse.float(),
@@ -216,8 +215,16 @@ def test_attention_backward(unit: str, dtype, folded: bool, tokens: int, heads: 
     packed = torch.full((len(q), tokens, 3, heads, head_dim), float("nan"), dtype=dtype)
     truth = torch.empty(packed.shape, dtype=torch.float64)
     results = cpu.attention_backward(grad_out, q, k, v, out, lse, 0.2, *weights, *packed.unbind(2))
-    expected = attention_backward_reference(
-        grad_out.double(), *wide[0], out.double(), lse.double(), 0.2, *wide[1], *truth.unbind(2)
+    expected = call(
+        "attention_backward",
+        "reference",
+        grad_out.double(),
+        *wide[0],
+        out.double(),
+        lse.double(),
+        0.2,
+        *wide[1],
+        *truth.unbind(2),
     )
     tolerance = 3e-6 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
     assert relative_error(packed, truth) < tolerance
@@ -259,9 +266,9 @@ def test_attention_backward_of_large_scores(unit: str, dtype, size: float, scale
 
 def check_attention_backward(q, k, v, grad_out, scale: float, dtype: torch.dtype) -> None:
     wide = [t.double() for t in (q, k, v)]
-    true_out, true_lse = attention_reference(*wide, scale, *(None,) * 4)
+    true_out, true_lse = call("attention", "reference", *wide, scale, *(None,) * 4)
     truth = [torch.empty(q.shape, dtype=torch.float64) for _ in range(3)]
-    attention_backward_reference(grad_out.double(), *wide, true_out, true_lse, scale, *(None,) * 4, *truth)
+    call("attention_backward", "reference", grad_out.double(), *wide, true_out, true_lse, scale, *(None,) * 4, *truth)
     out, lse = cpu.attention(q, k, v, scale, *(None,) * 4)
     grads = [torch.full_like(t, float("nan")) for t in (q, k, v)]
     cpu.attention_backward(grad_out, q, k, v, out, lse, scale, *(None,) * 4, *grads)

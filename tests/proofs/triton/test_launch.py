@@ -14,6 +14,7 @@ from internvit.kernels.common.rows import RowConfig, persistent_programs, row_co
 from internvit.kernels.common.target import TARGETS
 from internvit.kernels.tools import tune
 from internvit.ops.backends.registry import implementation
+from tests.support.implementations import call
 
 
 def test_row_rule_holds_whole_rows():
@@ -133,9 +134,8 @@ def test_the_class_token_takes_no_tile(arch, tokens, peeled, tail):
     for heads, head_dim in ((25, 128), (16, 64)):
         q, k, v = torch.empty(1, tokens, 3, heads, head_dim, device="meta", dtype=torch.bfloat16).unbind(2)
         with launch.record(TARGETS[arch]) as launches:
-            out, lse = implementation("attention", "triton")(q, k, v, 0.125, *[None] * 4)
-            backward = implementation("attention_backward", "triton")
-            backward(out, q, k, v, out, lse, 0.125, *[None] * 4, q, k, v)
+            out, lse = call("attention", "triton", q, k, v, 0.125, *[None] * 4)
+            call("attention_backward", "triton", out, q, k, v, out, lse, 0.125, *[None] * 4, q, k, v)
         walks = [one for one in launches if "TAIL" in one.constants]
         assert len(walks) == 3
         for one in walks:
