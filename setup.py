@@ -226,7 +226,7 @@ package = sys.modules["internvit"] = types.ModuleType("internvit")
 package.__path__ = ["internvit"]
 import internvit.ops
 from internvit.ops.backends import schemas
-print(*schemas.schemas(sys.argv[1]), sep="\\n")
+print(*schemas.schemas(sys.argv[1]).values(), sep="\\n")
 """
     asked = [sys.executable, "-c", code, library]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,9 +1,9 @@
-"""README's tables and docs' pictures, from the committed results: `make report`.
+"""README's tables, each machine's table of ops and docs' pictures, from the committed results: `make report`.
 
     python -m internvit.benchmarks.reports.report [--check]
 
-Whatever stands between the markers in README.md is written from benchmarks/results/*/bench.json; `--check` writes
-nothing and exits 1 where README and results disagree.
+Whatever stands between the markers in README.md, and benchmarks/results/*/README.md, is written from
+benchmarks/results/*/bench.json; `--check` writes nothing and exits 1 where they disagree.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from internvit.benchmarks.reports.table import markdown, ms
 from internvit.files import atomic_write
 
 ROOT = FOLDER.parents[1]
+_IN_README = ("model", "block")
 BEGIN, END = "<!-- results: make report -->", "<!-- end of results -->"
 
 
@@ -83,12 +84,25 @@ def summary(name: str, results: Results) -> str:
         ways(results, "model"),
         ways(results, "block"),
     ]
-    rest = tuple(dict.fromkeys(r.bench for r in results.rows if r.bench not in ("model", "block")))
-    table = against_best(results, rest)
-    if table:
-        what = " and ".join(["patched models"] * ("patch" in rest) + ["ops"] * bool(set(rest) - {"patch"}))
-        parts.append(f"<details><summary>{what} on this machine</summary>\n\n{table}\n\n</details>")
+    if ops_table(results):
+        parts.append(f"[The rest next to the best peer, one by one](benchmarks/results/{name}/README.md)")
     return "\n\n".join(part for part in parts if part)
+
+
+def ops_table(results: Results) -> str:
+    """Everything but models and blocks next to the best peer."""
+    return against_best(results, tuple(dict.fromkeys(r.bench for r in results.rows if r.bench not in _IN_README)))
+
+
+def pages() -> dict[Path, str]:
+    """The files that are written from the results: README, and each machine's table of ops."""
+    readme = ROOT / "README.md"
+    found = {readme: with_section(readme.read_text())}
+    for name, results in all_results().items():
+        table = ops_table(results)
+        if table:
+            found[FOLDER / name / "README.md"] = f"# {results.machine['device']}: next to the best peer\n\n{table}\n"
+    return found
 
 
 def section() -> str:
@@ -109,15 +123,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m internvit.benchmarks.reports.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where README and results disagree")
     asked = parser.parse_args(arguments)
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = with_section(text)
+    old = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
     if asked.check:
-        if new != text:
-            print("README.md and benchmarks/results disagree: make report", file=sys.stderr)
-        return int(new != text)
-    with atomic_write(path) as part:
-        part.write_text(new)
+        for path in old:
+            print(f"{path.relative_to(ROOT)} and the results disagree: make report", file=sys.stderr)
+        return int(bool(old))
+    for path, text in pages().items():
+        with atomic_write(path) as part:
+            part.write_text(text)
     from internvit.benchmarks.reports.plots import bars
 
     pictures = Path(ROOT / "docs" / "results")

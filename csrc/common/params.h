@@ -10,7 +10,7 @@
 
 namespace internvit {
 
-// rms_norm, layer_norm, layer_scale_residual, layer_scale_residual_norm, qk_norm_stats and qk_norm.
+// Every norm, QK-norm, their statistics, and layer_scale_residual.
 template <class Parameter>
 struct NormParamsOf {
   const void* x;  // [rows, C]; the branch where there is a residual

@@ -169,6 +169,7 @@ ATTENTION = define(
     autocast=("q", "k", "v"),
     choose=lambda args, asked: resolve(OP, args[0], asked, args[0].shape[-1], folded=args[4] is not None),
     flops=lambda q, *_, **__: attention_flops(q, 2),  # q k^T and p v
+    compiled=("cpu",),
 )
 define_backward(
     ATTENTION,
@@ -178,6 +179,9 @@ define_backward(
     " Tensor grad_rstd_q, Tensor grad_rstd_k)",
     run=_run_backward,
     flops=lambda grad_out, q, *_, **__: attention_flops(q, 5),  # dv, dp, dq, dk, and the scores again
+    raw_schema=f"{OP}_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
+    " Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q, Tensor? rstd_k, Tensor(a!) grad_q, Tensor(b!) grad_k,"
+    " Tensor(c!) grad_v) -> (Tensor grad_q_weight, Tensor grad_k_weight, Tensor row_dot_q, Tensor row_dot_k)",
 )
 
 

@@ -30,6 +30,7 @@ GELU = define(
     "gelu(Tensor pre_activation) -> Tensor y",
     fake=lambda pre_activation, backend: pre_activation.new_empty(pre_activation.shape),
     validate=lambda pre_activation: check.floating("gelu", pre_activation=pre_activation),
+    compiled=("cpu", "cuda"),
 )
 GELU_BACKWARD = define_backward(
     GELU,

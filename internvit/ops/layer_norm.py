@@ -53,6 +53,7 @@ LAYER_NORM = define(
         *(x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x)) for _ in range(2)),
     ),
     validate=_validate,
+    compiled=("cpu", "cuda"),
 )
 define_backward(
     LAYER_NORM,

@@ -73,6 +73,7 @@ LAYER_SCALE_RESIDUAL = define(
     f"{OP}(Tensor residual, Tensor branch, Tensor? gamma, Tensor? row_scale) -> Tensor residual_out",
     fake=lambda residual, *_: residual.new_empty(residual.shape),
     validate=lambda *args: validate_residual(OP, *args),
+    compiled=("cpu", "cuda"),
 )
 define_backward(
     LAYER_SCALE_RESIDUAL,

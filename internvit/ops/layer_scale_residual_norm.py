@@ -94,6 +94,7 @@ LAYER_SCALE_RESIDUAL_NORM = define(
     " str norm_type, str rounding) -> (Tensor residual_out, Tensor normed, Tensor mean, Tensor rstd)",
     fake=_fake,
     validate=_validate,
+    compiled=("cpu", "cuda"),
 )
 define_backward(
     LAYER_SCALE_RESIDUAL_NORM,

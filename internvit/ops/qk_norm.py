@@ -59,6 +59,7 @@ QK_NORM = define(
         *(t.new_empty(t.shape[:2], dtype=accumulate_dtype(t)) for t in (q, k)),
     ),
     validate=_validate,
+    compiled=("cpu", "cuda"),
 )
 define_backward(
     QK_NORM,

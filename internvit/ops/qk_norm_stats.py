@@ -53,12 +53,15 @@ QK_NORM_STATS = define(
     f"{OP}(Tensor q, Tensor k, float eps) -> (Tensor rstd_q, Tensor rstd_k)",
     fake=lambda q, k, *_: tuple(t.new_empty(t.shape[:2], dtype=accumulate_dtype(t)) for t in (q, k)),
     validate=_validate,
+    compiled=("cpu", "cuda"),
 )
 define_backward(
     QK_NORM_STATS,
     f"{OP}_backward(Tensor grad_rstd_q, Tensor grad_rstd_k, Tensor q, Tensor k, Tensor rstd_q, Tensor rstd_k)"
     " -> (Tensor grad_q, Tensor grad_k)",
     run=_run_backward,
+    raw_schema=f"{OP}_backward(Tensor grad_rstd_q, Tensor grad_rstd_k, Tensor q, Tensor k, Tensor rstd_q,"
+    " Tensor rstd_k, Tensor(a!) grad_q, Tensor(b!) grad_k) -> ()",
 )
 
 

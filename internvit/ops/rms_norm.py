@@ -47,6 +47,7 @@ RMS_NORM = define(
     "rms_norm(Tensor x, Tensor weight, float eps, str rounding) -> (Tensor y, Tensor rstd)",
     fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x))),
     validate=_validate,
+    compiled=("cpu", "cuda"),
 )
 define_backward(
     RMS_NORM,

@@ -1,4 +1,4 @@
-"""Tensors [B, N, H, D] by their strides: what `qk_norm`, `qk_norm_stats` and attention share."""
+"""Tensors [B, N, H, D] by their strides: what QK-norm and attention share."""
 
 import triton
 import triton.language as tl

@@ -1,13 +1,10 @@
-"""The least time an op can take on a device: bytes over bandwidth or flops over peak, whichever is longer.
+"""The least time a kernel can take on a device: bytes over bandwidth or flops over peak, whichever is longer.
 
-    python -m internvit.kernels.tools.roofline [--batch 8]
-
-`static_profile` has the same of each kernel alone, as a column.
+`static_profile` has it as a column; the ops' own table is `internvit.benchmarks.reports.op_tables`.
 
 Arithmetic from data sheets, no measurement: never to be printed beside one as if it were.
 """
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -46,35 +43,6 @@ CEILINGS = (
     Ceiling("RX 7900 XTX", "gfx1100", 0.96e12, 122.8e12, "AMD Radeon RX 7900 XTX specifications"),
 )
 
-ACTIVATIONS = {
-    "rms_norm": 2,
-    "rms_norm_backward": 3,
-    "layer_norm": 2,
-    "layer_norm_backward": 3,
-    "layer_scale_residual": 3,
-    "layer_scale_residual_backward": 3,
-    "layer_scale_residual_norm": 4,
-    "layer_scale_residual_norm_backward": 6,
-    "qk_norm_stats": 2,
-    "qk_norm_stats_backward": 6,
-    "qk_norm": 4,
-    "qk_norm_backward": 6,
-}
-"""Tensors [M, C] that an op must read or write once."""
-
-
-def work(op: str, batch: int, heads: int, head_dim: int, tokens: int = 1025) -> tuple[float, float]:
-    """Bytes of activations and flops of matrix products of an op in bfloat16."""
-    one = 2.0 * batch * tokens * heads * head_dim
-    if op == "attention":  # reads q, k, v, writes out; two products
-        return 4 * one, 4.0 * batch * heads * tokens**2 * head_dim
-    if op == "attention_backward":  # reads q, k, v, out, grad_out, writes three; five products, none recomputed twice
-        return 8 * one, 10.0 * batch * heads * tokens**2 * head_dim
-    if op in ("gelu", "gelu_backward"):
-        return (8 if op == "gelu" else 12) * one, 0.0
-    return ACTIVATIONS[op] * one, 0.0
-
-
 MATRIX_PRODUCTS = {"attention_kernel": 2, "attention_grad_kv_kernel": 4, "attention_grad_q_kernel": 3}
 """Products over all pairs of tokens that a kernel computes: the backward pair recomputes the scores twice."""
 
@@ -92,21 +60,3 @@ def kernel_work(kernel: str, tensors: Iterable[Tensor]) -> tuple[float, float]:
 def seconds(target: str, bytes_moved: float, flops: float) -> float:
     """The least time of that work on the device of `target`."""
     return next(c for c in CEILINGS if c.target == target).seconds(bytes_moved, flops)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m internvit.kernels.tools.roofline", description=__doc__)
-    parser.add_argument("--batch", type=int, default=8, help="images of 448 pixels, 1025 tokens each")
-    batch = parser.parse_args().batch
-    for ceiling in CEILINGS:
-        print(f"{ceiling.device}: {ceiling.bandwidth / 1e12} TB/s, {ceiling.flops / 1e12} TFLOP/s ({ceiling.source})")
-    print(f"\ntime at the ceilings, us, {batch} x 1025 tokens, bfloat16; arithmetic, not measured")
-    print(f"{'op':36} {'model':5} " + " ".join(f"{c.device:>14}" for c in CEILINGS))
-    for model, heads, head_dim in (("6B", 25, 128), ("300M", 16, 64)):
-        for op in (*ACTIVATIONS, "attention", "attention_backward", "gelu", "gelu_backward"):
-            times = (1e6 * c.seconds(*work(op, batch, heads, head_dim)) for c in CEILINGS)
-            print(f"{op:36} {model:5} " + " ".join(f"{t:14.1f}" for t in times))
-
-
-if __name__ == "__main__":
-    main()

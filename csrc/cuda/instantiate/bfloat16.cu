@@ -1,6 +1,5 @@
 #include "cuda/instantiate/launches.cuh"
 
 namespace internvit::cuda {
-using L = Launches<bf16, bf16>;
-const Kernels kBFloat16Kernels = {L::norm, L::norm_backward, L::qk_norm_stats_backward, L::gelu};
+const Kernels kBFloat16Kernels = Launches<bf16, bf16>::table();
 }  // namespace internvit::cuda

@@ -114,6 +114,16 @@ struct Launches {
     const dim3 grid(cdiv(p.size, int64_t(kGeluThreads) * W));
     return launch(wide ? gelu_kernel<T, true> : gelu_kernel<T, false>, grid, dim3(kGeluThreads), stream, p);
   }
+
+  // A residual of a dtype of its own is for the norms alone.
+  static constexpr Kernels table() {
+    Kernels kernels = {norm, norm_backward, nullptr, nullptr};
+    if constexpr (sizeof(T) == sizeof(R)) {
+      kernels.qk_norm_stats_backward = qk_norm_stats_backward;
+      kernels.gelu = gelu;
+    }
+    return kernels;
+  }
 };
 
 }  // namespace internvit::cuda

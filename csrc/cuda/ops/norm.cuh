@@ -1,5 +1,4 @@
-// The row kernel behind rms_norm, layer_norm, layer_scale_residual, layer_scale_residual_norm, qk_norm_stats and
-// qk_norm, forward:
+// The row kernel behind every norm, QK-norm, their statistics and layer_scale_residual, forward:
 //
 //   residual_out = residual + row_scale[b] * gamma * x      where a residual is given; then x is residual_out as stored
 //   normed       = (x - mean) * rstd * weight + bias        where statistics are wanted

@@ -1,37 +1,26 @@
 """Backend `triton`: the kernels of `internvit.kernels`, whose functions have the ops' names and signatures."""
 
-from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from torch import Tensor
 
-from internvit.kernels import gelu, layer_scale_residual, layer_scale_residual_norm, norm, qk_norm, qk_norm_stats
+from internvit import kernels
 from internvit.kernels.attention.backward import attention_backward as attention_backward_kernels
 from internvit.kernels.attention.forward import attention as attention_kernels
 from internvit.ops.attention import Heads, QKNorm, QKNormGrads, SavedAttention
 from internvit.ops.backends.registry import implements
+from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
 
 _NO_QK_NORM: tuple[Any, ...] = (None, None, None, None)
 
-_FUNCTIONS: tuple[Callable[..., Any], ...] = (
-    gelu.gelu,
-    gelu.gelu_backward,
-    layer_scale_residual.layer_scale_residual,
-    layer_scale_residual.layer_scale_residual_backward,
-    layer_scale_residual_norm.layer_scale_residual_norm,
-    layer_scale_residual_norm.layer_scale_residual_norm_backward,
-    norm.layer_norm,
-    norm.layer_norm_backward,
-    norm.rms_norm,
-    norm.rms_norm_backward,
-    qk_norm.qk_norm,
-    qk_norm.qk_norm_backward,
-    qk_norm_stats.qk_norm_stats,
-    qk_norm_stats.qk_norm_stats_backward,
-)
-for _function in _FUNCTIONS:
-    implements(_function.__name__, "triton")(_function)
+for _found in iter_modules(kernels.__path__, f"{kernels.__name__}."):
+    if not _found.ispkg:
+        _module = import_module(_found.name)
+        for _name in OPS.keys() & vars(_module).keys():
+            implements(_name, "triton")(getattr(_module, _name))
 
 
 @implements("linear_gelu", "triton")

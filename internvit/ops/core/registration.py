@@ -41,13 +41,19 @@ class Op:
 
     Attributes:
         name: in namespace `internvit`.
-        schema: `name(arguments) -> outputs` without `str backend`: that of the compiled libraries' op of this name.
+        schema: `name(arguments) -> outputs` without `str backend`.
+        compiled: the backends ("cpu", "cuda") whose library has an op of this name.
+        raw_schema: that op's schema.
         run: the function behind the dispatcher; takes all arguments.
         overload: the op as torch knows it.
     """
 
-    def __init__(self, schema: str, run: Callable | None) -> None:
+    def __init__(
+        self, schema: str, run: Callable | None, compiled: Sequence[str] = (), raw_schema: str | None = None
+    ) -> None:
         self.schema = schema
+        self.compiled = tuple(compiled)
+        self.raw_schema = raw_schema or schema
         self.name = schema[: schema.index("(")]
         arguments, _, returns = schema.rpartition(") -> ")
         LIBRARY.define(f"{arguments}, str backend) -> {returns}")
@@ -96,8 +102,9 @@ class PublicOp(Op):
         validate: Callable[..., None],
         autocast: Sequence[str] = (),
         choose: Callable[[tuple[Any, ...], str | None], str] | None = None,
+        compiled: Sequence[str] = (),
     ) -> None:
-        super().__init__(schema, run)
+        super().__init__(schema, run, compiled)
         names = [a.name for a in self.overload._schema.arguments[:-1]]
         self._tensor_names = [
             (i, a.name, "Optional" in str(a.type))
@@ -181,6 +188,7 @@ def define(
     autocast: Sequence[str] = (),
     choose: Callable[[tuple[Any, ...], str | None], str] | None = None,
     flops: Callable[..., int] | None = None,
+    compiled: Sequence[str] = (),
 ) -> PublicOp:
     """Defines an op.
 
@@ -189,8 +197,9 @@ def define(
         fake: the outputs' shapes, strides and dtypes from fake inputs; takes all arguments, `backend` too.
         validate, run, autocast, choose: see `PublicOp` and `Op`.
         flops: FLOPs from the arguments, tensors given as their shapes, as in torch.utils.flop_counter.
+        compiled: the backends ("cpu", "cuda") whose library has this op and its backward.
     """
-    op = PublicOp(schema, run, validate, autocast, choose)
+    op = PublicOp(schema, run, validate, autocast, choose, compiled)
     if flops is not None:
         FORMULAS[op.name] = flops
     torch.library.register_fake(f"internvit::{op.name}", fake, lib=LIBRARY)
@@ -207,6 +216,7 @@ def define_backward(
     passes_through: str | None = None,
     when_differentiated: Mapping[str, Any] | None = None,
     flops: Callable[..., int] | None = None,
+    raw_schema: str | None = None,
 ) -> Op:
     """Defines the backward of `forward`, and with it the autograd Function of `forward` (see `derivative`).
 
@@ -218,8 +228,10 @@ def define_backward(
         passes_through: the input whose gradient is that of the first output, unchanged.
         when_differentiated: inputs of `forward` that have this value where a gradient is needed.
         flops: as for `define`.
+        raw_schema: that of the compiled libraries' op, where it is not `schema`: it may fill gradients that the caller
+            made, so that several may be views of one packed buffer.
     """
-    op = Op(schema, run)
+    op = Op(schema, run, forward.compiled, raw_schema)
     if flops is not None:
         FORMULAS[op.name] = flops
     names = [a.name for a in op.overload._schema.arguments]

@@ -7,6 +7,7 @@ another machine will run.
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from torch.nn import functional as F
 
 from internvit.numerics import norm_violations, product_violations, relative_error, sample
 from internvit.ops.backends import native
-from internvit.ops.qk_norm_stats import qk_norm_stats_backward_reference, qk_norm_stats_reference
-from internvit.ops.rms_norm import rms_norm_backward_reference
+from internvit.ops.core.norm_math import statistics
+from internvit.ops.core.registration import OPS
+from internvit.ops.core.spec import SPECS, Inputs, OpSpec, Size, as_tuple
 from tests.ops.shapes import in_draws, pooled
-from tests.support.implementations import call
+from tests.support.implementations import call, op_calls
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 cpu = torch.ops.internvit_cpu
@@ -63,31 +65,35 @@ def test_norms(unit: str, dtype: torch.dtype, rows: int, width: int, distributio
     assert relative_error(mean, x.double().mean(-1)) < 1e-4
 
 
-@each_dtype
-def test_norm_backward(unit: str, dtype: torch.dtype, generator) -> None:
-    x, grad = (sample((70, 88), "normal", dtype, generator) for _ in range(2))
-    weight = sample((88,), "normal", torch.float32, generator)
-    rstd = torch.rsqrt(x.float().square().mean(-1) + 1e-6)
-    actual = cpu.rms_norm_backward(grad, x, weight, rstd, [True, True])
-    truth = rms_norm_backward_reference(grad.double(), x.double(), weight.double(), rstd.double(), (True, True))
-    for a, t in zip(actual, truth, strict=True):
-        assert relative_error(a, t) < (2e-6 if a.dtype == torch.float32 else torch.finfo(dtype).eps / 2)
+ROW_SPECS = [spec for spec in SPECS.values() if "cpu" in OPS[spec.op].compiled and not spec.multiplies_matrices]
+
+
+def widened(a: Any) -> Any:
+    if isinstance(a, torch.Tensor):
+        return a.double()
+    return torch.float64 if isinstance(a, torch.dtype) else a
 
 
 @each_dtype
-def test_statistics_backward_adds_into_packed_views(unit: str, dtype: torch.dtype, generator) -> None:
-    q, k, _ = sample((2, 5, 3, 3, 24), "normal", dtype, generator).unbind(2)
-    grads = sample((2, 5, 3, 3, 24), "normal", dtype, generator)
-    wide = grads.double()
-    slopes = [sample((2, 5), "normal", torch.float32, generator) for _ in range(2)]
-    rstd = [s.float() for s in qk_norm_stats_reference(q, k, 1e-6)]
-    untouched = grads[:, :, 2].clone()
-    cpu.qk_norm_stats_backward(*slopes, q, k, *rstd, grads[:, :, 0], grads[:, :, 1])
-    qk_norm_stats_backward_reference(
-        *(s.double() for s in slopes), q.double(), k.double(), *(s.double() for s in rstd), wide[:, :, 0], wide[:, :, 1]
-    )
-    assert relative_error(grads, wide) < (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
-    assert torch.equal(grads[:, :, 2], untouched)
+@pytest.mark.parametrize("spec", ROW_SPECS, ids=lambda spec: spec.name)
+def test_row_ops_forward_and_backward(unit: str, dtype: torch.dtype, spec: OpSpec, generator) -> None:
+    """Each raw op against its reference in float64; gradients that an op adds to are views of one packed buffer."""
+    for example in spec.examples.values():
+        for one in op_calls(spec, example(Inputs(Size(2, 7, 3, 24), generator, dtype))):
+            packed = sample((2, 7, 3, 3, 24), "normal", dtype, generator)
+            wide, third = packed.double(), packed[:, :, 2].clone()
+            count = len(one.raw_args) - len(one.args)
+            outputs = getattr(cpu, one.op.name)(*one.args, *packed.unbind(2)[:count])
+            truth = call(one.op.name, "reference", *map(widened, one.args), *wide.unbind(2)[:count])
+            actual = (*(as_tuple(outputs) if outputs is not None else ()), packed)
+            expected = (*(as_tuple(truth) if truth is not None else ()), wide)
+            for a, t in zip(actual, expected, strict=True):
+                if a.numel() and t.numel():
+                    # the fused op's statistics are of the residual as it is stored
+                    exact = a.dtype == torch.float32 and one.op.name != "layer_scale_residual_norm"
+                    limit = 2e-6 if exact or dtype == torch.float32 else torch.finfo(dtype).eps / 2
+                    assert relative_error(a, t) < limit, one.op.name
+            assert torch.equal(packed[:, :, 2], third)
 
 
 @each_dtype
@@ -140,7 +146,7 @@ def attention_case(tokens: int, heads: int, head_dim: int, folded: bool, dtype: 
     if folded:
         width = heads * head_dim
         norm = [1 + 0.3 * sample((width,), "normal", torch.float32, generator) for _ in range(2)]
-        weights = (*norm, *(s.float() for s in qk_norm_stats_reference(q, k, 1e-6)))
+        weights = (*norm, *(statistics(x.flatten(2), "rms_norm", 1e-6)[1].float() for x in (q, k)))
     return q, k, v, weights
 
 
@@ -301,12 +307,12 @@ def run_everything(generator: torch.Generator, batch: int) -> list[torch.Tensor]
     weight = sample((240,), "normal", torch.bfloat16, generator)
     norm_weight = sample((80,), "normal", torch.bfloat16, generator)
     q, k, v = one.unbind(2)
-    rstd_q, rstd_k = cpu.qk_norm_stats(q, k, 1e-6)
+    _, _, *rstd = normed = cpu.qk_norm(q, k, norm_weight, norm_weight, 1e-6, "reference")
     outputs = [
         *cpu.layer_norm(tokens, weight, weight, 1e-6),
         *cpu.layer_scale_residual_norm(tokens, tokens, weight, None, weight, None, 1e-6, "rms_norm", "fused"),
-        *cpu.qk_norm(q, k, norm_weight, norm_weight, 1e-6, "reference"),
-        *cpu.attention(q, k, v, 0.2, norm_weight, norm_weight, rstd_q, rstd_k),
+        *normed,
+        *cpu.attention(q, k, v, 0.2, norm_weight, norm_weight, *rstd),
         *cpu.attention(q.float(), k.float(), v.float(), 0.2, None, None, None, None),
         cpu.gelu(tokens),
     ]

@@ -18,7 +18,7 @@ from internvit.ops.core import select as backends
 from tests.proofs.cuda.static_profile import LIBRARY
 from tests.support.choices import forget_choices
 
-OPS = schemas.OPS["internvit_cuda"]
+OPS = schemas.schemas("internvit_cuda")
 
 pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None and not LIBRARY.exists(), reason="needs nvcc: internvit_cuda is not built without it"

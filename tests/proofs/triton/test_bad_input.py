@@ -5,17 +5,12 @@ import os
 import pytest
 import torch
 
-from internvit.ops import (
-    attention,
-    layer_norm,
-    layer_scale_residual,
-    layer_scale_residual_norm,
-    linear_gelu,
-    qk_norm,
-    qk_norm_attention,
-    qk_norm_stats,
-    rms_norm,
-)
+from internvit.kernels.common.launch import record
+from internvit.kernels.common.target import TARGETS
+from internvit.ops import attention, qk_norm_attention, rms_norm
+from internvit.ops.backends.registry import has_implementation, implementation
+from internvit.ops.core.spec import SPECS, TINY, Inputs, Size
+from tests.support.implementations import op_calls
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -47,67 +42,49 @@ def test_head_dimensions(op, head_dim, got):
         op(q, q, q, backend="triton")
 
 
-def calls(make):
-    """op -> (the call with backend triton, its arguments by name); `make` builds a tensor of a shape."""
-    rows, vector, head = (2, 3, 16), (16,), (2, 3, 2, 8)
-    shapes = {
-        rms_norm: {"x": rows, "weight": vector},
-        layer_norm: {"x": rows, "weight": vector, "bias": vector},
-        layer_scale_residual: {"residual": rows, "branch": rows, "gamma": vector, "row_scale": (2,)},
-        layer_scale_residual_norm: {
-            **{"residual": rows, "branch": rows, "gamma": vector, "row_scale": (2,), "weight": vector, "bias": vector},
-        },
-        qk_norm_stats: {"q": head, "k": head},
-        qk_norm: {"q": head, "k": head, "q_weight": vector, "k_weight": vector},
-        attention: {"q": head, "k": head, "v": head},
-        qk_norm_attention: {"q": head, "k": head, "v": head, "q_weight": vector, "k_weight": vector},
-        linear_gelu: {"x": rows, "weight": (32, 16), "bias": (32,)},
-    }
-    return {op: {name: make(*shape) for name, shape in arguments.items()} for op, arguments in shapes.items()}
+CASES = {
+    f"{name} {variant}".strip(): (spec, example)
+    for name, spec in SPECS.items()
+    if has_implementation(spec.implemented_as, "triton")
+    for variant, example in spec.examples.items()
+}
+every_op = pytest.mark.parametrize(("spec", "example"), CASES.values(), ids=CASES)
 
 
-def call(op, arguments):
-    options = {"norm_type": "layer_norm"} if op is layer_scale_residual_norm else {}
-    return op(**arguments, **options, backend="triton")
+def arguments(example, make):
+    """The example's arguments with tensors from `make`, called with a shape."""
+    given = example(Inputs(TINY, device="meta"))
+    return {n: make(a.shape) if isinstance(a, torch.Tensor) else a for n, a in given.items()}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
-@pytest.mark.parametrize("op", calls(lambda *shape: None), ids=lambda op: op.__name__)
-def test_every_op_refuses_cpu_tensors_and_float64(op):
+@every_op
+def test_every_op_refuses_cpu_tensors_and_float64(spec, example):
     for make, got in (
         (torch.empty, "it runs on GPU tensors .* got cpu"),
-        (lambda *shape: on_cuda(*shape, dtype=torch.float64), "it takes float32, bfloat16, float16, got torch.float64"),
+        (lambda shape: on_cuda(*shape, dtype=torch.float64), "it takes float32, bfloat16, float16, got torch.float64"),
     ):
-        message = rf"^{op.__name__}: backend 'triton' cannot take this input: {got}; use backend='reference', or 'auto'"
+        message = rf"^{spec.name}: backend 'triton' cannot take this input: {got}; use backend='reference', or 'auto'"
         with pytest.raises(ValueError, match=message):
-            call(op, calls(make)[op])
+            spec.run(arguments(example, make), "triton")
 
 
-@pytest.mark.parametrize("op", calls(lambda *shape: None), ids=lambda op: op.__name__)
-def test_every_argument_on_another_device_is_named(op):
-    names = list(calls(on_cuda)[op])
-    for name in names[1:]:
-        arguments = calls(on_cuda)[op]
-        arguments[name] = torch.empty(arguments[name].shape, dtype=torch.bfloat16)
-        with pytest.raises(ValueError, match=rf"{op.__name__}: {name} must be on \w+'s device cuda:0, got cpu"):
-            call(op, arguments)
+@every_op
+def test_every_argument_on_another_device_is_named(spec, example):
+    tensors = [n for n, a in arguments(example, lambda shape: on_cuda(*shape)).items() if isinstance(a, torch.Tensor)]
+    for name in tensors[1:]:
+        given = arguments(example, lambda shape: on_cuda(*shape))
+        given[name] = torch.empty(given[name].shape, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=rf"{spec.name}: {name} must be on \w+'s device cuda:0, got cpu"):
+            spec.run(given, "triton")
 
 
 @pytest.mark.parametrize("channels", [8193, 9000])
 def test_too_wide(channels):
-    from internvit.kernels.common.launch import record
-    from internvit.kernels.common.target import TARGETS
-    from internvit.ops.backends.registry import implementation
-
-    x, w = (torch.empty(s, device="meta") for s in ((2, channels), (channels,)))
     message = rf": the last dimension must be at most 8192 .* got {channels}; use backend='reference'"
-    for op, arguments in (
-        ("rms_norm", (x, w, 1e-6, "fused")),
-        ("layer_norm", (x, w, w, 1e-6)),
-        ("layer_scale_residual", (x, x, w, None)),
-        ("layer_scale_residual_norm", (x, x, w, None, w, None, 1e-6, "rms_norm", "fused")),
-        ("qk_norm_stats", (x.view(1, 2, 1, -1), x.view(1, 2, 1, -1), 1e-6)),
-        ("qk_norm", (x.view(1, 2, 1, -1), x.view(1, 2, 1, -1), w, w, 1e-6, "fused")),
-    ):
-        with record(TARGETS["sm_90"]), pytest.raises(ValueError, match=op + message):
-            implementation(op, "triton")(*arguments)
+    rows = [spec for spec in SPECS.values() if not spec.multiplies_matrices and spec.op != "gelu"]
+    for spec in rows:
+        example = next(iter(spec.examples.values()))
+        forward = op_calls(spec, example(Inputs(Size(1, 2, 1, channels), device="meta")))[0]
+        with record(TARGETS["sm_90"]), pytest.raises(ValueError, match=spec.op + message):
+            implementation(spec.op, "triton")(*forward.args)

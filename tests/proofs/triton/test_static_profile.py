@@ -83,15 +83,12 @@ def test_occupancy(arch, registers, shared, warps, expected):
 
 def test_ceilings():
     h100 = next(c for c in roofline.CEILINGS if c.target == "sm_90")
-    bytes_moved, flops = roofline.work("layer_scale_residual_norm", 8, 25, 128)
-    assert bytes_moved == 4 * 8 * 1025 * 3200 * 2
-    assert flops == 0
     assert h100.seconds(3.35e12, 0) == 1
     assert h100.seconds(0, 989.4e12) == 1
     q, lse = torch.empty(2, 1025, 16, 64, device="meta", dtype=torch.bfloat16), torch.empty(2, 16, 1025, device="meta")
     bytes_moved, flops = roofline.kernel_work("attention_kernel", [q, q, lse])
     assert bytes_moved == q.numel() * 2 + lse.numel() * 4, "a tensor given twice is moved once"
-    assert flops == roofline.work("attention", 2, 16, 64)[1]
+    assert flops == 2 * (2 * 2 * 16 * 1025**2 * 64)
     assert {c.target for c in roofline.CEILINGS} == set(TARGETS)
 
 

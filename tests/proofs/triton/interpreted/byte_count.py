@@ -9,6 +9,7 @@ tests/proofs/triton/bytes.json, which the tests hold the kernels to, and the tab
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
@@ -25,9 +26,11 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from internvit.kernels.attention import config as attention_configs
 from internvit.kernels.attention.config import AttentionConfig
+from internvit.ops.backends.registry import has_implementation
+from internvit.ops.core.spec import SPECS, Inputs, Size
 from tests.proofs.triton.interpreted.harness import Memory, run
 from tests.support import ROOT, interpreter
-from tests.support.implementations import call
+from tests.support.implementations import OpCall, call, op_calls
 
 BUDGET = ROOT / "tests/proofs/triton/bytes.json"
 DOC = ROOT / "docs/lower-bounds.md"
@@ -94,54 +97,17 @@ class EagerBytes(TorchDispatchMode):
         return out
 
 
-def cases(C: int) -> dict[str, tuple[int, Callable[[Memory], tuple]]]:
-    """op -> (activations in the floor, its arguments)."""
-    heads, head_dim = (25, 128) if C == 3200 else (16, 64)
-
-    def x(memory: Memory) -> Tensor:
-        return memory.place(torch.randn(1, ROWS, C).bfloat16())
-
-    def w(memory: Memory) -> Tensor:
-        return memory.place(torch.randn(C).bfloat16())
-
-    def stat(memory: Memory) -> Tensor:
-        return memory.place(torch.rand(1, ROWS))
-
-    def h(memory: Memory) -> Tensor:
-        return x(memory).view(1, ROWS, heads, head_dim)
-
-    scale = torch.ones(1)
-    return {
-        "rms_norm": (2, lambda m: (x(m), w(m), 1e-6, "fused")),
-        "rms_norm_backward": (3, lambda m: (x(m), x(m), w(m), stat(m), (True, True))),
-        "layer_norm": (2, lambda m: (x(m), w(m), w(m), 1e-6)),
-        "layer_norm_backward": (3, lambda m: (x(m), x(m), w(m), stat(m), stat(m), (True,) * 3)),
-        "layer_scale_residual": (3, lambda m: (x(m), x(m), w(m), scale)),
-        "layer_scale_residual_backward": (3, lambda m: (x(m), x(m), w(m), scale, torch.bfloat16, (True, True))),
-        "layer_scale_residual_norm": (
-            4,
-            lambda m: (x(m), x(m), w(m), scale, w(m), None, 1e-6, "rms_norm", "fused"),
-        ),
-        "layer_scale_residual_norm_backward": (
-            6,
-            lambda m: (
-                *(x(m) for _ in range(4)),
-                w(m),
-                scale,
-                w(m),
-                stat(m),
-                stat(m),
-                "rms_norm",
-                (True,) * 4 + (False,),
-            ),
-        ),
-        "qk_norm_stats": (2, lambda m: (h(m), h(m), 1e-6)),
-        "qk_norm_stats_backward": (6, lambda m: (stat(m), stat(m), h(m), h(m), stat(m), stat(m), h(m), h(m))),
-        "qk_norm": (4, lambda m: (h(m), h(m), w(m), w(m), 1e-6, "fused")),
-        "qk_norm_backward": (6, lambda m: (*(h(m) for _ in range(4)), w(m), w(m), stat(m), stat(m), (True,) * 4)),
-        "gelu": (2, lambda m: (x(m),)),
-        "gelu_backward": (3, lambda m: (x(m), x(m))),
-    }
+@functools.cache
+def cases(C: int) -> dict[str, OpCall]:
+    """A call of each op that has kernels and multiplies no matrices, forward and backward."""
+    size = Size(1, ROWS, *((25, 128) if C == 3200 else (16, 64)))
+    found: dict[str, OpCall] = {}
+    for spec in SPECS.values():
+        if not spec.multiplies_matrices:
+            example = next(iter(spec.examples.values()))
+            calls = op_calls(spec, example(Inputs(size, dtype=torch.bfloat16)))
+            found |= {one.op.name: one for one in calls if has_implementation(one.op.name, "triton")}
+    return found
 
 
 class Scalar(float):
@@ -198,10 +164,9 @@ def liger(op: str, memory: Memory, args: tuple) -> Callable[[], Any] | None:
 
 def measure(op: str, C: int) -> dict[str, float]:
     """Bytes over the floor: activations, parameters and partial rows, eager's activations and Liger's."""
-    units, arguments = cases(C)[op]
-    floor = units * ROWS * C * 2
-    memory = Memory()
-    args = arguments(memory)
+    one, memory = cases(C)[op], Memory()
+    floor = sum(t.numel() * t.element_size() for t in one.moved if isinstance(t, Tensor) and t.numel() >= ROWS * C)
+    args = tuple(memory.place(a) if isinstance(a, Tensor) else a for a in one.raw_args)
     with counting() as moved:
         run(memory, op, *args)
     storages = [storage for storage, _ in memory.storages]

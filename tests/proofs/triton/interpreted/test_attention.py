@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from test_qk_norm import LAYOUTS, heads
 
 from internvit import numerics
-from internvit.ops import attention, qk_norm_attention, qk_norm_attention_qkvpacked, qk_norm_stats
+from internvit.ops import attention, qk_norm_attention, qk_norm_attention_qkvpacked
 from tests.proofs.triton.interpreted.harness import DTYPES, Memory, generator, parametrize, reference, run
+from tests.proofs.triton.interpreted.test_qk_norm import LAYOUTS, heads, statistics
 
 FACTORS = {
     "heads": ((2, 24), (2, 64), (1, 88), (2, 128)),
@@ -85,7 +85,7 @@ def problem(case, seed=None):
     if case["norm"] != "none":
         weight_dtype = torch.float32 if case["norm"] == "float32" else dtype
         weights = [memory.place((1 + 0.3 * torch.randn(H * D, generator=g)).to(weight_dtype)) for _ in range(2)]
-        norm = (*weights, *run(memory, "qk_norm_stats", q, k, 1e-6))  # the kernels' own statistics
+        norm = (*weights, *statistics(memory, q, k))
     return (q, k, v, D**-0.5, *norm), grad_out, heads(memory, case, batch, "normal", g), memory
 
 
@@ -232,10 +232,9 @@ def test_composition_has_the_references_gradients(packed, rounding, normed):
 def test_weights_of_zero_get_gradients():
     g = torch.Generator().manual_seed(8)
     q, k, v = torch.randn(3, 1, 9, 2, 16, generator=g)
-    results = []
+    results, rstd = [], statistics(Memory(), q, k)
     for backend in ("triton", "reference"):
         weights = [torch.zeros(32).requires_grad_(), torch.ones(32).requires_grad_()]
-        rstd = qk_norm_stats(q, k, backend=backend)
         out = attention(q, k, v, *weights, *rstd, backend=backend)
         results.append(torch.autograd.grad(out.square().sum(), weights))
     for a, b in zip(*results, strict=True):
@@ -270,9 +269,9 @@ def test_a_spike_of_softmax_keeps_its_sum():
     g = torch.Generator().manual_seed(10)
     q, k, v = (torch.randn(1, 33, 1, 64, generator=g).bfloat16() for _ in range(3))
     weight = torch.full((64,), 8.0)
-    rstd = qk_norm_stats(q, k)
-    grads = [torch.full_like(q, float("nan")) for _ in range(3)]
     memory = Memory()
+    rstd = statistics(memory, q, k)
+    grads = [torch.full_like(q, float("nan")) for _ in range(3)]
     out, lse = run(memory, "attention", q, k, v, 0.125, weight, weight, *rstd)
     ones = torch.ones_like(out)
     run(memory, "attention_backward", ones, q, k, v, out, lse, 0.125, weight, weight, *rstd, *grads)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from test_attention import NAMES, emulate, problem, solve, solve_in
 
 from internvit import numerics
 from internvit.kernels.attention import config as attention_configs
 from internvit.kernels.attention.config import AttentionConfig
 from tests.proofs.triton.interpreted.harness import Memory, run
+from tests.proofs.triton.interpreted.test_attention import NAMES, emulate, problem, solve, solve_in
+from tests.proofs.triton.interpreted.test_qk_norm import statistics
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_same_bits_alone_and_in_a_batch_and_again(generator):
         for batch in (slice(0, 2), slice(0, 2), slice(0, 1), slice(1, 2)):
             memory = Memory()
             one = [t[batch].contiguous() for t in (q, k, v, grad_out)]
-            rstd = run(memory, "qk_norm_stats", *one[:2], 1e-6)
+            rstd = statistics(memory, *one[:2])
             out, lse = run(memory, "attention", *one[:3], 0.125, *weights, *rstd)
             grads = [torch.empty_like(one[0]) for _ in range(3)]
             backward = (one[3], *one[:3], out, lse, 0.125, *weights, *rstd, *grads)

@@ -5,6 +5,7 @@ import torch
 
 from internvit import numerics
 from tests.proofs.triton.interpreted.harness import Memory, run
+from tests.proofs.triton.interpreted.test_qk_norm import statistics
 from tests.support.implementations import call
 
 
@@ -17,7 +18,7 @@ def test_scales_of_any_sign(tokens, scale, folded, generator):
     norm = (None,) * 4
     if folded:
         weights = (memory.place(1 + 0.1 * torch.randn(32, generator=generator)) for _ in range(2))
-        norm = (*weights, *(memory.place(t) for t in run(memory, "qk_norm_stats", q, k, 1e-6)))
+        norm = (*weights, *(memory.place(t) for t in statistics(memory, q, k)))
     out, lse = run(memory, "attention", q, k, v, scale, *norm)
     wide = [None if t is None else t.double() for t in (q, k, v, *norm)]
     truth, truth_lse = call("attention", "reference", *wide[:3], scale, *wide[3:])

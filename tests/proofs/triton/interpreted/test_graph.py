@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from internvit.ops import layer_scale_residual_norm, qk_norm_attention_qkvpacked, rms_norm
+from internvit.ops.backends.registry import has_implementation
+from internvit.ops.core.spec import SPECS, TINY, Inputs
+from tests.support.implementations import op_calls
 
 C = 16
 
@@ -16,57 +18,22 @@ def tensors(*shapes, grad=True):
     return [torch.randn(s, generator=g).requires_grad_(grad) for s in shapes]
 
 
-def samples():
-    x, y, w, b = tensors((2, 3, C), (2, 3, C), (C,), (C,))
-    scale = torch.tensor([0.0, 2.0])
-    qkv, q, k, v, qw, kw = tensors((2, 3, 3, 2, 8), *[(2, 3, 2, 8)] * 3, (C,), (C,))
-    rstd = tensors((2, 3), (2, 3), grad=False)
-    fc, fb, gamma = tensors((24, C), (24,), (C,))
-    return {
-        "rms_norm": (x, w, 1e-6, "fused"),
-        "layer_norm": (x, w, b, 1e-6),
-        "layer_scale_residual": (x, y, w, scale),
-        "layer_scale_residual_norm": (x, y, gamma, scale, w, b, 1e-6, "layer_norm", "fused"),
-        "qk_norm_stats": (q, k, 1e-6),
-        "qk_norm": (q, k, qw, kw, 1e-6, "fused"),
-        "attention": (q, k, v, 0.3, qw, kw, *rstd),
-        "qk_norm_attention": (q, k, v, qw, kw, 1e-6, 0.3, "fused"),
-        "qk_norm_attention_qkvpacked": (qkv, qw, kw, 1e-6, 0.3, "fused"),
-        "linear_gelu": (x, fc, fb, True),
-    }
+CASES = {
+    f"{name} {variant}".strip(): (spec, example)
+    for name, spec in SPECS.items()
+    if has_implementation(spec.implemented_as, "triton")
+    for variant, example in spec.examples.items()
+}
 
 
-@pytest.mark.parametrize("op", samples())
-def test_opcheck(op):
-    opcheck(getattr(torch.ops.internvit, op).default, (*samples()[op], "triton"))
-
-
-class BackwardCalls(TorchDispatchMode):
-    """Keeps each call of one of this library's backward ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "internvit" and func.name().endswith("_backward"):
-            plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]  # they have no second derivative
-            self.calls.append((func, plain))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("op", samples())
-def test_opcheck_backward(op):
-    arguments = samples()[op]
-    outputs = getattr(torch.ops.internvit, op).default(*arguments, "triton")
-    outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t.requires_grad]
-    leaves = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
-    with BackwardCalls() as kept:
-        torch.autograd.grad(outputs, leaves, [torch.randn_like(t) for t in outputs], allow_unused=True)
-    assert [func.name() for func, _ in kept.calls] == [f"internvit::{op}_backward"]
-    for func, args in kept.calls:
-        assert args[-1] == "triton"
-        opcheck(func, tuple(args))
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case):
+    spec, example = CASES[case]
+    forward, backward = op_calls(spec, example(Inputs(TINY)), "triton")
+    assert backward.op.name == f"{spec.op}_backward"
+    leaves = [t.requires_grad_(t.is_floating_point()) if isinstance(t, torch.Tensor) else t for t in forward.args]
+    opcheck(forward.op.overload, (*leaves, "triton"))
+    opcheck(backward.op.overload, (*backward.args, "triton"))
 
 
 def loss(x, branch, gamma, weight, qk, backend):

@@ -1,4 +1,4 @@
-"""qk_norm_stats and qk_norm, forward and backward, by strides, against float64."""
+"""QK-norm and its statistics, forward and backward, by strides, against float64."""
 
 import pytest
 import torch
@@ -33,6 +33,11 @@ def short(case):
     return case.get("tokens", 1) * H * D < 600_000  # 1025 tokens of 25 x 128 take the interpreter 8 s
 
 
+def statistics(memory, q, k):
+    """rstd_q, rstd_k [B, N], the kernels' own."""
+    return run(memory, "qk_norm_stats", q, k, 1e-6)
+
+
 def heads(memory, case, batch, distribution, g):
     """q, k, v [B, N, H, D] in the layout asked for, in guarded memory."""
     (H, D), N, dtype = case["heads"], case["tokens"], getattr(torch, case["dtype"])
@@ -57,22 +62,22 @@ def test_qk_norm(case):
     weight_dtype = torch.float32 if case["weights"] == "float32" else dtype
     weights = [memory.place((1 + torch.randn(H * D, generator=g)).to(weight_dtype)) for _ in range(2)]
 
-    statistics = run(memory, "qk_norm_stats", q, k, 1e-6)
+    rstd = statistics(memory, q, k)
     truth = reference("qk_norm_stats", torch.float64, q, k, 1e-6)
     for i in range(2):
-        check_statistics(statistics[i : i + 1], truth[i : i + 1])
+        check_statistics(rstd[i : i + 1], truth[i : i + 1])
 
     inputs = (q, k, *weights, 1e-6, "fused")
     actual = run(memory, "qk_norm", *inputs)
     truth, eager = (reference("qk_norm", d, *inputs) for d in (torch.float64, torch.float32))
     agree("norm", "q_normed k_normed", actual[:2], truth[:2], eager[:2])
-    assert torch.equal(actual[2], statistics[0])
-    assert torch.equal(actual[3], statistics[1])
+    assert torch.equal(actual[2], rstd[0])
+    assert torch.equal(actual[3], rstd[1])
 
     grads = heads(memory, case, batch, "normal", g)[:2]
     mask = (True,) * 4
     rstds = truth[2:]
-    actual = run(memory, "qk_norm_backward", *grads, q, k, *weights, *statistics, mask)  # its own statistics
+    actual = run(memory, "qk_norm_backward", *grads, q, k, *weights, *rstd, mask)  # its own statistics
     truth, eager = (
         reference("qk_norm_backward", d, *grads, q, k, *weights, *(s.to(d) for s in rstds), mask)
         for d in (torch.float64, torch.float32)
