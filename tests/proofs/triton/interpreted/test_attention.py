@@ -154,6 +154,8 @@ def test_attention(case):
     # eager's P of one key is 1 to the bit; exp(S - lse) has the score, the stored lse and its way to base 2 rounded by
     # half a unit each
     one_key = 1.5 * unit if wide else 0.0
+    # with more keys too the kernels' P has the rounding of the stored lse, which eager's softmax does not
+    stored_lse = 0.5 * unit if wide else 0.0
     if case["tokens"] == 1:  # one key: the scores get no gradient, only rounding
         assert all((t.abs() <= 1e-3).all() for t in actual[:2] + actual[3:])
         judged = ("grad_v",)
@@ -166,7 +168,8 @@ def test_attention(case):
     else:
         expected = emulated[0] + emulated[1]
     for name, a, t, e in zip(NAMES, actual, truth, expected, strict=False):
-        if name in judged and not (case["tokens"] == 1 and numerics.relative_error(a, t) <= one_key):
+        rounding = one_key if case["tokens"] == 1 else stored_lse if name == "grad_v" else 0.0
+        if name in judged and not 0 < numerics.relative_error(a, t) <= rounding:
             failures += [f"{name}: {f}" for f in numerics.product_violations(a, t, e)]
     assert not failures, "; ".join(failures)
 
