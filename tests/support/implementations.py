@@ -67,5 +67,5 @@ def call(op: str, backend: str, *args: Any) -> Any:
         return fill_gradients((None,) * 4, grad_out) if grads is None else tuple(grads)
     outputs = function(*args)
     if isinstance(outputs, tuple) and any(o is None for o in outputs):
-        return fill_gradients(outputs, args[0])
+        return fill_gradients(outputs, next(a for a in args if isinstance(a, torch.Tensor)))
     return outputs

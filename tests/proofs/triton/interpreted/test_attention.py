@@ -226,7 +226,8 @@ def test_composition_has_the_references_gradients(packed, rounding, normed):
         leaves = [t.clone().requires_grad_() for t in ([qkv] if packed else qkv.unbind(2))]
         norm = [t.clone().requires_grad_() for t in weights]
         names = dict(zip(("q_weight", "k_weight"), norm, strict=False))
-        out = qk_norm_attention(*leaves, **names, rounding=rounding, backend=backend)
+        run_op = qk_norm_attention_qkvpacked if packed else qk_norm_attention
+        out = run_op(*leaves, **names, rounding=rounding, backend=backend)
         results.append((out, *torch.autograd.grad(out, [*leaves, *norm], grad)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
