@@ -47,6 +47,7 @@ def test_a_planted_row_too_many_hits_the_guard(plain) -> None:
     assert run(plain, "ascending", "bounds").returncode < 0
 
 
+@pytest.mark.slow  # guard pages find most of it in every run
 def test_sanitizers(tmp_path) -> None:
     flags = (*ONE_UNIT, "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     driver = build(tmp_path, [host.SOURCES / "cuda/instantiate/bfloat16.cu", *DRIVER], *flags)

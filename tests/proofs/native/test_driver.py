@@ -119,6 +119,7 @@ def test_thread_sanitizer_sees_a_planted_race(thread_sanitized: Path) -> None:
     assert "data race" in done.stderr
 
 
+@pytest.mark.slow  # guard pages find most of it in every run
 def test_address_sanitizer_on_the_generic_unit(address_sanitized: Path) -> None:
     done = run(address_sanitized, "generic", "threads")
     assert done.returncode == 0, done.stderr
