@@ -31,5 +31,6 @@ def test_scales_of_any_sign(tokens, scale, folded, generator):
     wide_grad = grad.double()
     call("attention_backward", "reference", wide_grad, *wide[:3], truth, truth_lse, scale, *wide[3:], *truths)
     for actual, expected in zip(grads, truths, strict=True):
-        if expected.norm() > 1e-3 * wide_grad.norm():
-            assert numerics.relative_error(actual, expected) <= 64 * eps
+        # Where P is all but one-hot little is left of a gradient, of the rounding of its terms more.
+        error = (actual.double() - expected).norm()
+        assert error <= 64 * eps * (expected.norm() + wide_grad.norm())
