@@ -27,10 +27,13 @@ def test_scales_of_any_sign(tokens, scale, folded, generator):
     torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-5, atol=1e-5 + 40 * abs(scale) * 1e-6)
     grads = [memory.empty((1, tokens, 2, 16), dtype) for _ in range(3)]
     run(memory, "attention_backward", grad, q, k, v, out, lse, scale, *norm, *grads)
-    truths = [torch.empty_like(t) for t in wide[:3]]
+    truths, eager = ([torch.empty_like(t) for t in ts] for ts in (wide[:3], (q, k, v)))
     wide_grad = grad.double()
     call("attention_backward", "reference", wide_grad, *wide[:3], truth, truth_lse, scale, *wide[3:], *truths)
-    for actual, expected in zip(grads, truths, strict=True):
-        # Where P is all but one-hot little is left of a gradient, of the rounding of its terms more.
-        error = (actual.double() - expected).norm()
-        assert error <= 64 * eps * (expected.norm() + wide_grad.norm())
+    forward = call("attention", "reference", q, k, v, scale, *norm)
+    call("attention_backward", "reference", grad, q, k, v, *forward, scale, *norm, *eager)
+    for actual, expected, plain in zip(grads, truths, eager, strict=True):
+        if expected.norm() > 1e-3 * wide_grad.norm():
+            # where P is all but one-hot, what is left of a gradient is small beside its terms: eager loses it too
+            error, eager_error = ((t.double() - expected).norm() for t in (actual, plain))
+            assert error <= 64 * eps * expected.norm() + 4 * eager_error
