@@ -31,7 +31,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for implementation in case.implementations
         if mode != BOTH or implementation.trains
     ]
-    names = [f"{c.case.shape}-{c.case.dtype_name}-{c.mode}-{c.implementation.name}".replace(" ", "_") for c in timed]
+    names = [
+        f"{c.case.bench}-{c.case.shape}-{c.case.dtype_name}-{c.mode}-{c.implementation.name}".replace(" ", "_")
+        for c in timed
+    ]
     metafunc.parametrize("timed", timed, ids=names, indirect=True)
 
 

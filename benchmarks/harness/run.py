@@ -21,6 +21,7 @@ from internvit.benchmarks.harness.cases import (
     Setting,
     gradients,
     leaves,
+    row_cases,
     tensors,
 )
 from internvit.benchmarks.harness.results import Results, Row, machine, with_speedups
@@ -37,21 +38,29 @@ from internvit.benchmarks.harness.timing import (
 from internvit.ops.core.spec import SPECS, TINY, Inputs
 
 _FOLDER = Path(__file__).resolve().parents[1]
-OPS = tuple(name for name in SPECS if (_FOLDER / f"ops/bench_{name}.py").is_file())
+
+
+def has_file(op: str) -> bool:
+    return (_FOLDER / f"ops/bench_{op}.py").is_file()
+
+
+OPS = tuple(name for name, spec in SPECS.items() if has_file(name) or spec.implemented_as == name)
 LEAST_ROUNDS, MOST_SECONDS = 5, 6.0
 """A case that takes longer than so many seconds gets no more than five rounds: its spread is small beside it."""
 BENCHES = (*OPS, "block", "patch", "model")
 Progress = Callable[[str], None]
 
 
-def module_of(bench: str) -> Any:
-    folder = "ops" if bench in OPS else "model"
-    return importlib.import_module(f"internvit.benchmarks.{folder}.bench_{bench}")
-
-
 def cases(benches: tuple[str, ...], setting: Setting) -> list[BenchmarkCase]:
-    """The cases of these benchmark files."""
-    return [case for bench in benches for case in module_of(bench).cases(setting)]
+    """The cases of these benchmarks: those of an op's file, or its example at the sizes of row ops."""
+    found: list[BenchmarkCase] = []
+    for bench in benches:
+        if bench in OPS and not has_file(bench):
+            found += row_cases(setting, bench)
+            continue
+        folder = "ops" if bench in OPS else "model"
+        found += importlib.import_module(f"internvit.benchmarks.{folder}.bench_{bench}").cases(setting)
+    return found
 
 
 def checked(case: BenchmarkCase, implementation: Implementation, mode: str, function: Callable[..., Any]) -> list[str]:
