@@ -16,26 +16,28 @@ struct Int {
 
 template <class T, class R>
 struct Launches {
-  static constexpr int W = 16 / int(sizeof(T));
+  static constexpr int W = kWidth<R>;
   static constexpr int64_t kT = sizeof(T), kR = sizeof(R);
 
   template <class Params>
   static bool whole_vectors(const Params& p) {
     return p.channels % W == 0;
   }
+  // Whether a vector of T is one access at p and every `stride` elements from there.
+  static bool is_aligned_branch(const void* p, int64_t stride = 0) { return is_aligned(p, stride * kT, W * kT); }
   static bool is_aligned_parameter(const Parameter& parameter) { return is_aligned(parameter.data, 0); }
 
   static bool aligned(const NormParams& p) {
-    const bool input = p.residual ? is_aligned(p.x, p.x_stride * kT) : is_aligned(p.x, p.x_stride * kR);
+    const bool input = p.residual ? is_aligned_branch(p.x, p.x_stride) : is_aligned(p.x, p.x_stride * kR);
     return whole_vectors(p) && input && is_aligned(p.residual, p.residual_stride * kR) &&
-           is_aligned(p.residual_out, 0) && is_aligned(p.normed, 0) && is_aligned_parameter(p.gamma) &&
+           is_aligned(p.residual_out, 0) && is_aligned_branch(p.normed) && is_aligned_parameter(p.gamma) &&
            is_aligned_parameter(p.weight) && is_aligned_parameter(p.bias);
   }
   static bool aligned(const NormBackwardParams& p) {
-    return whole_vectors(p) && is_aligned(p.grad_normed, p.grad_normed_stride * kT) &&
+    return whole_vectors(p) && is_aligned_branch(p.grad_normed, p.grad_normed_stride) &&
            is_aligned(p.grad_residual_out, p.grad_residual_out_stride * kR) && is_aligned(p.x, p.x_stride * kR) &&
-           is_aligned(p.branch, p.branch_stride * kT) && is_aligned(p.grad_residual, 0) &&
-           is_aligned(p.grad_branch, 0) && is_aligned(p.partial, 0) && is_aligned_parameter(p.gamma) &&
+           is_aligned_branch(p.branch, p.branch_stride) && is_aligned(p.grad_residual, 0) &&
+           is_aligned_branch(p.grad_branch) && is_aligned(p.partial, 0) && is_aligned_parameter(p.gamma) &&
            is_aligned_parameter(p.weight);
   }
   static bool aligned(const QKNormStatsBackwardParams& p) {

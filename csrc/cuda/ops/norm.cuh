@@ -115,7 +115,7 @@ INTERNVIT_DEVICE void write_normed(const NormParams& p, int64_t row, const float
 
 template <class T, class R, int V, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const __grid_constant__ Jobs<NormParams> jobs) {
-  constexpr int W = 16 / int(sizeof(T));
+  constexpr int W = kWidth<R>;
   const NormParams& p = jobs.job[blockIdx.y];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool active = row < p.rows;  // the others meet at every barrier and shuffle

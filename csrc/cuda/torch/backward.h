@@ -91,7 +91,7 @@ struct Backward {
 inline void run_backward(const char* op, std::vector<Backward*> backwards) {
   const Backward& first = *backwards[0];
   const CurrentStream stream(first.like);
-  const RowLaunch rule = row_launch(first.shape.channels, width_of(first.dtype));
+  const RowLaunch rule = row_launch(first.shape.channels, width_of(first.residual_dtype));
   Jobs<NormBackwardParams> jobs = {};
   for (Backward* backward : backwards) {
     NormBackwardParams& p = backward->params;

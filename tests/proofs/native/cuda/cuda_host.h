@@ -24,6 +24,10 @@
 #define __shared__ static
 #define INTERNVIT_DEVICE inline
 
+struct uint2 {
+  uint32_t x, y;
+} __attribute__((aligned(8)));
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 struct uint4 {
   uint32_t x, y, z, w;
 } __attribute__((aligned(16)));
@@ -73,6 +77,7 @@ inline float __uint_as_float(uint32_t bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __frsqrt_rn(float x) { return float(1.0 / std::sqrt(double(x))); }
 inline int min(int a, int b) { return a < b ? a : b; }
 
