@@ -48,12 +48,11 @@ constexpr RowLaunch row_launch(int64_t channels, int width) {
   return best;
 }
 
-// Backward's blocks walk over the rows: two for each multiprocessor, and at least two tiles of rows for each, since the
-// partial sums of a block cost as much traffic as a row of float32.
-constexpr int64_t backward_programs(int64_t rows, const RowLaunch& launch, int multiprocessors) {
+// Backward's blocks walk over the rows: as many as the device holds at a time (`resident_blocks` of kernels.h), and at
+// least two tiles of rows for each, since the partial sums of a block cost as much traffic as a row of float32.
+constexpr int64_t backward_programs(int64_t rows, const RowLaunch& launch, int64_t resident) {
   const int64_t tiles = (rows + launch.rows - 1) / launch.rows, wanted = (tiles + 1) / 2;
-  const int64_t most = 2 * int64_t(multiprocessors);
-  return wanted < most ? wanted : most;
+  return wanted < resident ? wanted : resident;
 }
 
 // Whether accesses of `bytes` may be used at p and every `stride` bytes from there; a null pointer is not read at all.

@@ -2,6 +2,8 @@
 // vectors a thread may hold are listed in launch.h, and nowhere else.
 #pragma once
 
+#include <initializer_list>
+
 #include "cuda/ops/gelu.cuh"
 #include "cuda/ops/norm.cuh"
 #include "cuda/ops/norm_backward.cuh"
@@ -79,6 +81,28 @@ struct Launches {
     });
   }
 
+  template <int V>
+  static auto backward_kernel(bool wide, bool layer_norm) {
+    return !wide        ? norm_backward_kernel<T, R, V, false, true>
+           : layer_norm ? norm_backward_kernel<T, R, V, true, true>
+                        : norm_backward_kernel<T, R, V, true, false>;
+  }
+
+  static int norm_backward_blocks(int64_t channels) {
+    const RowLaunch rule = row_launch(channels, W);
+    int least = kMaxThreads;
+    with_vectors(rule.vectors, [&](auto vectors) -> const char* {
+      constexpr int V = decltype(vectors)::value;
+      for (const auto kernel : {backward_kernel<V>(false, true), backward_kernel<V>(true, false),
+                                backward_kernel<V>(true, true)}) {
+        const int blocks = resident_blocks_of(kernel, rule.lanes * rule.rows);
+        least = blocks < least ? blocks : least;
+      }
+      return nullptr;
+    });
+    return least;
+  }
+
   static const char* norm_backward(const Jobs<NormBackwardParams>& jobs, void* stream) {
     const NormBackwardParams& first = jobs.job[0];
     const RowLaunch rule = row_launch(first.channels, W);
@@ -87,9 +111,7 @@ struct Launches {
         block(unsigned(rule.lanes), unsigned(rule.rows));
     const char* failed = with_vectors(rule.vectors, [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
-      const auto kernel = !wide           ? norm_backward_kernel<T, R, V, false, true>
-                          : is_layer_norm ? norm_backward_kernel<T, R, V, true, true>
-                                          : norm_backward_kernel<T, R, V, true, false>;
+      const auto kernel = backward_kernel<V>(wide, is_layer_norm);
       return first.partial_rows ? launch(kernel, grid, block, stream, jobs) : nullptr;
     });
     bool sums = false;
@@ -119,7 +141,7 @@ struct Launches {
 
   // A residual of a dtype of its own is for the norms alone.
   static constexpr Kernels table() {
-    Kernels kernels = {norm, norm_backward, nullptr, nullptr};
+    Kernels kernels = {norm, norm_backward, norm_backward_blocks, nullptr, nullptr};
     if constexpr (sizeof(T) == sizeof(R)) {
       kernels.qk_norm_stats_backward = qk_norm_stats_backward;
       kernels.gelu = gelu;

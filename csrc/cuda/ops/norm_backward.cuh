@@ -158,7 +158,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     write_block_sum<V, kAligned>(grad_bias, partial + 2 * int64_t(p.channels), p.channels);
 }
 
-constexpr int kSumColumns = 32, kSumSlices = 8;  // threads: a column is 4 channels, a slice every 8th partial row
+// Threads: a column is 4 channels, a slice every 16th partial row. Eight loads are in flight a thread: 264 partial rows
+// are three rounds that wait for memory; with 8 slices and four loads they were nine.
+constexpr int kSumColumns = 16, kSumSlices = 16;
 
 // grads[blockIdx.y] of job blockIdx.z: the sum over programs, slice by slice, then over the slices.
 template <class T, bool kAligned>
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
   const int64_t stride = int64_t(kParameterKinds) * p.channels;
   const float* partial = p.partial + int64_t(blockIdx.y) * p.channels + c;
   float total[4] = {};
-#pragma unroll 4
+#pragma unroll 8
   for (int program = int(threadIdx.y); program < p.partial_rows; program += kSumSlices) {
     const Chunk<float, 4> row = load<kAligned, 4>(partial + program * stride, count);
 #pragma unroll

@@ -61,6 +61,9 @@ void barrier();
 float shuffle_xor(uint32_t mask, float x, int offset);
 const char* run(dim3 grid, dim3 block, const std::function<void()>& body);
 
+// Blocks of a kernel that a multiprocessor holds: 2 to 4, another number for each next kernel that is asked for.
+int resident_blocks(const void* kernel);
+
 }  // namespace internvit::cuda::host
 
 inline void __syncthreads() { internvit::cuda::host::barrier(); }
@@ -122,6 +125,11 @@ inline uint32_t packed(float low, float high, f16) {
     return uint32_t(bits);
   };
   return one(low) | one(high) << 16;
+}
+
+template <class Argument>
+int resident_blocks_of(void (*kernel)(Argument), int) {
+  return host::resident_blocks(reinterpret_cast<const void*>(kernel));
 }
 
 template <class Argument>
