@@ -36,11 +36,37 @@ class GeluConfig:
 
 
 @triton.jit
+def normal_cdf(b_z):
+    """(1 + erf(z / sqrt(2))) / 2: libdevice's two polynomials of erf with the factors folded into their coefficients.
+
+    Both are evaluated, one is taken, and constants are operands of the multiply-adds. `tl.erf` selects coefficients
+    instead, two moves for each of the seven: gelu took 291 instructions for 8 elements on sm_90 and its backward 381,
+    here 201 and 252 (sm_80: 289 and 378, 202 and 251; sm_100: 283 and 353, 169 and 212). The negative tail keeps its
+    digits, which 1 + erf loses: at z = -5 the cdf was off by 5 % of itself, here by 6e-4.
+    """
+    b_size = tl.abs(b_z)
+    b_log2 = b_size * -1.4518533362206654e-06 + 5.850263187312521e-05
+    b_log2 = b_log2 * b_size - 0.0009306875872425735
+    b_log2 = b_log2 * b_size + 0.008575769141316414
+    b_log2 = b_log2 * b_size - 0.054197508841753006
+    b_log2 = b_log2 * b_size - 0.4581565260887146
+    b_log2 = b_log2 * b_size - 1.1513818502426147
+    b_tail = tl.exp2(b_log2 * b_size - 1.0)  # cdf(-|z|)
+    b_square = b_z * b_z
+    b_slope = b_square * 4.686512795615272e-07 - 9.074269655684475e-06
+    b_slope = b_slope * b_square + 0.0001152029144577682
+    b_slope = b_slope * b_square - 0.0011874432675540447
+    b_slope = b_slope * b_square + 0.009973745793104172
+    b_slope = b_slope * b_square - 0.06649042665958405
+    b_slope = b_slope * b_square + 0.3989422619342804
+    return tl.where(b_size < 1.4183, b_slope * b_z + 0.5, tl.where(b_z < 0, b_tail, 1.0 - b_tail))
+
+
+@triton.jit
 def gelu_kernel(p_z, p_y, count, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     b_z = tl.load(p_z + o, mask=o < count, other=0.0).to(tl.float32)
-    b_cdf = 0.5 + 0.5 * tl.erf(b_z * 0.7071067811865476)
-    tl.store(p_y + o, (b_z * b_cdf).to(p_y.dtype.element_ty), mask=o < count)
+    tl.store(p_y + o, (b_z * normal_cdf(b_z)).to(p_y.dtype.element_ty), mask=o < count)
 
 
 @triton.jit
@@ -48,9 +74,8 @@ def gelu_backward_kernel(p_grad_y, p_z, p_grad, count, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     b_z = tl.load(p_z + o, mask=o < count, other=0.0).to(tl.float32)
     b_grad_y = tl.load(p_grad_y + o, mask=o < count, other=0.0).to(tl.float32)
-    b_cdf = 0.5 + 0.5 * tl.erf(b_z * 0.7071067811865476)
-    b_pdf = 0.3989422804014327 * tl.exp(-0.5 * b_z * b_z)
-    tl.store(p_grad + o, (b_grad_y * (b_cdf + b_z * b_pdf)).to(p_grad.dtype.element_ty), mask=o < count)
+    b_pdf = 0.3989422804014327 * tl.exp2(b_z * b_z * -0.7213475204444817)
+    tl.store(p_grad + o, (b_grad_y * (normal_cdf(b_z) + b_z * b_pdf)).to(p_grad.dtype.element_ty), mask=o < count)
 
 
 def elementwise(config: GeluConfig, kernel: Any, *tensors: Tensor) -> None:

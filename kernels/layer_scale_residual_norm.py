@@ -33,7 +33,7 @@ from internvit.kernels.common.rows import (
     sum_partials,
 )
 from internvit.kernels.layer_scale_residual import add_branch, load_gamma, load_row_scale, rows_per_image
-from internvit.kernels.norm import load_x_hat, norm_backward, scale_and_shift, standardize
+from internvit.kernels.norm import is_small, load_x_hat, norm_backward, scale_and_shift, standardize
 
 OP = "layer_scale_residual_norm"
 
@@ -59,6 +59,7 @@ def layer_scale_residual_norm_kernel(
     STRIDE_UNIT: tl.constexpr,
     NORM_TYPE: tl.constexpr,
     ROUNDING: tl.constexpr,
+    SMALL_EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -70,7 +71,7 @@ def layer_scale_residual_norm_kernel(
     dtype = p_residual_out.dtype.element_ty
     b_sum = add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_per_image, o_cols, C).to(dtype)
     store_tile(p_residual_out, o_rows, C, o_cols, m_tile, b_sum)
-    b_x_hat, b_mean, b_rstd = standardize(b_sum.to(tl.float32), m_tile, eps, C, NORM_TYPE)
+    b_x_hat, b_mean, b_rstd = standardize(b_sum.to(tl.float32), m_tile, eps, C, NORM_TYPE, SMALL_EPS)
     b_normed = scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, dtype, C, ROUNDING)
     store_tile(p_normed, o_rows, C, o_cols, m_tile, b_normed)
     tl.store(p_rstd + o_rows, b_rstd, mask=m_rows)
@@ -177,6 +178,7 @@ def add_and_normalize(
         STRIDE_UNIT=unit,
         NORM_TYPE=norm_type,
         ROUNDING=rounding if norm_type == "rms_norm" else "fused",
+        SMALL_EPS=is_small(eps),
         ROWS=config.rows,
         BLOCK_C=triton.next_power_of_2(C),
         num_warps=config.warps,

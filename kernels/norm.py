@@ -30,22 +30,39 @@ from internvit.kernels.common.rows import (
     sum_partials,
 )
 
+LEAST_EPS = 1e-29
+
+
+def is_small(eps: float) -> bool:
+    """Whether `eps` does not hide the squares that float32 has no digits for, of |x| < 1e-19."""
+    return eps < LEAST_EPS
+
 
 @triton.jit
-def standardize(b_x, m_tile, eps, C: tl.constexpr, NORM_TYPE: tl.constexpr):
+def standardize(b_x, m_tile, eps, C: tl.constexpr, NORM_TYPE: tl.constexpr, SMALL_EPS: tl.constexpr):
     """x_hat [ROWS, BLOCK_C], mean [ROWS] and rstd [ROWS] of rows held whole.
 
     Squares are divided by C before they are summed, so that |x| up to 1e18 stays finite in float32. What rounding left
     in the mean is subtracted a second time: with values around 30 the few that lie next to the mean were off by up to
     14 ulp in bfloat16 without it.
+
+    SMALL_EPS: squares are those of x over the sum of |x|. Rows of 1e-20 have no mean square in float32, and the
+    instruction behind `rsqrt` takes a denormal one for 0: x_hat was infinite. A row of zeros gives NaN for eps = 0, as
+    in PyTorch.
     """
+    if SMALL_EPS:
+        b_shrink = tl.minimum(1.0 / tl.sum(tl.abs(b_x), 1), 1152921504606846976.0)  # 2^60: eps * b_shrink^2 is finite
     b_mean = tl.sum(b_x, 1) / C
     if NORM_TYPE == "layer_norm":
         b_x = tl.where(m_tile, b_x - b_mean[:, None], 0.0)
         b_rest = tl.sum(b_x, 1) / C
         b_x = tl.where(m_tile, b_x - b_rest[:, None], 0.0)
         b_mean += b_rest
-    b_rstd = tl.rsqrt(tl.sum(b_x * (b_x * (1.0 / C)), 1) + eps)
+    if SMALL_EPS:
+        b_small = b_x * b_shrink[:, None]
+        b_rstd = tl.rsqrt(tl.sum(b_small * (b_small * (1.0 / C)), 1) + eps * b_shrink * b_shrink) * b_shrink
+    else:
+        b_rstd = tl.rsqrt(tl.sum(b_x * (b_x * (1.0 / C)), 1) + eps)
     return b_x * b_rstd[:, None], b_mean, b_rstd
 
 
@@ -98,6 +115,7 @@ def norm_kernel(
     STRIDE_UNIT: tl.constexpr,
     NORM_TYPE: tl.constexpr,
     ROUNDING: tl.constexpr,
+    SMALL_EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -105,7 +123,7 @@ def norm_kernel(
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
     b_weight = load_vector(p_weight, o_cols, C)
     b_x = load_tile(p_x, o_rows, in_elements(stride_x, STRIDE_UNIT), o_cols, m_tile)
-    b_x_hat, b_mean, b_rstd = standardize(b_x, m_tile, eps, C, NORM_TYPE)
+    b_x_hat, b_mean, b_rstd = standardize(b_x, m_tile, eps, C, NORM_TYPE, SMALL_EPS)
     b_y = scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, p_x.dtype.element_ty, C, ROUNDING)
     store_tile(p_y, o_rows, C, o_cols, m_tile, b_y)
     tl.store(p_rstd + o_rows, b_rstd, mask=m_rows)
@@ -175,6 +193,7 @@ def norm(
         STRIDE_UNIT=unit,
         NORM_TYPE=norm_type,
         ROUNDING=rounding,
+        SMALL_EPS=is_small(eps),
         ROWS=config.rows,
         BLOCK_C=triton.next_power_of_2(C),
         num_warps=config.warps,

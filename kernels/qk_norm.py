@@ -15,7 +15,7 @@ from torch import Tensor
 from internvit.kernels.common import launch, rows
 from internvit.kernels.common.heads import dense_heads, head_strides, heads_adjacent, load_heads
 from internvit.kernels.common.rows import RowConfig, in_elements, load_vector, row_tile, store_tile
-from internvit.kernels.norm import norm_gradients, scale_and_shift, standardize
+from internvit.kernels.norm import is_small, norm_gradients, scale_and_shift, standardize
 
 OP = "qk_norm"
 
@@ -36,6 +36,7 @@ def normalize_heads(
     D: tl.constexpr,
     ADJACENT: tl.constexpr,
     ROUNDING: tl.constexpr,
+    SMALL_EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -43,7 +44,7 @@ def normalize_heads(
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
     b_weight = load_vector(p_weight, o_cols, C)
     b_x = load_heads(p_x, o_rows, N, stride_b, stride_n, stride_h, o_cols, m_tile, D, ADJACENT)
-    b_x_hat, _, b_rstd = standardize(b_x, m_tile, eps, C, "rms_norm")
+    b_x_hat, _, b_rstd = standardize(b_x, m_tile, eps, C, "rms_norm", SMALL_EPS)
     b_y = scale_and_shift(b_x_hat, b_weight, None, o_cols, p_x.dtype.element_ty, C, ROUNDING)
     store_tile(p_y, o_rows, C, o_cols, m_tile, b_y)
     tl.store(p_rstd + o_rows, b_rstd, mask=m_rows)
@@ -73,16 +74,17 @@ def qk_norm_kernel(
     STRIDE_UNIT: tl.constexpr,
     ADJACENT: tl.constexpr,
     ROUNDING: tl.constexpr,
+    SMALL_EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     # fmt: off
     normalize_heads(p_q, p_q_weight, p_q_normed, p_rstd_q, M, N,
                     in_elements(stride_qb, STRIDE_UNIT), in_elements(stride_qn, STRIDE_UNIT),
-                    in_elements(stride_qh, STRIDE_UNIT), eps, C, D, ADJACENT, ROUNDING, ROWS, BLOCK_C)
+                    in_elements(stride_qh, STRIDE_UNIT), eps, C, D, ADJACENT, ROUNDING, SMALL_EPS, ROWS, BLOCK_C)
     normalize_heads(p_k, p_k_weight, p_k_normed, p_rstd_k, M, N,
                     in_elements(stride_kb, STRIDE_UNIT), in_elements(stride_kn, STRIDE_UNIT),
-                    in_elements(stride_kh, STRIDE_UNIT), eps, C, D, ADJACENT, ROUNDING, ROWS, BLOCK_C)
+                    in_elements(stride_kh, STRIDE_UNIT), eps, C, D, ADJACENT, ROUNDING, SMALL_EPS, ROWS, BLOCK_C)
     # fmt: on
 
 
@@ -104,6 +106,7 @@ def normalize_qk(
         STRIDE_UNIT=unit,
         ADJACENT=heads_adjacent(q, k),
         ROUNDING=rounding,
+        SMALL_EPS=is_small(eps),
         ROWS=config.rows,
         BLOCK_C=triton.next_power_of_2(H * D),
         num_warps=config.warps,

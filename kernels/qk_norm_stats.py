@@ -14,7 +14,7 @@ from torch import Tensor
 from internvit.kernels.common import launch, rows
 from internvit.kernels.common.heads import dense_heads, head_offsets, head_strides, heads_adjacent, load_heads
 from internvit.kernels.common.rows import RowConfig, in_elements, row_tile
-from internvit.kernels.norm import standardize
+from internvit.kernels.norm import is_small, standardize
 
 OP = "qk_norm_stats"
 
@@ -38,6 +38,7 @@ def qk_norm_stats_kernel(
     D: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     ADJACENT: tl.constexpr,
+    SMALL_EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -51,8 +52,8 @@ def qk_norm_stats_kernel(
     stride_kh = in_elements(stride_kh, STRIDE_UNIT)
     b_q = load_heads(p_q, o_rows, N, stride_qb, stride_qn, stride_qh, o_cols, m_tile, D, ADJACENT)
     b_k = load_heads(p_k, o_rows, N, stride_kb, stride_kn, stride_kh, o_cols, m_tile, D, ADJACENT)
-    _, _, b_rstd_q = standardize(b_q, m_tile, eps, C, "rms_norm")
-    _, _, b_rstd_k = standardize(b_k, m_tile, eps, C, "rms_norm")
+    _, _, b_rstd_q = standardize(b_q, m_tile, eps, C, "rms_norm", SMALL_EPS)
+    _, _, b_rstd_k = standardize(b_k, m_tile, eps, C, "rms_norm", SMALL_EPS)
     tl.store(p_rstd_q + o_rows, b_rstd_q, mask=m_rows)
     tl.store(p_rstd_k + o_rows, b_rstd_k, mask=m_rows)
 
@@ -108,6 +109,7 @@ def statistics(config: RowConfig, q: Tensor, k: Tensor, eps: float) -> tuple[Ten
         D=D,
         STRIDE_UNIT=unit,
         ADJACENT=heads_adjacent(q, k),
+        SMALL_EPS=is_small(eps),
         ROWS=config.rows,
         BLOCK_C=triton.next_power_of_2(H * D),
         num_warps=config.warps,

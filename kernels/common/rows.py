@@ -1,9 +1,9 @@
 """What the kernels over rows of C channels share: tiles, configuration, and the sum of partial rows.
 
 A program holds `rows` whole rows in registers, so that each activation is read once. Kernels that also sum over rows
-(gradients of parameters) run at most two programs on each multiprocessor; each walks over its rows, keeps float32 sums
-in registers and writes one partial row, and a second kernel adds the partial rows in a fixed order. No atomics: the
-same input gives the same bits.
+(gradients of parameters) run as many programs as a GPU holds at a time; each walks over its rows, keeps float32 sums in
+registers and writes one partial row, and a second kernel adds the partial rows in a fixed order. No atomics: the same
+input gives the same bits on one GPU; another GPU has other multiprocessors, and adds in another order.
 """
 
 import functools
@@ -48,6 +48,12 @@ class RowConfig:
         return cls(rows, max(1, min(16, rows * block // 512)))
 
 
+FUSED = "layer_scale_residual_norm"
+FOLLOWERS = ("rms_norm", "layer_norm", "layer_scale_residual")
+"""They take the measured configurations of FUSED, forward and backward: it fixes the order of a row's sums and of those
+over rows, and the fused op and its parts give the same bits."""
+
+
 @functools.cache
 def row_config(kernel: str, channels: int, target: Target) -> RowConfig:
     if channels > MAX_CHANNELS:
@@ -55,12 +61,16 @@ def row_config(kernel: str, channels: int, target: Target) -> RowConfig:
             f"{kernel}: the last dimension must be at most {MAX_CHANNELS} for backend 'triton' (a program holds a "
             f"whole row), got {channels}; use backend='reference'"
         )
-    return configs.choose(RowConfig, kernel, f"C={channels}", target, lambda: RowConfig.rule(channels))
+    op = kernel.removesuffix("_backward")
+    measured = kernel.replace(op, FUSED) if op in FOLLOWERS else kernel
+    return configs.choose(RowConfig, measured, f"C={channels}", target, lambda: RowConfig.rule(channels))
 
 
 def call(kernel: str, channels: int, x: Tensor, function: Callable[..., Any], *args: Any) -> Any:
     """`function(config, *args)` with `kernel`'s configuration for rows of `channels` on x's device."""
     config = row_config(kernel, channels, launch.target_of(x))
+    if kernel.removesuffix("_backward") in FOLLOWERS:  # nothing of theirs is measured
+        return function(config, *args)
     return configs.call(kernel, f"C={channels}", config, function, *args)
 
 
@@ -83,8 +93,21 @@ def stride_unit(*strides: int) -> int:
     return 8 if any(s % 16 for s in strides) and not any(s % 8 for s in strides) else 1
 
 
+RESIDENT_WARPS = {"mfma": 20, "wmma": 48}  # else 12
+
+
 def persistent_programs(rows: int, config: RowConfig, target: Target) -> int:
-    return min(triton.cdiv(rows, config.rows), 2 * target.multiprocessors)
+    """Programs of a kernel that sums over `rows` rows: as many as `target` holds at a time, the nearest number to
+    RESIDENT_WARPS on each multiprocessor.
+
+    The warps are those of the fused backward with all sums, whose 16 elements a thread take the most registers: up to
+    168 on NVIDIA, 92 on CDNA, 111 of the larger file of RDNA. 12 warps are three programs at C = 1024 (two before, a
+    third of the registers idle) and two at C = 3200. The compiled kernel is not asked: its parts, or other dtypes and
+    frozen parameters, would get other numbers, and their sums over rows other bits than the fused op's.
+    """
+    warps = RESIDENT_WARPS.get(target.matrix_instructions, 12)
+    resident = max(1, (warps + config.warps // 2) // config.warps)
+    return min(triton.cdiv(rows, config.rows), resident * target.multiprocessors)
 
 
 @triton.jit
@@ -178,7 +201,8 @@ def sum_partials(partials: Tensor, *like: Tensor | None) -> list[Tensor | None]:
     summed = [out for out in outs if out is not None]
     if summed:
         sums, P, C = partials.shape
-        block_p, block_c = 32, 64
+        # eight 16-byte loads in flight a thread: 396 partial rows are four rounds that wait for memory, 32 rows 13
+        block_p, block_c = 128, 32
         launch.run(
             sum_partials_kernel,
             (triton.cdiv(C, block_c), sums),

@@ -15,7 +15,7 @@ class Target:
 
     Attributes:
         name: sm_90, gfx942, ...
-        multiprocessors: persistent kernels start at most two programs on each.
+        multiprocessors: persistent kernels start as many programs as these hold at a time.
         shared_bytes: the most shared memory one program may hold.
         warp_size: threads of a warp.
     """
@@ -62,7 +62,7 @@ TARGETS = {
         Target("gfx1100", 48, 64 * 1024, 32),  # RX 7900 XTX; a multiprocessor is a pair of compute units
     )
 }
-INTERPRETER = Target("interpreter", 4, 227 * 1024)  # 8 programs at most: partial rows are summed, tests stay short
+INTERPRETER = Target("interpreter", 4, 227 * 1024)  # few programs: partial rows are summed, tests stay short
 
 
 @functools.cache

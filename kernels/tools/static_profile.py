@@ -87,18 +87,26 @@ def _read_amd(compiled: Any) -> Row:
     }
 
 
-def occupancy(target: Target, registers: int, shared_bytes: int, num_warps: int) -> float:
-    """Resident warps over the most a multiprocessor holds, as registers, shared memory and program slots allow."""
+def resident_programs(target: Target, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Programs that a multiprocessor holds at a time, as registers, shared memory, warp and program slots allow."""
     if target.is_amd:  # 4 SIMDs; of mfma's 8 waves and 512 registers a lane, of wmma's 16 and 1536
         waves, file, granule = (8, 512, 8) if target.matrix_instructions == "mfma" else (16, 1536, 24)
         by_registers = 4 * min(waves, file // max(granule, granule * math.ceil(registers / granule))) // num_warps
         by_shared = target.shared_bytes // shared_bytes if shared_bytes else 4 * waves
-        return min(by_registers, by_shared, 4 * waves // num_warps) * num_warps / (4 * waves)
+        return min(by_registers, by_shared, 4 * waves // num_warps)
     warps, programs = _RESIDENT.get(target.name, (64, 32))
     per_warp = 256 * math.ceil(registers * 32 / 256)
     by_registers = 65536 // per_warp // num_warps
     by_shared = (target.shared_bytes + 1024) // (shared_bytes + 1024)  # the driver keeps 1 KiB a program
-    return min(by_registers, by_shared, warps // num_warps, programs) * num_warps / warps
+    return min(by_registers, by_shared, warps // num_warps, programs)
+
+
+def occupancy(target: Target, registers: int, shared_bytes: int, num_warps: int) -> float:
+    """Resident warps over the most a multiprocessor holds."""
+    warps, _ = _RESIDENT.get(target.name, (64, 32))
+    if target.is_amd:
+        warps = 32 if target.matrix_instructions == "mfma" else 64
+    return resident_programs(target, registers, shared_bytes, num_warps) * num_warps / warps
 
 
 def config_of(one: Specialization) -> str:

@@ -1,6 +1,7 @@
 """Mends Triton's interpreter where it computes other bits than a GPU does, so that kernels need no workaround.
 
 * float32 -> bfloat16 truncates (half of all values come out one ulp off); a GPU rounds to nearest even.
+* `tl.rsqrt` knows denormal numbers; on NVIDIA it compiles to rsqrt.approx.ftz, which takes them for 0.
 * `tl.dot` multiplies the raw 16-bit patterns of bfloat16 operands as integers.
 * After each launch every storage is copied onto itself, for tensors on the CPU too: gigabytes where a stride is large.
 * Each call of a device function replaces `triton.language` anew, as its launch did before: half of all time.
@@ -16,6 +17,7 @@ from triton.runtime import interpreter
 
 triton_convert_float = interpreter._convert_float
 triton_create_dot = interpreter.InterpreterBuilder.create_dot
+triton_create_rsqrt = interpreter.InterpreterBuilder.create_rsqrt
 triton_patch_lang = interpreter._patch_lang
 triton_get_np_dtype = interpreter._get_np_dtype
 _scalar_np_dtype = functools.cache(triton_get_np_dtype)  # Triton builds a table of all dtypes at each call
@@ -47,6 +49,11 @@ def _create_dot(self, a, b, d, *rest):
     return triton_create_dot(self, _widened(a), _widened(b), d, *rest)
 
 
+def _create_rsqrt(self, arg):
+    flushed = np.where(np.abs(arg.data) < np.finfo(np.float32).tiny, np.float32(0), arg.data)
+    return triton_create_rsqrt(self, interpreter.TensorHandle(flushed, arg.dtype))
+
+
 def _restore_args_dev(self, args_dev, args_hst, kwargs, kwargs_hst):
     """Nothing: tests/ has tensors on the CPU alone, which the interpreter works on in place."""
 
@@ -73,4 +80,5 @@ def mend() -> None:
     interpreter._patch_lang = _patch_lang
     interpreter.GridExecutor._restore_args_dev = _restore_args_dev
     interpreter._convert_float = _convert_float
+    interpreter.InterpreterBuilder.create_rsqrt = _create_rsqrt
     interpreter.InterpreterBuilder.create_dot = _create_dot

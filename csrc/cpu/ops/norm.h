@@ -16,21 +16,35 @@ struct RowStatistics {
 };
 
 // Squares are taken of x / 64: rows of 1e18 would overflow their sum, and a power of two costs no accuracy.
-constexpr float kShrink = 1.0f / 64, kUnshrink = 64.0f * 64;
+constexpr float kShrink = 1.0f / 64;
+
+// Below it eps does not hide the squares that float32 has no digits for, of |x| < 1e-19: those of x over the sum of |x|
+// are taken instead, at the cost of one more pass.
+constexpr float kLeastEps = 1e-29f, kMostShrink = 0x1p60f;
+
+template <class T>
+INTERNVIT_INLINE float shrink_of(const T* x, int64_t channels, float eps) {
+  if (eps >= kLeastEps) return kShrink;
+  Sum sizes;
+  for_lanes(channels, INTERNVIT_BODY(c, lanes, u) { sizes.part[u] = sizes.part[u] + abs(load(x + c, lanes)); });
+  const float inverse = 1.0f / sizes.total();
+  return inverse < kMostShrink ? inverse : kMostShrink;
+}
 
 template <class T>
 INTERNVIT_INLINE RowStatistics row_statistics(const T* x, int64_t channels, bool layer_norm, float eps) {
-  const float count = float(channels);
+  const float count = float(channels), shrink_by = shrink_of(x, channels, eps);
+  const Vec shrink = broadcast(shrink_by);
   RowStatistics s = {0, 0, 0};
   Sum squares;
-  float variance;
+  float variance;  // of x * shrink_by
   if (layer_norm) {
     Sum first, second;
     for_lanes(channels, INTERNVIT_BODY(c, lanes, u) { first.part[u] = first.part[u] + load(x + c, lanes); });
     // A pivot of 7 bits: x - pivot is exact for 16-bit x. With all 24 bits the same rounding error would repeat in
     // every element of a binade, and shift the mean by half an ulp of 1.
     s.mean = bits_to_float(float_to_bits(first.total() / count) & 0xfffe0000u);
-    const Vec mean = broadcast(s.mean), shrink = broadcast(kShrink);
+    const Vec mean = broadcast(s.mean);
     const int64_t full = channels / kLanes * kLanes;
     for_lanes(full, INTERNVIT_BODY(c, lanes, u) {
       const Vec d = load(x + c, lanes) - mean, small = d * shrink;
@@ -41,20 +55,21 @@ INTERNVIT_INLINE RowStatistics row_statistics(const T* x, int64_t channels, bool
     for (int64_t c = full; c < channels; ++c) {
       const float d = to_float(x[c]) - s.mean;
       tail += d;
-      tail_squares += d * kShrink * (d * kShrink);
+      tail_squares += d * shrink_by * (d * shrink_by);
     }
     s.rest = (second.total() + tail) / count;
-    variance = (squares.total() + tail_squares) / count * kUnshrink - s.rest * s.rest;
+    const float rest = s.rest * shrink_by;
+    variance = (squares.total() + tail_squares) / count - rest * rest;
     variance = variance > 0 ? variance : 0;
   } else {
-    const Vec shrink = broadcast(kShrink);
     for_lanes(channels, INTERNVIT_BODY(c, lanes, u) {
       const Vec small = load(x + c, lanes) * shrink;
       squares.part[u] = fma(small, small, squares.part[u]);
     });
-    variance = squares.total() / count * kUnshrink;
+    variance = squares.total() / count;
   }
-  s.rstd = float(1.0 / __builtin_sqrt(double(variance) + double(eps)));
+  const double unshrink = 1.0 / (double(shrink_by) * double(shrink_by));
+  s.rstd = float(1.0 / __builtin_sqrt(double(variance) * unshrink + double(eps)));
   return s;
 }
 

@@ -47,6 +47,14 @@ const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, void* stream
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Blocks of `threads` that a multiprocessor of the current device holds, as registers and shared memory allow; 0 where
+// the device does not say.
+template <class Argument>
+int resident_blocks_of(void (*kernel)(Argument), int threads) {
+  int blocks = 0;
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0) == cudaSuccess ? blocks : 0;
+}
+
 }  // namespace internvit::cuda
 
 #endif

@@ -1,7 +1,8 @@
 // The frozen launch rule: which threads hold a row of C channels, and how many blocks work on the rows. It depends on
-// the width and the dtype, never on the number of rows, so that a row has the same bits in any batch.
+// the width and the residual's dtype, never on the number of rows, so that a row has the same bits in any batch; nor on
+// the branch's dtype, so that a float32 residual beside a 16-bit branch is summed in the order of the norm of float32.
 //
-// A thread holds `vectors` vectors of 16 bytes, `lanes` threads a row. Reductions go through groups of 16 or 32 lanes,
+// A thread holds `vectors` vectors, 16 bytes of the residual each, `lanes` threads a row. Reductions go through groups of 16 or 32 lanes,
 // so lanes is a multiple of 16: 3200 bf16 channels are 400 vectors, 80 threads of 5, two rows in five whole warps, no
 // lane idle; a power of two would idle 22 % of them. 1024 are 128 vectors: one warp of 4, four rows a block, and no
 // shared memory at all. No GPU has run this rule: it minimises idle lanes, then the number of threads that must meet.
@@ -11,7 +12,7 @@
 
 namespace internvit::cuda {
 
-// Vectors a thread may hold: THE list of instantiations, for each pair of dtypes and with and without 16-byte access.
+// Vectors a thread may hold: THE list of instantiations, by the residual's dtype.
 #define INTERNVIT_VECTORS_16_BIT(X) X(1) X(4) X(5)
 #define INTERNVIT_VECTORS_32_BIT(X) X(1) X(5) X(8)
 
@@ -25,7 +26,7 @@ struct RowLaunch {
   int rows;  // of a block
 };
 
-// `width`: elements of a 16-byte vector.
+// `width`: elements of a vector (`kWidth` of rows.cuh).
 constexpr RowLaunch row_launch(int64_t channels, int width) {
   constexpr int kLadder[2][3] = {
 #define INTERNVIT_ENTRY(V) V,
@@ -47,17 +48,16 @@ constexpr RowLaunch row_launch(int64_t channels, int width) {
   return best;
 }
 
-// Backward's blocks walk over the rows: two for each multiprocessor, and at least two tiles of rows for each, since the
-// partial sums of a block cost as much traffic as a row of float32.
-constexpr int64_t backward_programs(int64_t rows, const RowLaunch& launch, int multiprocessors) {
+// Backward's blocks walk over the rows: as many as the device holds at a time (`resident_blocks` of kernels.h), and at
+// least two tiles of rows for each, since the partial sums of a block cost as much traffic as a row of float32.
+constexpr int64_t backward_programs(int64_t rows, const RowLaunch& launch, int64_t resident) {
   const int64_t tiles = (rows + launch.rows - 1) / launch.rows, wanted = (tiles + 1) / 2;
-  const int64_t most = 2 * int64_t(multiprocessors);
-  return wanted < most ? wanted : most;
+  return wanted < resident ? wanted : resident;
 }
 
-// Whether 16-byte accesses may be used at p and every `stride` bytes from there; a null pointer is not read at all.
-inline bool is_aligned(const void* p, int64_t stride) {
-  return !p || ((reinterpret_cast<uintptr_t>(p) | uintptr_t(stride)) & 15) == 0;
+// Whether accesses of `bytes` may be used at p and every `stride` bytes from there; a null pointer is not read at all.
+inline bool is_aligned(const void* p, int64_t stride, int64_t bytes = 16) {
+  return !p || (reinterpret_cast<uintptr_t>(p) | uintptr_t(stride)) % uintptr_t(bytes) == 0;
 }
 
 }  // namespace internvit::cuda

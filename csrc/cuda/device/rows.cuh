@@ -1,14 +1,19 @@
-// How a block holds rows: blockDim.x lanes a row, blockDim.y rows; a lane has V vectors of 16 bytes in registers,
-// vector v at column (v * lanes + lane) * W, so that neighbouring lanes touch neighbouring 16 bytes.
+// How a block holds rows: blockDim.x lanes a row, blockDim.y rows; a lane has V vectors of W elements in registers,
+// vector v at column (v * lanes + lane) * W, so that neighbouring lanes touch neighbouring vectors: 16 bytes of the
+// residual, and of a 16-bit branch beside a float32 residual 8 bytes.
 //
-// kAligned: every pointer, stride and C is a multiple of 16 bytes; all accesses are 16 bytes wide. Else elements move
-// one by one, in the same layout and with the same order of summation: the bits do not depend on the alignment.
+// kAligned: every pointer, stride and C is a multiple of a vector, which moves in one access. Else elements move one by
+// one, in the same layout and with the same order of summation: the bits do not depend on the alignment.
 #pragma once
 
 #include "cuda/device/device.cuh"
 #include "cuda/device/launch.h"
 
 namespace internvit::cuda {
+
+// Elements of a vector, where the residual is R.
+template <class R>
+constexpr int kWidth = 16 / int(sizeof(R));
 
 // N elements of S as they lie in memory.
 template <class S, int N>
@@ -42,13 +47,19 @@ INTERNVIT_DEVICE Chunk<S, N> load(const S* p, int count) {
   Chunk<S, N> chunk = {};
   if constexpr (kAligned) {
     if (count > 0) {
+      if constexpr (chunk.kWords == 2) {
+        const uint2 x = *reinterpret_cast<const uint2*>(p);
+        chunk.words[0] = x.x;
+        chunk.words[1] = x.y;
+      } else {
 #pragma unroll
-      for (int w = 0; w < chunk.kWords; w += 4) {
-        const uint4 x = reinterpret_cast<const uint4*>(p)[w / 4];
-        chunk.words[w] = x.x;
-        chunk.words[w + 1] = x.y;
-        chunk.words[w + 2] = x.z;
-        chunk.words[w + 3] = x.w;
+        for (int w = 0; w < chunk.kWords; w += 4) {
+          const uint4 x = reinterpret_cast<const uint4*>(p)[w / 4];
+          chunk.words[w] = x.x;
+          chunk.words[w + 1] = x.y;
+          chunk.words[w + 2] = x.z;
+          chunk.words[w + 3] = x.w;
+        }
       }
     }
   } else if constexpr (sizeof(S) == 4) {
@@ -67,10 +78,14 @@ template <bool kAligned, int N, class S>
 INTERNVIT_DEVICE void store(S* p, const Chunk<S, N>& chunk, int count) {
   if constexpr (kAligned) {
     if (count > 0) {
+      if constexpr (chunk.kWords == 2) {
+        *reinterpret_cast<uint2*>(p) = make_uint2(chunk.words[0], chunk.words[1]);
+      } else {
 #pragma unroll
-      for (int w = 0; w < chunk.kWords; w += 4)
-        reinterpret_cast<uint4*>(p)[w / 4] =
-            make_uint4(chunk.words[w], chunk.words[w + 1], chunk.words[w + 2], chunk.words[w + 3]);
+        for (int w = 0; w < chunk.kWords; w += 4)
+          reinterpret_cast<uint4*>(p)[w / 4] =
+              make_uint4(chunk.words[w], chunk.words[w + 1], chunk.words[w + 2], chunk.words[w + 3]);
+      }
     }
   } else if constexpr (sizeof(S) == 4) {
 #pragma unroll

@@ -2,6 +2,8 @@
 // vectors a thread may hold are listed in launch.h, and nowhere else.
 #pragma once
 
+#include <initializer_list>
+
 #include "cuda/ops/gelu.cuh"
 #include "cuda/ops/norm.cuh"
 #include "cuda/ops/norm_backward.cuh"
@@ -16,26 +18,28 @@ struct Int {
 
 template <class T, class R>
 struct Launches {
-  static constexpr int W = 16 / int(sizeof(T));
+  static constexpr int W = kWidth<R>;
   static constexpr int64_t kT = sizeof(T), kR = sizeof(R);
 
   template <class Params>
   static bool whole_vectors(const Params& p) {
     return p.channels % W == 0;
   }
+  // Whether a vector of T is one access at p and every `stride` elements from there.
+  static bool is_aligned_branch(const void* p, int64_t stride = 0) { return is_aligned(p, stride * kT, W * kT); }
   static bool is_aligned_parameter(const Parameter& parameter) { return is_aligned(parameter.data, 0); }
 
   static bool aligned(const NormParams& p) {
-    const bool input = p.residual ? is_aligned(p.x, p.x_stride * kT) : is_aligned(p.x, p.x_stride * kR);
+    const bool input = p.residual ? is_aligned_branch(p.x, p.x_stride) : is_aligned(p.x, p.x_stride * kR);
     return whole_vectors(p) && input && is_aligned(p.residual, p.residual_stride * kR) &&
-           is_aligned(p.residual_out, 0) && is_aligned(p.normed, 0) && is_aligned_parameter(p.gamma) &&
+           is_aligned(p.residual_out, 0) && is_aligned_branch(p.normed) && is_aligned_parameter(p.gamma) &&
            is_aligned_parameter(p.weight) && is_aligned_parameter(p.bias);
   }
   static bool aligned(const NormBackwardParams& p) {
-    return whole_vectors(p) && is_aligned(p.grad_normed, p.grad_normed_stride * kT) &&
+    return whole_vectors(p) && is_aligned_branch(p.grad_normed, p.grad_normed_stride) &&
            is_aligned(p.grad_residual_out, p.grad_residual_out_stride * kR) && is_aligned(p.x, p.x_stride * kR) &&
-           is_aligned(p.branch, p.branch_stride * kT) && is_aligned(p.grad_residual, 0) &&
-           is_aligned(p.grad_branch, 0) && is_aligned(p.partial, 0) && is_aligned_parameter(p.gamma) &&
+           is_aligned_branch(p.branch, p.branch_stride) && is_aligned(p.grad_residual, 0) &&
+           is_aligned_branch(p.grad_branch) && is_aligned(p.partial, 0) && is_aligned_parameter(p.gamma) &&
            is_aligned_parameter(p.weight);
   }
   static bool aligned(const QKNormStatsBackwardParams& p) {
@@ -77,6 +81,28 @@ struct Launches {
     });
   }
 
+  template <int V>
+  static auto backward_kernel(bool wide, bool layer_norm) {
+    return !wide        ? norm_backward_kernel<T, R, V, false, true>
+           : layer_norm ? norm_backward_kernel<T, R, V, true, true>
+                        : norm_backward_kernel<T, R, V, true, false>;
+  }
+
+  static int norm_backward_blocks(int64_t channels) {
+    const RowLaunch rule = row_launch(channels, W);
+    int least = kMaxThreads;
+    with_vectors(rule.vectors, [&](auto vectors) -> const char* {
+      constexpr int V = decltype(vectors)::value;
+      for (const auto kernel : {backward_kernel<V>(false, true), backward_kernel<V>(true, false),
+                                backward_kernel<V>(true, true)}) {
+        const int blocks = resident_blocks_of(kernel, rule.lanes * rule.rows);
+        least = blocks < least ? blocks : least;
+      }
+      return nullptr;
+    });
+    return least;
+  }
+
   static const char* norm_backward(const Jobs<NormBackwardParams>& jobs, void* stream) {
     const NormBackwardParams& first = jobs.job[0];
     const RowLaunch rule = row_launch(first.channels, W);
@@ -85,9 +111,7 @@ struct Launches {
         block(unsigned(rule.lanes), unsigned(rule.rows));
     const char* failed = with_vectors(rule.vectors, [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
-      const auto kernel = !wide           ? norm_backward_kernel<T, R, V, false, true>
-                          : is_layer_norm ? norm_backward_kernel<T, R, V, true, true>
-                                          : norm_backward_kernel<T, R, V, true, false>;
+      const auto kernel = backward_kernel<V>(wide, is_layer_norm);
       return first.partial_rows ? launch(kernel, grid, block, stream, jobs) : nullptr;
     });
     bool sums = false;
@@ -117,7 +141,7 @@ struct Launches {
 
   // A residual of a dtype of its own is for the norms alone.
   static constexpr Kernels table() {
-    Kernels kernels = {norm, norm_backward, nullptr, nullptr};
+    Kernels kernels = {norm, norm_backward, norm_backward_blocks, nullptr, nullptr};
     if constexpr (sizeof(T) == sizeof(R)) {
       kernels.qk_norm_stats_backward = qk_norm_stats_backward;
       kernels.gelu = gelu;

@@ -20,7 +20,7 @@ constexpr int kGeluThreads = 256;
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kGeluThreads) gelu_kernel(const __grid_constant__ GeluParams p) {
-  constexpr int W = 16 / int(sizeof(T));
+  constexpr int W = kWidth<T>;
   const int64_t first = (int64_t(blockIdx.x) * kGeluThreads + threadIdx.x) * W;
   if (first >= p.size) return;
   const int count = p.size - first < W ? int(p.size - first) : W;

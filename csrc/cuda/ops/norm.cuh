@@ -12,7 +12,11 @@
 namespace internvit::cuda {
 
 // Squares are taken of x / 64: rows of 1e18 would overflow their sum, and a power of two costs no accuracy.
-constexpr float kShrink = 1.0f / 64, kUnshrink = 64.0f * 64;
+constexpr float kShrink = 1.0f / 64;
+
+// Below it eps does not hide the squares that float32 has no digits for, of |x| < 1e-19: those of x over the sum of |x|
+// are taken instead, at the cost of one more reduction.
+constexpr float kLeastEps = 1e-29f, kMostShrink = 1152921504606846976.0f;  // 2^60
 
 struct RowStatistics {
   float mean, rest, rstd;  // the mean is mean + rest: one float32 is too coarse where it is large beside the deviations
@@ -24,7 +28,17 @@ INTERNVIT_DEVICE RowStatistics row_statistics(const float (&x)[V][W], int channe
   __shared__ GroupSums<1> sums;
   __shared__ GroupSums<2> centred_sums;
   RowStatistics s = {0.0f, 0.0f, 0.0f};
-  float total[1] = {0.0f}, centred[2] = {0.0f, 0.0f}, variance;
+  float total[1] = {0.0f}, centred[2] = {0.0f, 0.0f}, shrink = kShrink, variance;  // of x * shrink
+  if (eps < kLeastEps) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int i = 0; i < W; ++i) total[0] += fabsf(x[v][i]);
+    }
+    sum_over_row(total, sums, 1);
+    shrink = fminf(1.0f / total[0], kMostShrink);
+    total[0] = 0.0f;
+  }
   if (layer_norm) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -40,27 +54,28 @@ INTERNVIT_DEVICE RowStatistics row_statistics(const float (&x)[V][W], int channe
       const Column<W> column(v, channels);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        const float d = i < column.count ? x[v][i] - s.mean : 0.0f, small = d * kShrink;
+        const float d = i < column.count ? x[v][i] - s.mean : 0.0f, small = d * shrink;
         centred[0] += d;
         centred[1] = fmaf(small, small, centred[1]);
       }
     }
     sum_over_row(centred, centred_sums, 0);
     s.rest = centred[0] / float(channels);
-    variance = fmaxf(fmaf(-s.rest, s.rest, centred[1] / float(channels) * kUnshrink), 0.0f);
+    const float rest = s.rest * shrink;
+    variance = fmaxf(fmaf(-rest, rest, centred[1] / float(channels)), 0.0f);
   } else {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        const float small = x[v][i] * kShrink;
+        const float small = x[v][i] * shrink;
         total[0] = fmaf(small, small, total[0]);
       }
     }
     sum_over_row(total, sums, 0);
-    variance = total[0] / float(channels) * kUnshrink;
+    variance = total[0] / float(channels);
   }
-  s.rstd = __frsqrt_rn(variance + eps);
+  s.rstd = __frsqrt_rn(fmaf(eps * shrink, shrink, variance)) * shrink;
   return s;
 }
 
@@ -115,7 +130,7 @@ INTERNVIT_DEVICE void write_normed(const NormParams& p, int64_t row, const float
 
 template <class T, class R, int V, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const __grid_constant__ Jobs<NormParams> jobs) {
-  constexpr int W = 16 / int(sizeof(T));
+  constexpr int W = kWidth<R>;
   const NormParams& p = jobs.job[blockIdx.y];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool active = row < p.rows;  // the others meet at every barrier and shuffle

@@ -54,11 +54,9 @@ INTERNVIT_DEVICE void write_block_sum(const float (&sum)[V][W], float* destinati
 template <class T, class R, int V, bool kAligned, bool kLayerNorm>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     norm_backward_kernel(const __grid_constant__ Jobs<NormBackwardParams> jobs) {
-  constexpr int W = 16 / int(sizeof(T));
-  constexpr bool kReload = V * W * int(sizeof(R)) > 128;  // 40 floats more would spill: x comes from the cache again
+  constexpr int W = kWidth<R>;
   // Registers of sums and of what is read; above 210 the second half of it is read late, where it is used.
-  constexpr int kHeld =
-      V * W * (kLayerNorm ? 3 : 2) + V * W * ((kReload ? 1 : 2) * int(sizeof(R)) + 2 * int(sizeof(T))) / 4;
+  constexpr int kHeld = V * W * (kLayerNorm ? 3 : 2) + V * W * 2 * int(sizeof(R) + sizeof(T)) / 4;
   constexpr bool kEarly = kAligned && kHeld <= 210;
   __shared__ GroupSums<2> group_sums;
   const NormBackwardParams& p = jobs.job[blockIdx.y];
@@ -127,13 +125,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       float grad[W] = {}, factor[W];
       if (p.weight.data) {
         load_parameter<kAligned, T>(p.weight, column.c, column.count, 0.0f, factor);
-        if constexpr (kReload) x[v] = load<kAligned, W>(x_row + column.c, column.count);
 #pragma unroll
         for (int i = 0; i < W; ++i) {
           const float g = grad_normed[v][i] * factor[i], x_hat = (x[v][i] - mean) * rstd;
-          grad[i] = (fmaf(-x_hat, mean_of[1], g) - mean_of[0]) * rstd;
+          grad[i] = __fmul_rn(fmaf(-x_hat, mean_of[1], g) - mean_of[0], rstd);
         }
       }
+      // Two roundings, spelt out: contracted to one, the fused op's gradient would not be the sum of the two ops'.
 #pragma unroll
       for (int i = 0; i < W; ++i) grad[i] += added[v][i];
       if (p.grad_residual) {
@@ -160,7 +158,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     write_block_sum<V, kAligned>(grad_bias, partial + 2 * int64_t(p.channels), p.channels);
 }
 
-constexpr int kSumColumns = 32, kSumSlices = 8;  // threads: a column is 4 channels, a slice every 8th partial row
+// Threads: a column is 4 channels, a slice every 16th partial row. Eight loads are in flight a thread: 264 partial rows
+// are three rounds that wait for memory; with 8 slices and four loads they were nine.
+constexpr int kSumColumns = 16, kSumSlices = 16;
 
 // grads[blockIdx.y] of job blockIdx.z: the sum over programs, slice by slice, then over the slices.
 template <class T, bool kAligned>
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
   const int64_t stride = int64_t(kParameterKinds) * p.channels;
   const float* partial = p.partial + int64_t(blockIdx.y) * p.channels + c;
   float total[4] = {};
-#pragma unroll 4
+#pragma unroll 8
   for (int program = int(threadIdx.y); program < p.partial_rows; program += kSumSlices) {
     const Chunk<float, 4> row = load<kAligned, 4>(partial + program * stride, count);
 #pragma unroll

@@ -10,7 +10,7 @@ namespace internvit::cuda {
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads)
     qk_norm_stats_backward_kernel(const __grid_constant__ Jobs<QKNormStatsBackwardParams> jobs) {
-  constexpr int W = 16 / int(sizeof(T));
+  constexpr int W = kWidth<T>;
   const QKNormStatsBackwardParams& p = jobs.job[blockIdx.y];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.rows) return;

@@ -91,11 +91,13 @@ struct Backward {
 inline void run_backward(const char* op, std::vector<Backward*> backwards) {
   const Backward& first = *backwards[0];
   const CurrentStream stream(first.like);
-  const RowLaunch rule = row_launch(first.shape.channels, width_of(first.dtype));
+  const RowLaunch rule = row_launch(first.shape.channels, width_of(first.residual_dtype));
+  const int64_t resident =
+      stream.multiprocessors() * int64_t(resident_blocks(first.residual_dtype, first.shape.channels));
   Jobs<NormBackwardParams> jobs = {};
   for (Backward* backward : backwards) {
     NormBackwardParams& p = backward->params;
-    p.partial_rows = int32_t(backward_programs(p.rows, rule, stream.multiprocessors()));
+    p.partial_rows = int32_t(backward_programs(p.rows, rule, resident));
     backward->partial = empty_floats(backward->like, {p.partial_rows, kParameterKinds, p.channels});
     p.partial = floats(backward->partial);
     jobs.job[jobs.count++] = p;

@@ -92,8 +92,9 @@ def profile(arch: str, library: Path = LIBRARY) -> Iterator[Row]:
     for mangled, code in zip(sass[::2], sass[1::2], strict=True):
         kernel, config = kernel_and_config(mangled)
         registers, stack, shared = map(int, re.findall(r":(\d+)", resources[mangled]))
-        accesses = [(name, "128" in width.split(".")) for name, width in _GLOBAL.findall(code)]
-        moves = collections.Counter(wide for _, wide in accesses)
+        accesses = [(name, width.split(".")) for name, width in _GLOBAL.findall(code)]
+        moves = collections.Counter("128" in width for _, width in accesses)
+        whole = {"128", "64"} if config.split()[1:2] == ["float32"] else {"128"}  # 16-bit vectors beside float32 ones
         last_load = max((i for i, (name, _) in enumerate(accesses) if name == "LDG"), default=-1)
         yield {
             "kernel": kernel,
@@ -107,7 +108,7 @@ def profile(arch: str, library: Path = LIBRARY) -> Iterator[Row]:
             "matrix_instructions": {},
             "global_16_byte": moves[True],
             "global_16_byte_share": round(moves[True] / moves.total(), 3) if moves else None,
-            "narrow_until_last_load": sum(not wide for _, wide in accesses[: last_load + 1]),
+            "narrow_until_last_load": sum(whole.isdisjoint(width) for _, width in accesses[: last_load + 1]),
             "source": {"symbol": mangled, "target": arch, "library": library.name},
         }
 

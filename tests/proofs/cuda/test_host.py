@@ -111,6 +111,43 @@ def test_every_width(on_host, kind, channels, generator) -> None:
             assert ((a.double() - t).abs().max().item() < 4 * eps * size) or channels == 1
 
 
+PAIRS = [(t, r) for t in DTYPES for r in dict.fromkeys((t, torch.float32))]
+
+
+@pytest.mark.parametrize(("dtype", "residual_dtype"), PAIRS, ids=str)
+@pytest.mark.parametrize("channels", [40, 384, 1024, 1028, 3200])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fused_op_has_the_bits_of_the_two_ops(on_host, kind, channels, dtype, residual_dtype, generator) -> None:
+    """Forward, statistics included; backward too where the stream is float32 and the two ops round nothing between."""
+    raw, is_layer_norm = torch.ops.internvit_cuda_host, kind == "layer_norm"
+    x = fused_arguments((2, 13 if channels > 1000 else 60, channels), kind, dtype, generator, residual_dtype)
+    residual, branch, gamma, row_scale, weight, bias = x.values()
+    out, normed, mean, rstd = raw.layer_scale_residual_norm(*x.values(), 1e-6, kind, "fused")
+    apart = raw.layer_scale_residual(residual, branch, gamma, row_scale)
+    assert torch.equal(out, apart)
+    if is_layer_norm:
+        y, *statistics = raw.layer_norm(apart, weight, bias, 1e-6)
+        assert torch.equal(mean, statistics[0])
+    else:
+        y, *statistics = raw.rms_norm(apart, weight, 1e-6, "fused")
+    assert torch.equal(rstd, statistics[-1])
+    assert torch.equal(normed, y.to(dtype))
+    if residual_dtype != torch.float32:
+        return
+    grad_out, grad_normed = (sample(out.shape, "normal", t, generator) for t in (residual_dtype, dtype))
+    fused = raw.layer_scale_residual_norm_backward(
+        grad_out, grad_normed, out, branch, gamma, row_scale, weight, mean, rstd, kind, [True] * 4 + [is_layer_norm]
+    )
+    backward = raw.layer_norm_backward if is_layer_norm else raw.rms_norm_backward
+    mask = [True] * (3 if is_layer_norm else 2)
+    grad_x, *of_norm = backward(grad_normed.float(), out, weight.float(), *statistics, mask)
+    grad_residual = grad_x + grad_out
+    of_residual = raw.layer_scale_residual_backward(grad_residual, branch, gamma, row_scale, dtype, [True, True])
+    of_norm = [g.to(dtype) for g in of_norm]
+    for a, b in zip(fused, [grad_residual, *of_residual, *of_norm], strict=False):
+        assert torch.equal(a, b)
+
+
 @dtypes
 @pytest.mark.parametrize("channels", [40, 1024, 3200])
 def test_misaligned_tensors_have_the_same_bits(on_host, dtype, channels, generator) -> None:

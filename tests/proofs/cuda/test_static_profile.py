@@ -41,7 +41,7 @@ def test_every_instantiation_is_there(rows) -> None:
     """
     listed = re.findall(r"INTERNVIT_VECTORS_\d+_BIT\(X\) (.*)", (SOURCES / "cuda/device/launch.h").read_text())
     ladders = [len(re.findall(r"X\(\d+\)", line)) for line in listed]  # 16 bit, 32 bit
-    row_kernels = 4 * ladders[0] + ladders[1]
+    row_kernels = 2 * ladders[0] + 3 * ladders[1]
     texts = [path.read_text() for path in (SOURCES / "cuda/ops").glob("*.cuh")]
     kernels = [name for text in texts for name in re.findall(r"(\w+_kernel)\(const __grid_constant__", text)]
     count = dict.fromkeys(kernels, 2 * 3) | {"norm_kernel": 2 * row_kernels, "norm_backward_kernel": 3 * row_kernels}
@@ -70,15 +70,18 @@ def test_within_budget(rows) -> None:
 def test_hot_loops_move_16_bytes(rows) -> None:
     """Where an aligned kernel still loads, only statistics and row scales are narrower; a scalar one moves elements.
 
-    After its last load a block of backward writes its one row of sums; ptxas splits some of these stores.
+    A 16-bit branch beside a float32 residual moves in vectors of 8 bytes. After its last load a block of backward
+    writes its one row of sums; ptxas splits some of these stores.
     """
     streams = {"norm_kernel": 5, "norm_backward_kernel": 6}
+    of_residual = {"norm_kernel": 3, "norm_backward_kernel": 3}
     for row in rows:
         if "scalar" in row["config"]:
             assert row["global_16_byte"] == 0, key(row)
             continue
         vectors = int(re.search(r"vectors=(\d+)", row["config"] + " vectors=1").group(1))
-        assert row["global_16_byte"] >= streams.get(row["kernel"], 3) * vectors, key(row)
+        mixed = row["config"].split()[1] == "float32"
+        assert row["global_16_byte"] >= (of_residual if mixed else streams).get(row["kernel"], 3) * vectors, key(row)
         if row["kernel"] != "gelu_kernel":  # its last vector may not be whole and has a path of its own
             narrow = row["narrow_until_last_load"]
             assert narrow <= 3, f"{key(row)}: {narrow} narrow global accesses"

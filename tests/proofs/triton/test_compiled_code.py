@@ -47,14 +47,23 @@ def summed_layouts(arch, function, *args):
     return layouts
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+WIDTHS = [("sm_90", "bfloat16", "float32", channels) for channels in (40, 384, 1024, 3200)]
+DTYPES = [
+    ("gfx942", "bfloat16", "float32", 1024),
+    ("sm_90", "float16", "float32", 1024),
+    ("sm_90", "bfloat16", "bfloat16", 1024),
+    ("sm_90", "float32", "float32", 1024),
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "residual_dtype", "channels"), WIDTHS + DTYPES)
 @pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
-@pytest.mark.parametrize("channels", [384, 1024, 3200])
-def test_float32_residual_is_summed_in_one_order(arch, norm_type, channels):
-    """The fused op with a bfloat16 branch, and the norm of its float32 residual: with eight neighbours a thread in one
-    and four in the other, 36 % of the sums of squares differed in bits."""
-    residual, branch = torch.empty(2, 1025, channels), torch.empty(2, 1025, channels, dtype=torch.bfloat16)
-    weight = torch.empty(channels, dtype=torch.bfloat16)
+def test_residual_is_summed_in_one_order(arch, norm_type, dtype, residual_dtype, channels):
+    """The fused op, and the norm of its residual: with eight neighbours a thread in one and four in the other, 36 % of
+    the sums of squares differed in bits for a bfloat16 branch beside a float32 residual."""
+    residual = torch.empty(2, 1025, channels, dtype=getattr(torch, residual_dtype))
+    branch = torch.empty(2, 1025, channels, dtype=getattr(torch, dtype))
+    weight = torch.empty(channels, dtype=branch.dtype)
     bias = weight if norm_type == "layer_norm" else None
     args = (residual, branch, weight, None, weight, bias, 1e-6, norm_type, "fused")
     fused = summed_layouts(arch, layer_scale_residual_norm, *args)["layer_scale_residual_norm_kernel"]
@@ -65,7 +74,7 @@ def test_float32_residual_is_summed_in_one_order(arch, norm_type, channels):
     assert fused == apart["norm_kernel"]
 
 
-@pytest.mark.parametrize("channels", [1024, 3200])
+@pytest.mark.parametrize("channels", [40, 384, 1024, 3200])
 def test_float32_residuals_gradient_is_summed_in_one_order(channels):
     residual, grad = torch.empty(2, 1025, channels), torch.empty(2, 1025, channels, dtype=torch.bfloat16)
     weight, rstd = torch.empty(channels, dtype=torch.bfloat16), torch.empty(2, 1025)

@@ -1,6 +1,8 @@
 """Launch choices: rules by shape and target, measured files before rules, recording instead of running."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from internvit.kernels.common import launch
 from internvit.kernels.common.rows import RowConfig, persistent_programs, row_config
 from internvit.kernels.common.target import TARGETS
 from internvit.kernels.tools import tune
+from internvit.kernels.tools.static_profile import resident_programs
 from internvit.ops.backends.registry import implementation
 from tests.support.implementations import call
+
+BUDGET = Path(__file__).with_name("budget.json")
 
 
 def test_row_rule_holds_whole_rows():
@@ -25,11 +30,34 @@ def test_row_rule_holds_whole_rows():
     assert RowConfig.rule(1024).rows > 1
 
 
-def test_persistent_programs_are_at_most_two_per_multiprocessor():
+def test_persistent_programs_are_those_that_a_gpu_holds():
     choice, target = RowConfig.rule(3200), TARGETS["sm_90"]
     assert persistent_programs(0, choice, target) == 0
     assert persistent_programs(5, choice, target) == 5
-    assert persistent_programs(100_000, choice, target) == 264
+    assert persistent_programs(100_000, choice, target) == 2 * 132
+    assert persistent_programs(100_000, RowConfig.rule(1024), target) == 3 * 132
+    assert persistent_programs(100_000, RowConfig.rule(8192), target) == 132
+
+
+def test_persistent_programs_have_room_in_what_was_compiled():
+    """By the committed registers and shared memory of each kernel that sums over rows; one more program of the fused
+    backward may fit, not two."""
+    compiled = 0
+    for key, (registers, shared, _) in json.loads(BUDGET.read_text())["rows"].items():
+        found = re.match(
+            r"(\w+) (\w*norm_backward|layer_scale_residual_backward)_kernel: .* C=(\d+) .*warps=(\d+)", key
+        )
+        if found is None:
+            continue
+        target, channels, warps = TARGETS[found[1]], int(found[3]), int(found[4])
+        assert RowConfig.rule(channels).warps == warps
+        started = persistent_programs(10**9, RowConfig.rule(channels), target) // target.multiprocessors
+        held = resident_programs(target, registers, shared, warps)
+        assert started <= held, key
+        if "layer_scale_residual_norm" in found[2]:
+            assert held - started <= 1, key
+        compiled += 1
+    assert compiled > 50
 
 
 @pytest.fixture
@@ -44,7 +72,7 @@ def tuned_file(tmp_path, monkeypatch):
         cached.cache_clear()
 
 
-MEASURED = {"rms_norm": {"C=1024": {"rows": 1, "warps": 2}}}
+MEASURED = {"layer_scale_residual_norm": {"C=1024": {"rows": 1, "warps": 2}}}
 
 
 def test_a_measured_file_goes_before_the_rule(tuned_file):
@@ -52,14 +80,30 @@ def test_a_measured_file_goes_before_the_rule(tuned_file):
     assert json.loads(tuned_file.read_text())["device"] == "a test"
     target = TARGETS["sm_90"]
     assert row_config("rms_norm", 1024, target) == RowConfig(1, 2)
-    assert row_config("layer_norm", 1024, target) == RowConfig.rule(1024)
+    assert row_config("qk_norm", 1024, target) == RowConfig.rule(1024)
+    assert row_config("rms_norm_backward", 1024, target) == RowConfig.rule(1024)
     assert row_config("rms_norm", 1024, TARGETS["sm_80"]) == RowConfig.rule(1024)
+
+
+@pytest.mark.parametrize("backward", ["", "_backward"])
+def test_the_fused_op_and_its_parts_take_one_measured_choice(tuned_file, backward):
+    """With choices of their own they added a row's squares in different orders."""
+    own = {
+        "rms_norm": (2, 4),
+        "layer_norm": (4, 4),
+        "layer_scale_residual": (2, 8),
+        "layer_scale_residual_norm": (1, 8),
+    }
+    choices = {f"{op}{backward}": {"C=1024": dict(rows=r, warps=w)} for op, (r, w) in own.items()}
+    tune.write(tuned_file, choices)
+    assert {row_config(kernel, 1024, TARGETS["sm_90"]) for kernel in choices} == {RowConfig(1, 8)}
 
 
 def test_the_users_file_goes_before_the_packages(tuned_file, tmp_path, monkeypatch):
     shipped = tmp_path / "package" / "sm_90.json"
     monkeypatch.setattr(configs, "tuned_files", lambda target: (tuned_file, shipped))
-    tune.write(shipped, {"rms_norm": {"C=1024": {"rows": 4, "warps": 4}, "C=3200": {"rows": 1, "warps": 4}}})
+    measured = {"C=1024": {"rows": 4, "warps": 4}, "C=3200": {"rows": 1, "warps": 4}}
+    tune.write(shipped, {"layer_scale_residual_norm": measured})
     tune.write(tuned_file, MEASURED)
     assert row_config("rms_norm", 1024, TARGETS["sm_90"]) == RowConfig(1, 2)
     assert row_config("rms_norm", 3200, TARGETS["sm_90"]) == RowConfig(1, 4)
@@ -72,10 +116,10 @@ def test_the_users_file_goes_before_the_packages(tuned_file, tmp_path, monkeypat
         '{"configs": ',
         "[]",
         '{"kernels": {}}',
-        '{"configs": {"rms_norm": 3}}',
-        '{"configs": {"rms_norm": {"C=1024": {"rows": "two", "warps": 2}}}}',
-        '{"configs": {"rms_norm": {"C=1024": {"rows": 1, "warps": -2}}}}',
-        '{"configs": {"rms_norm": {"C=1024": {"lines": 1}}}}',
+        '{"configs": {"qk_norm": 3}}',
+        '{"configs": {"qk_norm": {"C=1024": {"rows": "two", "warps": 2}}}}',
+        '{"configs": {"qk_norm": {"C=1024": {"rows": 1, "warps": -2}}}}',
+        '{"configs": {"qk_norm": {"C=1024": {"lines": 1}}}}',
     ],
 )
 def test_a_broken_file_is_ignored_with_a_warning(tuned_file, text):
@@ -84,7 +128,7 @@ def test_a_broken_file_is_ignored_with_a_warning(tuned_file, text):
     with pytest.warns(
         RuntimeWarning, match=r"rules are used instead; .* `python -m internvit.kernels.tools.tune --out FILE`"
     ):
-        assert row_config("rms_norm", 1024, TARGETS["sm_90"]) == RowConfig.rule(1024)
+        assert row_config("qk_norm", 1024, TARGETS["sm_90"]) == RowConfig.rule(1024)
 
 
 def test_a_failed_write_leaves_the_old_file(tuned_file):

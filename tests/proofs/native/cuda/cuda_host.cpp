@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <map>
 #include <mutex>
 #include <random>
 #include <vector>
@@ -239,6 +240,13 @@ const char* run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
     if (!failure.empty()) return failure.c_str();
   }
   return nullptr;
+}
+
+int resident_blocks(const void* kernel) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  static std::map<const void*, int> blocks;
+  return blocks.emplace(kernel, 2 + int(blocks.size() % 3)).first->second;
 }
 
 }  // namespace internvit::cuda::host

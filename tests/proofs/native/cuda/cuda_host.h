@@ -24,6 +24,10 @@
 #define __shared__ static
 #define INTERNVIT_DEVICE inline
 
+struct uint2 {
+  uint32_t x, y;
+} __attribute__((aligned(8)));
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 struct uint4 {
   uint32_t x, y, z, w;
 } __attribute__((aligned(16)));
@@ -57,6 +61,9 @@ void barrier();
 float shuffle_xor(uint32_t mask, float x, int offset);
 const char* run(dim3 grid, dim3 block, const std::function<void()>& body);
 
+// Blocks of a kernel that a multiprocessor holds: 2 to 4, another number for each next kernel that is asked for.
+int resident_blocks(const void* kernel);
+
 }  // namespace internvit::cuda::host
 
 inline void __syncthreads() { internvit::cuda::host::barrier(); }
@@ -73,6 +80,7 @@ inline float __uint_as_float(uint32_t bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __frsqrt_rn(float x) { return float(1.0 / std::sqrt(double(x))); }
 inline int min(int a, int b) { return a < b ? a : b; }
 
@@ -117,6 +125,11 @@ inline uint32_t packed(float low, float high, f16) {
     return uint32_t(bits);
   };
   return one(low) | one(high) << 16;
+}
+
+template <class Argument>
+int resident_blocks_of(void (*kernel)(Argument), int) {
+  return host::resident_blocks(reinterpret_cast<const void*>(kernel));
 }
 
 template <class Argument>
