@@ -159,6 +159,25 @@ def _triton_fails_on_gpu() -> str | None:
     return next((reason for reason in reasons if reason), None) or launch.failure_to_start()
 
 
+def _needs_8_0(dtypes: tuple[torch.dtype, ...]) -> Unsupported:
+    """For code compiled for compute capability 8.0 and higher alone."""
+
+    def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+        return _only(("cuda",), dtypes)(device, dtype, head_dim) or _below_8_0()
+
+    return unsupported_reason
+
+
+def _below_8_0() -> str | None:
+    if torch.version.hip or not torch.cuda.is_available():
+        return None
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < 8:
+            return f"it needs compute capability 8.0 or higher, GPU {index} has {major}.{minor}"
+    return None
+
+
 def _anything(device: str, dtype: torch.dtype, head_dim: int) -> None:
     return None
 
@@ -178,7 +197,7 @@ BACKENDS: dict[str, Backend] = {
             "flash",
             "internvit.ops.backends.flash",
             _package("flash_attn", "pip install 'internvit[flash]' on a machine with an NVIDIA GPU"),
-            _only(("cuda",), (torch.bfloat16, torch.float16)),
+            _needs_8_0((torch.bfloat16, torch.float16)),
             folds_qk_norm=False,
         ),
         Backend(
@@ -193,7 +212,7 @@ BACKENDS: dict[str, Backend] = {
             "cuda",
             "internvit.ops.backends.cuda",
             _library("internvit_cuda"),
-            _only(("cuda",), _FLOATS),
+            _needs_8_0(_FLOATS),
             folds_qk_norm=False,
             lse_devices=(),
         ),
