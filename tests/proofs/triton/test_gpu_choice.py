@@ -38,10 +38,9 @@ def test_below_8_0_auto_never_takes_triton(capabilities, op, head_dim, monkeypat
         resolve(op, "triton", head_dim=head_dim)
 
 
-@pytest.mark.parametrize("name", ["cuda", "flash"])
-def test_below_8_0_no_compiled_library_is_taken(name, monkeypatch):
-    """They have no code for it."""
-    reason = registry.BACKENDS[name].unsupported_reason
+def test_below_8_0_the_compiled_library_is_not_taken(monkeypatch):
+    """It has no code for it."""
+    reason = registry.BACKENDS["cuda"].unsupported_reason
     Properties(monkeypatch, (8, 0), (7, 5))
     assert "needs compute capability 8.0 or higher, GPU 1 has 7.5" in reason("cuda", torch.bfloat16, 64)
     Properties(monkeypatch, (8, 0), (9, 0))
