@@ -1,6 +1,6 @@
 """Compiles what models launch, and what the tuner tries, on all cores into Triton's cache: no GPU waits for it.
 
-    python -m internvit.kernels.tools.compile_ahead [--target sm_90] [--tune] [--jobs 16] [--count]
+    python -m internvit.kernels.tools.compile_ahead [--target sm_90] [--kernels models tuning] [--jobs 16] [--count]
 
 No GPU is needed: the published models run on the CPU without computing anything (`model_launches`), and each distinct
 kernel is compiled once, with the JIT's own key, so that the first launch on the GPU finds it. By default for the GPU at
@@ -73,7 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--target", choices=tuple(TARGETS), help="the GPU at hand by default")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--tune", action="store_true", help="the tuner's pruned candidates too, in bfloat16")
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=["models"],
+        choices=["models", "tuning"],
+        help="what models launch; what the tuner's pruned candidates launch, in bfloat16",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, one a core by default")
     parser.add_argument("--first", type=int, metavar="N", help="only the first N kernels")
     parser.add_argument("--count", action="store_true", help="count the kernels and compile none")
@@ -81,9 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.target is None and not torch.cuda.is_available():
         parser.error("--target is needed: no GPU is visible to torch")
     target = TARGETS[asked.target] if asked.target else target_of_device(0)
-    kernels = model_kernels(target, [getattr(torch, name) for name in asked.dtype])
-    if asked.tune:
-        kernels += [one for one in tuning_kernels(target, torch.bfloat16) if one not in set(kernels)]
+    found: list[Specialization] = []
+    if "models" in asked.kernels:
+        found += model_kernels(target, [getattr(torch, name) for name in asked.dtype])
+    if "tuning" in asked.kernels:
+        found += tuning_kernels(target, torch.bfloat16)
+    kernels = list(dict.fromkeys(found))
     if asked.count:
         print(len(kernels))
         return 0
