@@ -45,11 +45,13 @@ class Implementation:
         name: as the table prints it; ours start with "internvit".
         build: makes the callable that takes the case's inputs; raises MissingPeerError where the peer is not to be had.
         trains: False for those that have no backward.
+        compiles: torch.compile's, whose building takes as long as timing many others.
     """
 
     name: str
     build: Callable[[], Callable[..., Any]]
     trains: bool = True
+    compiles: bool = False
 
     @property
     def ours(self) -> bool:
@@ -239,7 +241,7 @@ def op_case(
     implementations = [Implementation(f"{OURS} {b}", case.ours(b)) for b in backends]
     implementations.append(Implementation("eager", lambda: case.plain))
     if compile_peer and not setting.quick:
-        implementations.append(Implementation("torch.compile", compiled(case.plain)))
+        implementations.append(Implementation("torch.compile", compiled(case.plain), compiles=True))
     implementations += [Implementation(peer, build) for peer, build in (peers or {}).items()]
     least = cost(spec, size, dtype, variant)
     return BenchmarkCase(

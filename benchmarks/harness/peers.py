@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internvit.benchmarks.harness.cases import MissingPeerError, Setting, needs
 from internvit.config import InternViTConfig
@@ -38,6 +39,26 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention on [B, N, H, D]."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def sdpa_kernels(setting: Setting) -> dict[str, Callable[[], Callable]]:
+    """Each of the kernels under PyTorch's attention on a GPU; the one that SDPA takes by itself is "SDPA"."""
+    if not setting.device.startswith("cuda"):
+        return {}
+
+    def build(kernel: SDPBackend) -> Callable:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(kernel):
+                return sdpa(q, k, v)
+
+        return run
+
+    kernels = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    }
+    return {f"SDPA {name}": functools.partial(build, kernel) for name, kernel in kernels.items()}
 
 
 def flash_attn(setting: Setting) -> Mapping[str, Callable[[], Callable]]:

@@ -24,7 +24,7 @@ from internvit.benchmarks.harness.cases import (
     row_cases,
     tensors,
 )
-from internvit.benchmarks.harness.results import Results, Row, machine, with_speedups
+from internvit.benchmarks.harness.results import Results, Row, machine, read, with_speedups
 from internvit.benchmarks.harness.timing import (
     Times,
     copies_past_cache,
@@ -124,6 +124,10 @@ def run_case(
         try:
             function = implementation.build()
             failures = checked(case, implementation, mode, function) if implementation.ours else []
+            if not failures:
+                call, sets = callable_for(case, mode, function)
+                candidate = rotating(call, sets)
+                held = peak_bytes(candidate, setting.device)
         except MissingPeerError as gap:
             gaps.append(dataclasses.replace(row, note=str(gap)))
             continue
@@ -134,10 +138,9 @@ def run_case(
         if failures:
             gaps.append(dataclasses.replace(row, note=f"refused, the result is wrong: {'; '.join(failures)}"))
             continue
-        call, sets = callable_for(case, mode, function)
-        ready[implementation.name, "eager"] = rotating(call, sets)
+        ready[implementation.name, "eager"] = candidate
         calls[implementation.name, "eager"] = 1
-        memory[implementation.name, "eager"] = peak_bytes(ready[implementation.name, "eager"], setting.device)
+        memory[implementation.name, "eager"] = held
         if setting.device.startswith("cuda"):
             try:
                 replay, count = graphed(call, sets)
@@ -201,6 +204,8 @@ def run(
     folder: Path | None = None,
     progress: Progress = lambda text: None,
     wrap: Callable[[list], Any] = lambda steps: steps,
+    compiles_last: bool = False,
+    resume: bool = False,
 ) -> Results:
     """Runs benchmark files and returns what they measured; Ctrl-C returns what was measured before it.
 
@@ -212,14 +217,59 @@ def run(
         folder: where bench.json and bench.csv are written after every piece of case.
         progress: called with the name of what is timed next.
         wrap: puts a progress bar around the list of steps.
+        compiles_last: implementations that torch.compile builds come after all others, beside ours once more.
+        resume: rows in `folder` that this device measured are kept, and not measured again.
     """
     with freed_pages_kept() as kept:
         pages = "kept" if kept else "as the system has it"
-        return _run(benches, setting or Setting(), peers, rounds, folder, progress, wrap, pages)
+        steps = functools.partial(_steps, benches, setting or Setting(), compiles_last)
+        return _run(steps, setting or Setting(), peers, rounds, folder, progress, wrap, pages, resume)
+
+
+def _new(found: list[Row], rows: list[Row]) -> list[Row]:
+    """The rows found that are not there yet: what is timed again beside another is kept from the first time."""
+    known = {row.key for row in rows}
+    return [row for row in found if row.key not in known]
+
+
+Step = tuple[BenchmarkCase, str]
+
+
+def _steps(benches: tuple[str, ...], setting: Setting, compiles_last: bool) -> list[Step]:
+    """(case, mode) in the order in which they are timed."""
+    steps = [(case, mode) for case in cases(benches, setting) for mode in case.modes]
+    if not compiles_last:
+        return steps
+
+    def of(case: BenchmarkCase, keep: Callable[[Implementation], bool]) -> BenchmarkCase:
+        return dataclasses.replace(case, implementations=tuple(filter(keep, case.implementations)))
+
+    early = [(of(case, lambda one: not one.compiles), mode) for case, mode in steps]
+    late = [
+        (of(case, lambda one: one.ours or one.compiles), mode)
+        for case, mode in steps
+        if any(one.compiles for one in case.implementations)
+    ]
+    return early + late
+
+
+def _measured(folder: Path | None, facts: dict[str, Any]) -> list[Row]:
+    """The rows that an earlier run left in `folder` on the same device, with the same torch and code."""
+    if folder is None or not (folder / "bench.json").is_file():
+        return []
+    earlier = read(folder)
+    same = all(earlier.machine.get(name) == facts.get(name) for name in ("device", "torch", "versions", "git"))
+    return list(earlier.rows) if same else []
+
+
+def _is_measured(case: BenchmarkCase, mode: str, rows: list[Row]) -> bool:
+    names = {one.name for one in case.implementations if mode == FORWARD or one.trains}
+    work = case.bench, case.shape, case.dtype_name, mode
+    return names <= {row.variant for row in rows if row.work[:4] == work}
 
 
 def _run(
-    benches: tuple[str, ...],
+    plan: Callable[[], list[Step]],
     setting: Setting,
     peers: tuple[str, ...] | None,
     rounds: int | None,
@@ -227,11 +277,12 @@ def _run(
     progress: Progress,
     wrap: Callable[[list], Any],
     pages: str,
+    resume: bool,
 ) -> Results:
     progress("measuring the machine's limits")
     limits = machine_limits.measure(setting.device, setting.dtypes, setting.quick)
     facts = {**machine(setting.device), "freed pages": pages}
-    rows: list[Row] = []
+    rows: list[Row] = _measured(folder, facts) if resume else []
     costs: dict[str, float] = {}
 
     def results(complete: bool) -> Results:
@@ -244,13 +295,12 @@ def _run(
     try:
         progress("the cost of a call")
         costs.update(call_costs(setting))
-        steps = [(case, mode) for case in cases(benches, setting) for mode in case.modes]
-        for case, mode in wrap(steps):
+        for case, mode in wrap([step for step in plan() if not _is_measured(*step, rows)]):
             progress(f"{case.bench} {case.shape} {case.dtype_name} {mode}")
             count = rounds or (3 if setting.quick else 5 if case.bench in ("model", "block", "patch") else 15)
             current = []
             for found in run_case(case, mode, setting, peers, count, limits):
-                current = found
+                current = _new(found, rows)
             rows += current
             current = []
             results(False)

@@ -5,7 +5,7 @@ Unmeasured: no GPU has run this yet.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -16,14 +16,15 @@ from internvit.model.hooks import has_hooks
 
 Tensors = tuple[Tensor, ...]
 
+LIMIT = 8
 WARM_UPS = 2
 """Runs before capture: the first compiles kernels and lets cuBLAS allocate, which a capture may not."""
 
 
 class _Captured:
-    """One graph with the memory it reads its input from and writes its outputs to."""
+    """One graph with the memory it reads its input of `shape` from and writes its outputs to."""
 
-    def __init__(self, run: Callable[[Tensor], Tensors], x: Tensor, pool: Any) -> None:
+    def __init__(self, run: Callable[[Tensor], Tensors], x: Tensor, shape: tuple[int, ...], pool: Any) -> None:
         # An inference tensor could not be written to outside inference mode later; weights that autocast has cast and
         # cached are freed when it ends, under a graph that still reads them.
         kind = x.device.type
@@ -34,8 +35,8 @@ class _Captured:
             torch.autocast(kind, dtype, autocast, cache_enabled=False),
             torch.cuda.device(x.device),
         ):
-            self.input = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            self.input.copy_(x)
+            self.input = torch.zeros(shape, dtype=x.dtype, device=x.device)
+            self._fill(x)
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
@@ -43,18 +44,30 @@ class _Captured:
                     run(self.input)
             current.wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
+            # In mode "global" a call of any thread that may not be captured ends the capture, as pin_memory's of a
+            # DataLoader: cudaHostAlloc.
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 self.outputs = run(self.input)
+
+    def _fill(self, x: Tensor) -> None:
+        """Copies x to the start of the input; what lies behind it, zeros or an earlier call's images, is not read."""
+        (self.input if x.shape == self.input.shape else self.input[: x.shape[0]]).copy_(x)
 
     def __call__(self, x: Tensor) -> Tensors:
         with torch.cuda.device(x.device):
-            self.input.copy_(x)
+            self._fill(x)
             self.graph.replay()
-            return tuple(t.clone() for t in self.outputs)  # the graph's own are overwritten by its next replay
+            # The graph's own outputs are overwritten by its next replay.
+            if x.shape == self.input.shape:
+                return tuple(t.clone() for t in self.outputs)
+            return tuple(t[: x.shape[0]].clone() for t in self.outputs)
 
 
 class GraphedFunction:
     """`run(x) -> tensors` by CUDA graphs, one for each shape, dtype and device of x, autocast and `variant`.
+
+    With `batches` an input whose first dimension is none of them is padded to the next larger one, and outputs are cut
+    to it; `run` must treat images apart. A batch larger than all of them has a graph of its own.
 
     The first call of a kind runs `run` twice on a side stream and captures it; later ones copy x into the graph's
     input, replay, and return copies of its outputs. `run` may do nothing but launch kernels: Python in it runs at
@@ -62,10 +75,19 @@ class GraphedFunction:
 
     Args:
         limit: how many graphs are kept; the one unused for longest is freed for a new one.
+        batches: the batch sizes that graphs are made for; all, if none are given.
+
+    Raises:
+        ValueError: a limit or batch size below 1.
     """
 
-    def __init__(self, limit: int = 8) -> None:
+    def __init__(self, limit: int = LIMIT, batches: Sequence[int] = ()) -> None:
+        for name, numbers in (("limit", [limit]), ("batches", batches)):
+            if any(type(n) is not int or n < 1 for n in numbers):
+                got = limit if name == "limit" else tuple(batches)
+                raise ValueError(f"cuda_graph: {name} must be whole numbers of at least 1, got {got!r}")
         self.limit = limit
+        self.batches = tuple(sorted(set(batches)))
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._pool: Any = None
         self._lock = Lock()
@@ -77,13 +99,16 @@ class GraphedFunction:
     def _replay(self, run: Callable[[Tensor], Tensors], x: Tensor, variant: Hashable) -> Tensors:
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (tuple(x.shape), x.dtype, x.device, autocast, variant)
+        shape = tuple(x.shape)
+        if self.batches:
+            shape = next((b for b in self.batches if b >= shape[0]), shape[0]), *shape[1:]
+        key = (shape, x.dtype, x.device, autocast, variant)
         if key not in self._graphs:
             if len(self._graphs) >= self.limit:
                 self._graphs.popitem(last=False)[1].graph.reset()
             # Graphs share one pool: none runs beside another, and outputs stay alive, so nothing is overwritten.
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[key] = _Captured(run, x, self._pool)
+            self._graphs[key] = _Captured(run, x, shape, self._pool)
         self._graphs.move_to_end(key)
         return self._graphs[key](x)
 

@@ -11,14 +11,14 @@ become stale, or is verified at each call, is derived from them:
   are those of the capture; if not, the graphs are captured again, or the blocks run without.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from internvit.config import InternViTConfig
-from internvit.inference.cuda_graph import CaptureGuard, GraphedFunction
+from internvit.inference.cuda_graph import LIMIT, CaptureGuard, GraphedFunction
 from internvit.inference.packed_block import PackedBlock, can_pack
 from internvit.model import recompute
 from internvit.model.block import is_unmodified
@@ -38,11 +38,11 @@ class OptimizedInternViT(nn.Module):
         model: the `InternViT`. What is done to it is done to this one.
     """
 
-    def __init__(self, model: InternViT, pack: bool, cuda_graph: bool = False) -> None:
+    def __init__(self, model: InternViT, pack: bool, graphs: GraphedFunction | None = None) -> None:
         super().__init__()
         self.model = model
         self.pack = pack
-        self._graphs = GraphedFunction() if cuda_graph else None
+        self._graphs = graphs
         self._guard: CaptureGuard | None = None
         self._packed: dict[int, PackedBlock] = {}
         self._pack_all()
@@ -163,10 +163,11 @@ class OptimizedInternViT(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the model: packed weights are one machine's, graphs one process's."""
-        return {**self.__dict__, "_packed": {}, "_guard": None, "_graphs": self._graphs is not None}
+        graphs = self._graphs and (self._graphs.limit, self._graphs.batches)
+        return {**self.__dict__, "_packed": {}, "_guard": None, "_graphs": graphs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_graphs": GraphedFunction() if state["_graphs"] else None})
+        super().__setstate__({**state, "_graphs": state["_graphs"] and GraphedFunction(*state["_graphs"])})
         self._pack_all()
 
     def extra_repr(self) -> str:
@@ -181,7 +182,13 @@ def _modified_layers(model: InternViT) -> list[int]:
     return [i for i, layer in enumerate(model.encoder.layers) if layer.training or not is_unmodified(layer)]
 
 
-def optimize_for_inference(model: InternViT, pack: bool = True, cuda_graph: bool = False) -> OptimizedInternViT:
+def optimize_for_inference(
+    model: InternViT,
+    pack: bool = True,
+    cuda_graph: bool = False,
+    graph_limit: int = LIMIT,
+    graph_batches: Sequence[int] = (),
+) -> OptimizedInternViT:
     """Prepares a model for inference on this machine: the same forward, faster, without gradients.
 
     On a CPU the four Linears of each bfloat16 block get packed copies of their weights, LayerScale folded into proj and
@@ -192,16 +199,21 @@ def optimize_for_inference(model: InternViT, pack: bool = True, cuda_graph: bool
     Args:
         model: an `InternViT` in eval mode; it is not changed.
         pack: False for no packed copies: the model's own forward, without gradients.
-        cuda_graph: on a GPU, capture the blocks as a CUDA graph for each shape of input (at most eight; what was
-            unused for longest is freed first) and replay it. The first call of a shape runs three times. Calls must not
-            overlap on several streams. Unmeasured: no GPU has run this yet.
+        cuda_graph: on a GPU, capture the blocks as a CUDA graph for each shape of input and replay it. The first call
+            of a shape runs three times. Calls must not overlap on several streams. Unmeasured: no GPU has run this yet.
+        graph_limit: how many graphs are kept; the one unused for longest is freed for a new one.
+        graph_batches: the batch sizes to capture graphs for, as (1, 2, 4, 8, 13) for InternVL's 1 to 13 tiles; smaller
+            batches are padded to the next one. This library's own kernels give an image the same bits in each batch.
+            Libraries that choose a kernel by the batch need not: cuBLAS, for the Linears of all backends, and torch's
+            SDPA and flash-attn, for the attention of `cuda`, `sdpa` and `flash`.
 
     Returns:
         A module with the model's forward and state_dict, which can be copied and pickled; `.undo()` gives the model.
 
     Raises:
         ValueError: not an `InternViT`, or in training mode; `cuda_graph` for a model that is not on a GPU, or with
-            hooks, adapters or replaced parts, whose Python a graph would run at capture only.
+            hooks, adapters or replaced parts, whose Python a graph would run at capture only; a limit or batch size
+            below 1.
     """
     if not isinstance(model, InternViT):
         raise ValueError(f"optimize_for_inference: model must be an InternViT, got {type(model).__name__}")
@@ -218,4 +230,5 @@ def optimize_for_inference(model: InternViT, pack: bool = True, cuda_graph: bool
             f"optimize_for_inference: cuda_graph=True cannot take layers {modified}: their hooks, adapters or replaced "
             "parts would run at capture only; remove them, or leave cuda_graph out"
         )
-    return OptimizedInternViT(model, pack, cuda_graph).eval()
+    graphs = GraphedFunction(graph_limit, graph_batches)
+    return OptimizedInternViT(model, pack, graphs if cuda_graph else None).eval()

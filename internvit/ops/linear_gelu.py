@@ -129,8 +129,8 @@ def linear_gelu_with_pre_activation(
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)  # type: ignore[assignment]
-    name = resolve(OP, x, backend)
-    return (*LINEAR_GELU.call((x, weight, bias, True), name), name)
+    outputs = LINEAR_GELU.call((x, weight, bias, True), backend)
+    return (*outputs, str(resolve(OP, x, backend)))  # resolved last: the call may have taken the next backend
 
 
 def _example(make: Inputs) -> dict[str, Any]:

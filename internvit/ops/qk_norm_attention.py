@@ -26,7 +26,7 @@ from internvit.ops.attention import formula as attention_formula
 from internvit.ops.backends.registry import BACKENDS, has_implementation, implementation
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype
-from internvit.ops.core.registration import define, define_backward, empty_grad
+from internvit.ops.core.registration import OPS, define, define_backward, empty_grad
 from internvit.ops.core.select import resolve
 from internvit.ops.core.spec import Inputs, OpSpec, multiplies, register_spec
 from internvit.ops.qk_norm import formula as qk_norm_formula
@@ -39,9 +39,11 @@ def _folds(backend: str, rounding: str) -> bool:
     return rounding == "fused" and BACKENDS[backend].folds_qk_norm
 
 
-def _norm_backend(q: Tensor, backend: str) -> str:
-    """The backend of `qk_norm` beside an attention backend that has none of its own, as sdpa and flash."""
-    return backend if has_implementation("qk_norm", backend) else resolve("qk_norm", q, "auto")
+def _run_qk_norm(op: str, q: Tensor, backend: str, *args: Any) -> Any:
+    """`op`, qk_norm or its backward, on `backend`; by `auto` where it has none of its own, as sdpa and flash."""
+    if has_implementation(op, backend):
+        return implementation(op, backend)(*args)
+    return OPS[op].run_or_fall_back(OPS[op].run, (*args, resolve("qk_norm", q, "auto")))
 
 
 def _forward(
@@ -61,8 +63,8 @@ def _forward(
     if _folds(backend, rounding):
         rstd_q, rstd_k = implementation("qk_norm_stats", backend)(q, k, eps)
         return (*attention(q, k, v, scale, QKNorm(q_weight, k_weight, rstd_q, rstd_k)), rstd_q, rstd_k)
-    norm = implementation("qk_norm", _norm_backend(q, backend))
-    q_normed, k_normed, rstd_q, rstd_k = norm(q, k, q_weight, k_weight, eps, rounding)
+    normed = _run_qk_norm("qk_norm", q, backend, q, k, q_weight, k_weight, eps, rounding)
+    q_normed, k_normed, rstd_q, rstd_k = normed
     return (*attention(q_normed, k_normed, v, scale, None), rstd_q, rstd_k)
 
 
@@ -94,13 +96,12 @@ def _backward(
             folded.row_dot_q.sum(1) / rstd_q, folded.row_dot_k.sum(1) / rstd_k, q, k, rstd_q, rstd_k, *grads[:2]
         )
         return folded.q_weight, folded.k_weight
-    norm_backend = _norm_backend(q, backend)
-    q_normed, k_normed, _, _ = implementation("qk_norm", norm_backend)(q, k, q_weight, k_weight, eps, rounding)
+    q_normed, k_normed, _, _ = _run_qk_norm("qk_norm", q, backend, q, k, q_weight, k_weight, eps, rounding)
     normed_grads = torch.empty_like(q_normed), torch.empty_like(k_normed)
     backward(grad_out, SavedAttention(q_normed, k_normed, v, out, lse, scale, None), (*normed_grads, grads[2]))
-    grad_q, grad_k, grad_q_weight, grad_k_weight = implementation("qk_norm_backward", norm_backend)(
-        *normed_grads, q, k, q_weight, k_weight, rstd_q, rstd_k, (True,) * 4
-    )
+    normed = q, k, q_weight, k_weight, rstd_q, rstd_k, (True,) * 4
+    grads_of_norm = _run_qk_norm("qk_norm_backward", q, backend, *normed_grads, *normed)
+    grad_q, grad_k, grad_q_weight, grad_k_weight = grads_of_norm
     grads[0].copy_(grad_q)
     grads[1].copy_(grad_k)
     return grad_q_weight, grad_k_weight

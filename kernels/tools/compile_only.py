@@ -170,36 +170,58 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def specializing(target: Target, receive: Callable[[Launch, Specialization], None]) -> Iterator[None]:
-    """Inside, no kernel runs: `receive` gets each launch, specialised as for `target`; tensors are on the CPU.
+def intercepting(target: Target, receive: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside, no kernel runs and the JIT sees a device of `target`: `receive` gets each launch; tensors are on the CPU.
 
     Raises:
         RuntimeError: in Triton's interpreter, which has no JIT.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("specializing: unset TRITON_INTERPRET: interpreted kernels are never compiled")
+        raise RuntimeError("intercepting: unset TRITON_INTERPRET: interpreted kernels are never compiled")
     before = driver._active
     driver.set_active(CompileOnlyDriver(target))
     try:
-        with launch.intercept(target, lambda one: receive(one, specialize(one))):
+        with launch.intercept(target, receive):
             yield
     finally:
         driver._active = before
 
 
 @contextlib.contextmanager
+def specializing(target: Target, receive: Callable[[Launch, Specialization], None]) -> Iterator[None]:
+    """As `intercepting`; `receive` gets each launch specialised as for `target` too."""
+    with intercepting(target, lambda one: receive(one, specialize(one))):
+        yield
+
+
+@contextlib.contextmanager
+def triton_takes_cpu_tensors() -> Iterator[None]:
+    """Inside, backend `triton` takes CPU tensors, with compiled kernels, which have to be intercepted.
+
+    The choice of backends is remembered by the process: use one of its own.
+    """
+    _import_kernels()
+    with _environment("TRITON_INTERPRET", "1"):
+        yield
+
+
+def compile_and_look_up(one: Launch) -> None:
+    """All that the JIT does for a launch but to start the kernel."""
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+    one.kernel.run(*one.args, grid=one.grid, warmup=True, **options, **one.constants)
+
+
+@contextlib.contextmanager
 def compile_only(target: Target, receive: Callable[[Launch, Specialization], None]) -> Iterator[None]:
     """Inside, models on the CPU run on backend `triton` as on `target`, and nothing is computed; see `specializing`.
 
-    The choice of backends is remembered by the process: after this, `triton` takes CPU tensors in it. Use a process of
-    its own.
+    Use a process of its own, as for `triton_takes_cpu_tensors`.
     """
     import internvit
 
-    _import_kernels()
     with (
         specializing(target, receive),
-        _environment("TRITON_INTERPRET", "1"),  # the backend takes CPU tensors; the kernels are compiled ones
+        triton_takes_cpu_tensors(),
         internvit.backend("triton"),
         WithoutComputing(),
     ):

@@ -1,6 +1,6 @@
 """Measures launch configurations on the GPU at hand and writes the best to a file that the package reads.
 
-    python -m internvit.kernels.tools.tune --out ~/.cache/internvit/sm_90.json [--only attention] [--dtype bfloat16]
+    python -m internvit.kernels.tools.tune --out ~/.cache/internvit/sm_90.json [--only attention] [--pruned]
 
 Unmeasured: no GPU has run this yet. The published models train for one step while the calls of their launch functions
 are recorded; each candidate runs on all calls that would take its configuration (attention with QK-norm inside and
@@ -11,10 +11,12 @@ anew after each kernel: a run that is cut short keeps what it has measured.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+import timeit
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from internvit.kernels.attention.config import AttentionConfig
 from internvit.kernels.common.config import Call, record_calls, tuned_files
 from internvit.kernels.common.launch import target_of
 from internvit.kernels.common.rows import RowConfig
-from internvit.kernels.common.target import Target
+from internvit.kernels.common.target import TARGETS, Target
 from internvit.kernels.gelu import GeluConfig
 from internvit.numerics import relative_error
 
@@ -46,9 +48,16 @@ WIDE = (448, 532)
 """A second image size: 1217 tokens, neither whole tiles nor one more."""
 
 
-def candidates(config: Any) -> Iterator[Any]:
-    """Configurations of the rule's type to try beside it."""
-    if isinstance(config, RowConfig):
+def candidates(config: Any, pruned: bool = False) -> Iterator[Any]:
+    """Configurations of the rule's type to try beside it; `pruned`: those next to it, for a run of minutes."""
+    if pruned and isinstance(config, RowConfig):
+        yield from (RowConfig(max(1, config.rows // 2), config.warps), RowConfig(2 * config.rows, config.warps))
+    elif pruned and isinstance(config, AttentionConfig):
+        tiles = itertools.product((64, 128), (32, 64), (config.warps,), (2, 3))
+        yield from itertools.starmap(AttentionConfig, tiles if config.columns else ())
+    elif pruned:
+        return
+    elif isinstance(config, RowConfig):
         yield from itertools.starmap(RowConfig, itertools.product((1, 2, 4, 8), (2, 4, 8, 16)))
     elif isinstance(config, AttentionConfig):
         tiles = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
@@ -57,19 +66,22 @@ def candidates(config: Any) -> Iterator[Any]:
         yield from itertools.starmap(GeluConfig, itertools.product((512, 1024, 2048), (2, 4, 8)))
 
 
-def model_calls(config: InternViTConfig, dtype: torch.dtype) -> dict[tuple[str, str], list[Call]]:
-    """The calls of training steps by (kernel, key): one for each rounding of QK-norm and each image size."""
-    model = InternViT(config, device=DEVICE).to(dtype).train()
+def model_calls(config: InternViTConfig, dtype: torch.dtype, device: str) -> dict[tuple[str, str], list[Call]]:
+    """The calls of training steps by (kernel, key): one for each rounding of QK-norm and each image size.
+
+    Attention's come first: most is to be won there.
+    """
+    model = InternViT(config, device=device).to(dtype).train()
     calls: dict[tuple[str, str], list[Call]] = {}
     for rounding, size in (("fused", config.image_hw), ("fused", WIDE), ("reference", config.image_hw)):
         model.set_rounding(rounding)
-        pixels = torch.randn(BATCH, 3, *size, device=DEVICE).to(dtype)
+        pixels = torch.randn(BATCH, 3, *size, device=device).to(dtype)
         # backward's calls are recorded in this thread
         with internvit.backend("triton"), torch.autograd.set_multithreading_enabled(False), record_calls() as recorded:
             model(pixels).last_hidden_state.float().sum().backward()
         for call in {(call.kernel, call.key): call for call in recorded}.values():
             calls.setdefault((call.kernel, call.key), []).append(call)
-    return calls
+    return dict(sorted(calls.items(), key=lambda item: not item[0][0].startswith("attention")))
 
 
 def _outputs(call: Call, config: Any) -> list[Tensor]:
@@ -90,9 +102,11 @@ def _agree(call: Call, actual: list[Tensor], expected: list[Tensor]) -> bool:
     return True
 
 
-def measure(calls: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
-    """Median milliseconds of each call, interleaved, L2 cold."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
+def measure(calls: Mapping[Any, Callable[[], Any]], device: str) -> dict[Any, float]:
+    """Median milliseconds of each call, interleaved, L2 cold; on a CPU, where it is rehearsed, each runs once."""
+    if device == "cpu":
+        return {key: 1e3 * timeit.timeit(call, number=1) for key, call in calls.items()}
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
     times: dict[Any, list[float]] = {key: [] for key in calls}
     for _ in range(ROUNDS):
         for key, call in calls.items():
@@ -106,12 +120,12 @@ def measure(calls: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
     return {key: statistics.median(samples) for key, samples in times.items()}
 
 
-def best(calls: list[Call]) -> Any:
+def best(calls: list[Call], device: str, pruned: bool = False) -> Any:
     """The fastest configuration that agrees with the rule's results; the rule's itself unless beaten by 2 %."""
     first = calls[0]
     rule, expected = first.config, [_outputs(call, first.config) for call in calls]
     agreeing = [rule]
-    for config in candidates(rule):
+    for config in candidates(rule, pruned):
         try:
             if config != rule and all(
                 _agree(call, _outputs(call, config), results) for call, results in zip(calls, expected, strict=True)
@@ -119,23 +133,30 @@ def best(calls: list[Call]) -> Any:
                 agreeing.append(config)
         except (triton.runtime.errors.OutOfResources, triton.CompilationError):
             continue
-    times = measure({config: lambda config=config: first.function(config, *first.args) for config in agreeing})  # type: ignore[misc]
+    timed = {config: functools.partial(first.function, config, *first.args) for config in agreeing}
+    times = measure(timed, device)
     fastest = min(times, key=lambda config: times[config])
     return fastest if times[fastest] < 0.98 * times[rule] else rule
 
 
 def tune(
-    target: Target, dtypes: Iterable[torch.dtype], only: str, keep: Callable[[dict[str, dict[str, Any]]], None]
+    target: Target,
+    models: Iterable[InternViTConfig],
+    dtypes: Iterable[torch.dtype],
+    only: str,
+    keep: Callable[[dict[str, dict[str, Any]]], None],
+    device: str = DEVICE,
+    pruned: bool = False,
 ) -> None:
     """Calls `keep` with all configurations measured so far after each kernel whose name contains `only`."""
     configs: dict[str, dict[str, Any]] = {}
     measured: set[tuple[str, str]] = set()
-    for dtype, config in itertools.product(dtypes, MODELS):
-        for (kernel, key), calls in model_calls(config, dtype).items():
+    for dtype, config in itertools.product(dtypes, models):
+        for (kernel, key), calls in model_calls(config, dtype, device).items():
             if only not in kernel or (kernel, key) in measured:
                 continue
             measured.add((kernel, key))
-            found, rule = best(calls), calls[0].config
+            found, rule = best(calls, device, pruned), calls[0].config
             print(f"{target.name} {kernel} {key}: {found}{'' if found != rule else ' (the rule)'}", flush=True)
             if found != rule:
                 configs.setdefault(kernel, {})[key] = asdict(found)
@@ -150,23 +171,48 @@ def write(path: Path, configs: dict[str, Any], **about: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m internvit.kernels.tools.tune", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m internvit.kernels.tools.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="~/.cache/internvit/TARGET.json is read at run time")
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--pruned", action="store_true", help="few candidates next to the rule: minutes")
+    parser.add_argument(
+        "--rehearse", metavar="TARGET", choices=tuple(TARGETS), help="small models without a GPU: nothing is computed"
+    )
     args = parser.parse_args()
     args.out = args.out.expanduser()
     if args.out.is_dir():
         parser.error(f"--out: expected a file, got the folder {args.out}")
+    dtypes = [getattr(torch, d) for d in args.dtype]
+    about = {"torch": torch.__version__, "triton": triton.__version__}
+    if args.rehearse:
+        _rehearse(args, dtypes, about)
+        return
     if not torch.cuda.is_available():
         parser.exit(1, "tune: no GPU is visible to torch; launch configurations stay those of the analytic rules\n")
     target = target_of(torch.empty(0, device=DEVICE))
-    about = {"target": target.name, "device": torch.cuda.get_device_name()}
-    about |= {"torch": torch.__version__, "triton": triton.__version__}
-    dtypes = [getattr(torch, d) for d in args.dtype]
-    tune(target, dtypes, args.only, lambda configs: write(args.out, configs, **about))
+    about |= {"target": target.name, "device": torch.cuda.get_device_name()}
+    tune(target, MODELS, dtypes, args.only, lambda configs: write(args.out, configs, **about), DEVICE, args.pruned)
     if args.out not in tuned_files(target):
         print(f"tune: {args.out} is not read from where it is; put it at {tuned_files(target)[0]}")
+
+
+def _rehearse(args: argparse.Namespace, dtypes: list[torch.dtype], about: dict[str, str]) -> None:
+    """All that tuning does but for running kernels: they are compiled for the target."""
+    from internvit.kernels.tools.compile_only import compile_and_look_up, intercepting, triton_takes_cpu_tensors
+
+    target, small = TARGETS[args.rehearse], {"image_size": 56, "intermediate_size": 64}
+    models = [
+        model.replace(**small, hidden_size=2 * (model.hidden_size // model.num_attention_heads), num_attention_heads=2)
+        for model in MODELS
+    ]
+    about |= {"target": target.name, "device": "none, rehearsed"}
+    with intercepting(target, compile_and_look_up), triton_takes_cpu_tensors():
+        tune(target, models, dtypes, args.only, lambda configs: write(args.out, configs, **about), "cpu", args.pruned)
 
 
 if __name__ == "__main__":

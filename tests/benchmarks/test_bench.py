@@ -13,7 +13,7 @@ from internvit.benchmarks.harness import results, run
 from internvit.benchmarks.harness.cases import Implementation, MissingPeerError, Setting
 from internvit.benchmarks.harness.timing import Times, copies_past_cache, last_level_cache
 from internvit.benchmarks.model import bench_training
-from internvit.benchmarks.reports import gpu_report, report, table
+from internvit.benchmarks.reports import report, table
 from internvit.cli import app as cli
 from internvit.cli.environment import cpu_name
 from internvit.ops.core.spec import SPECS
@@ -204,25 +204,56 @@ def test_a_peer_that_raises_is_a_gap() -> None:
     assert {r.variant: r.note for r in rows}["peer"] == "not to be had"
 
 
-def test_gpu_report_without_a_gpu_does_nothing(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_report.main(["--out", str(tmp_path / "none")]) == 0
-    assert "no GPU here" in capsys.readouterr().out
-    assert not (tmp_path / "none").exists()
+def test_a_run_resumes_after_the_rows_that_are_there(tmp_path) -> None:
+    seen: list[str] = []
+    first = run.run(("rms_norm",), QUICK, ("eager",), 1, tmp_path)
+    again = run.run(("rms_norm", "layer_norm"), QUICK, ("eager",), 1, tmp_path, seen.append, resume=True)
+    assert again.rows[: len(first.rows)] == first.rows
+    assert not any("rms_norm" in text for text in seen)
+    assert any("layer_norm" in text for text in seen)
+    facts = json.loads((tmp_path / "bench.json").read_text())
+    facts["machine"]["git"] = "another"
+    (tmp_path / "bench.json").write_text(json.dumps(facts))
+    seen.clear()
+    run.run(("rms_norm",), QUICK, ("eager",), 1, tmp_path, seen.append, resume=True)
+    assert any("rms_norm" in text for text in seen), "rows of other code are measured anew"
 
 
-def test_gpu_report_rehearsed_on_the_cpu(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_report, "BENCHES", ("layer_norm", "block"))
-    monkeypatch.setattr(gpu_report, "MODELS", ())
-    assert gpu_report.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
-    assert {"bench.json", "bench.csv", "report.json", "tests.log", "tune.log"} <= {p.name for p in tmp_path.iterdir()}
-    assert results.read(tmp_path).complete
-    steps = {s["step"]: s for s in json.loads((tmp_path / "report.json").read_text())["steps"]}
-    assert steps["tests"]["outcome"] == steps["tune"]["outcome"] == "ok"
-    # The GPU's tests must be found without the packages of the development extra: only torch, Triton and pytest.
-    assert {line.split("::")[0] for line in (tmp_path / "tests.log").read_text().splitlines() if "::" in line} <= {
-        str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_gpu*.py")
-    }
+def test_what_torch_compiles_comes_last_beside_ours(monkeypatch) -> None:
+    def compiling(benches, setting):
+        return [
+            dataclasses.replace(
+                case,
+                implementations=(
+                    *case.implementations[:1],
+                    Implementation("compiled", lambda case=case: case.implementations[-1].build(), compiles=True),
+                    *case.implementations[1:],
+                ),
+            )
+            for case in found
+        ]
+
+    found = run.cases(("rms_norm",), QUICK)
+    monkeypatch.setattr(run, "cases", compiling)
+    steps = run._steps(("rms_norm",), QUICK, compiles_last=True)
+    names = [[one.name for one in case.implementations] for case, _ in steps]
+    modes = sum(len(case.modes) for case in found)
+    assert all("compiled" not in of for of in names[:modes])
+    assert all(of == [names[0][0], "compiled"] for of in names[modes:])
+    rows = run.run(("rms_norm",), QUICK, rounds=1, compiles_last=True).rows
+    assert len({row.key for row in rows}) == len(rows)
+    assert sum(row.variant == "compiled" for row in rows) == modes
+
+
+def test_a_peer_that_raises_when_it_is_called_is_a_gap() -> None:
+    def raises(*inputs):
+        raise RuntimeError("No available kernel")
+
+    work = run.cases(("rms_norm",), QUICK)[0]
+    work = dataclasses.replace(work, implementations=(work.implementations[0], Implementation("peer", lambda: raises)))
+    limits = run.machine_limits.Limits(1e9, {"float32": 1e9}, {})
+    *_, rows = run.run_case(work, "forward", QUICK, None, 1, limits)
+    assert {r.variant: r.note for r in rows}["peer"] == "failed: RuntimeError: No available kernel"
 
 
 def test_the_bench_package_needs_no_extra() -> None:
@@ -231,7 +262,7 @@ def test_the_bench_package_needs_no_extra() -> None:
 import sys
 for name in ("click", "rich", "tqdm", "matplotlib", "transformers", "timm", "pytest", "PIL"):
     sys.modules[name] = None
-from internvit.benchmarks.reports import gpu_report
+from internvit.benchmarks.reports import gpu_bench, gpu_report, gpu_smoke
 from internvit.benchmarks.harness import run
 from internvit.benchmarks.reports import table
 found = run.run(("rms_norm",), run.Setting(quick=True), rounds=1)

@@ -1,6 +1,8 @@
 """`optimize_for_inference(cuda_graph=True)`: capture and replay on a stand-in for CUDA's graphs, and on a GPU."""
 
 import contextlib
+import copy
+import pickle
 import types
 from typing import ClassVar
 
@@ -69,8 +71,8 @@ def fake_cuda(monkeypatch):
         log.append(f"off {side.name}")
 
     @contextlib.contextmanager
-    def capture(graph, pool=None):
-        log.append(f"capture in {pool}")
+    def capture(graph, pool=None, capture_error_mode="global"):
+        log.append(f"capture in {pool}, {capture_error_mode}")
         with Recorder(graph):
             yield
 
@@ -94,8 +96,8 @@ def model(dtype=torch.float32):
     return internvit.InternViT(CONFIG, dtype=dtype).eval()
 
 
-def graphed(network):
-    return OptimizedInternViT(network, pack=False, cuda_graph=True).eval()
+def graphed(network, **settings):
+    return OptimizedInternViT(network, pack=False, graphs=GraphedFunction(**settings)).eval()
 
 
 def test_replays_give_each_inputs_own_features(fake_cuda):
@@ -129,7 +131,7 @@ def test_warm_up_is_on_a_side_stream_before_the_capture(fake_cuda):
         "on side",
         "off side",
         "current waits for side",
-        "capture in pool",
+        "capture in pool, thread_local",
     ]
     assert len(runs) == WARM_UPS + 1
     assert torch.equal(graphs(run, x + 1)[0], (x + 1) * 2)
@@ -158,6 +160,56 @@ def test_one_graph_per_shape_dtype_backend_and_autocast_and_no_more_than_the_lim
             fast(pixels)
     fast(pixels, output_hidden_states=True)
     assert len(FakeGraph.made) == before + 3
+
+
+def test_a_padded_batch_has_the_bits_of_its_own(fake_cuda):
+    """On a CPU every op and this size's products are batch-invariant; an earlier call's images leave no trace."""
+    network = model()
+    fast, plain = graphed(network, batches=(8, 2, 4)), OptimizedInternViT(network, pack=False).eval()
+    for batch in (3, 1, 8, 5, 2, 4, 3):
+        pixels = torch.randn(batch, 3, 56, 56)
+        actual = fast(pixels, output_hidden_states=True)
+        expected = [plain(image, output_hidden_states=True) for image in pixels.split(1)]
+        for i, image in enumerate(expected):
+            assert torch.equal(actual.last_hidden_state[i : i + 1], image.last_hidden_state)
+            for a, b in zip(actual.hidden_states, image.hidden_states, strict=True):
+                assert a.shape[0] == batch
+                assert torch.equal(a[i : i + 1], b)
+    assert len(FakeGraph.made) == 3, "one for 2, 4 and 8"
+    assert fast(torch.randn(9, 3, 56, 56)).last_hidden_state.shape[0] == 9
+    assert len(FakeGraph.made) == 4, "more than the largest: a graph of its own"
+
+
+def test_internvls_1_to_13_tiles_keep_their_graphs(fake_cuda):
+    fast = graphed(model(), batches=(1, 2, 4, 8, 13))
+    for _ in range(2):
+        for tiles in range(1, 14):
+            fast(torch.randn(tiles, 3, 56, 56))
+    assert len(FakeGraph.made) == 5
+
+
+def test_padding_is_finite_and_nothing_of_it_is_returned(fake_cuda):
+    graphs = GraphedFunction(batches=(4,))
+    seen = []
+    (y,) = graphs(lambda x: (seen.append(x.isfinite().all()) or x * 2,), torch.ones(3, 2))
+    assert y.shape == (3, 2)
+    assert all(seen)
+
+
+@pytest.mark.parametrize("settings", [{"limit": 0}, {"limit": 2.5}, {"batches": (4, 0)}, {"batches": (True,)}], ids=str)
+def test_limits_and_batches_are_numbers_of_at_least_1(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name} must be whole numbers of at least 1, got"):
+        GraphedFunction(**settings)
+    with pytest.raises(ValueError, match=f"{name} must be whole numbers of at least 1, got"):
+        internvit.optimize_for_inference(model(), **{f"graph_{name}": settings[name]})
+
+
+def test_copies_keep_limit_and_batches(fake_cuda):
+    fast = graphed(model(), limit=3, batches=(1, 5))
+    fast(torch.randn(1, 3, 56, 56))
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert (copied._graphs.limit, copied._graphs.batches, len(copied._graphs)) == (3, (1, 5), 0)
 
 
 def test_undo_frees_the_graphs(fake_cuda):

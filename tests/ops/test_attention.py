@@ -1,8 +1,3 @@
-import importlib.machinery
-import inspect
-import sys
-import types
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -89,67 +84,6 @@ def test_sdpa_backward_where_no_log_sum_exp_is_exposed(monkeypatch, generator) -
     actual = torch.autograd.grad(ops.attention(*tensors, backend="sdpa").square().sum(), tensors)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
-
-
-# The recorded signatures of flash-attn 2.8's flash_attn_interface.
-def _flash_attn_forward(
-    q,
-    k,
-    v,
-    dropout_p,
-    softmax_scale,
-    causal,
-    window_size_left,
-    window_size_right,
-    softcap,
-    alibi_slopes,
-    return_softmax,
-):
-    assert (dropout_p, causal, window_size_left, window_size_right, softcap) == (0.0, False, -1, -1, 0.0)
-    assert alibi_slopes is None
-    assert not return_softmax
-    out, lse = torch.ops.internvit.attention(q, k, v, softmax_scale, None, None, None, None, "reference")
-    return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
-
-
-def _flash_attn_backward(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-    softcap, alibi_slopes, deterministic, rng_state=None,
-):  # fmt: skip
-    assert deterministic
-    args = (dout, q, k, v, out, softmax_lse, softmax_scale, None, None, None, None, "reference")
-    for destination, grad in zip((dq, dk, dv), torch.ops.internvit.attention_backward(*args)[:3], strict=True):
-        destination.copy_(grad)
-    return softmax_lse
-
-
-def test_flash_calls_the_package_by_its_recorded_signature_without_copies(monkeypatch, generator) -> None:
-    seen = []
-    package = types.ModuleType("flash_attn")
-    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
-    interface = types.ModuleType("flash_attn.flash_attn_interface")
-
-    def forward(*args, **kwargs):
-        bound = inspect.signature(_flash_attn_forward).bind(*args, **kwargs).arguments
-        seen.append((bound["q"].data_ptr(), bound["k"].data_ptr(), bound["v"].data_ptr()))
-        return _flash_attn_forward(*args, **kwargs)
-
-    interface._flash_attn_forward = forward
-    interface._flash_attn_backward = _flash_attn_backward
-    package.flash_attn_interface = interface
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    from internvit.ops.backends import flash as attention_flash
-
-    packed = qkv(9, 2, 8, torch.bfloat16, generator)
-    q, k, v = packed.unbind(2)
-    out, lse = attention_flash.attention(q, k, v, 0.3)
-    assert seen == [(q.data_ptr(), k.data_ptr(), v.data_ptr())]
-    assert torch.equal(out, ops.attention(q, k, v, scale=0.3, backend="reference"))
-    grad_packed = torch.full_like(packed, torch.nan)
-    saved = SavedAttention(q, k, v, out, lse, 0.3, None)
-    attention_flash.attention_backward(torch.ones_like(out), saved, grad_packed.unbind(2))
-    assert grad_packed.isfinite().all()
 
 
 def test_agrees_with_torch_at_true_size(generator) -> None:

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from internvit.numerics import relative_error
 from internvit.ops.attention import SavedAttention
 from internvit.ops.backends import sdpa
 
@@ -17,6 +18,60 @@ KERNELS = {
     SDPBackend.EFFICIENT_ATTENTION: "_scaled_dot_product_efficient_attention",
     SDPBackend.CUDNN_ATTENTION: "_scaled_dot_product_cudnn_attention",
 }
+
+
+SCHEMAS = {
+    "_scaled_dot_product_flash_attention": "query key value dropout_p is_causal return_debug_mask scale"
+    " -> output logsumexp cum_seq_q cum_seq_k max_q max_k rng_state unused debug_attn_mask",
+    "_scaled_dot_product_flash_attention_backward": "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q"
+    " max_k dropout_p is_causal philox_seed philox_offset scale -> grad_query grad_key grad_value",
+    "_scaled_dot_product_efficient_attention": "query key value attn_bias compute_log_sumexp dropout_p is_causal scale"
+    " -> output log_sumexp philox_seed philox_offset",
+    "_scaled_dot_product_efficient_attention_backward": "grad_out_ query key value attn_bias out logsumexp philox_seed"
+    " philox_offset dropout_p grad_input_mask is_causal scale ->    ",
+    "_scaled_dot_product_cudnn_attention": "query key value attn_bias compute_log_sumexp dropout_p is_causal"
+    " return_debug_mask scale -> output logsumexp cum_seq_q cum_seq_k max_q max_k philox_seed philox_offset"
+    " debug_attn_mask",
+    "_scaled_dot_product_cudnn_attention_backward": "grad_out query key value out logsumexp philox_seed philox_offset"
+    " attn_bias cum_seq_q cum_seq_k max_q max_k dropout_p is_causal scale ->   ",
+    "_scaled_dot_product_flash_attention_for_cpu": "query key value dropout_p is_causal attn_mask scale"
+    " -> output logsumexp",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "grad_out query key value out logsumexp dropout_p is_causal"
+    " attn_mask scale -> grad_query grad_key grad_value",
+}
+"""The arguments and outputs that the backend's calls are written against, by position; unnamed outputs are empty."""
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_torch_has_the_recorded_schema(op):
+    schema = getattr(torch.ops.aten, op).default._schema
+    arguments, outputs = ([a.name for a in part] for part in (schema.arguments, schema.returns))
+    expected_arguments, expected_outputs = SCHEMAS[op].split(" -> ")
+    assert arguments == expected_arguments.split(" ")
+    assert outputs == expected_outputs.split(" ")
+
+
+def test_every_kernel_that_is_called_is_recorded():
+    called = {op for name in KERNELS.values() for op in (name, f"{name}_backward")}
+    assert called <= set(SCHEMAS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_cpu_kernels_backward_takes_its_own_log_sum_exp(dtype, generator):
+    """The same path as on a GPU: forward's out and lse, strided q, k, v and gradients, a scale of its own."""
+    q, k, v = torch.randn(2, 33, 3, 4, 16, generator=generator).to(dtype).unbind(2)
+    grads = torch.full((2, 33, 3, 4, 16), torch.nan, dtype=dtype).unbind(2)
+    grad = torch.randn(2, 33, 4, 16, generator=generator).to(dtype)
+    with Calls() as calls:
+        out, lse = sdpa.attention(q, k, v, 0.3)
+        sdpa.attention_backward(grad, SavedAttention(q, k, v, out, lse, 0.3, None), grads)
+    assert "_scaled_dot_product_flash_attention_for_cpu_backward" in calls.shapes
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    scores = torch.einsum("bnhd,bmhd->bhnm", *leaves[:2]) * 0.3
+    truth = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), leaves[2])
+    for actual, exact in zip(grads, torch.autograd.grad(truth, leaves, grad.double()), strict=True):
+        assert relative_error(actual, exact) < 4 * torch.finfo(dtype).eps
+    assert relative_error(lse, scores.detach().logsumexp(-1)) < 4 * torch.finfo(dtype).eps
 
 
 class Calls(TorchDispatchMode):

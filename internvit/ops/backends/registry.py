@@ -52,7 +52,7 @@ class Backend:
 
     def find(self, op: str) -> Callable | None:
         """The function that runs `op`; None where this backend has none."""
-        _load(self.name)
+        _load(self)
         return _IMPLEMENTATIONS.get((op, self.name))
 
 
@@ -110,8 +110,7 @@ def usable(name: str) -> Backend:
 
 
 @functools.cache
-def _load(name: str) -> None:
-    backend = BACKENDS[name]
+def _load(backend: Backend) -> None:
     if backend.module is not None and backend.unavailable_reason() is None:
         importlib.import_module(backend.module)
 
@@ -159,6 +158,33 @@ def _triton_fails_on_gpu() -> str | None:
     return next((reason for reason in reasons if reason), None) or launch.failure_to_start()
 
 
+def _cuda_unsupported(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    return _only(("cuda",), _FLOATS)(device, dtype, head_dim) or _below_8_0()
+
+
+def _below_8_0() -> str | None:
+    """Why the compiled library has no code for one of the visible GPUs."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return None
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < 8:
+            return f"it needs compute capability 8.0 or higher, GPU {index} has {major}.{minor}"
+    return None
+
+
+def _flash_unavailable() -> str | None:
+    from internvit.ops.backends import flash
+
+    return flash.unavailable_reason()
+
+
+def _flash_unsupported(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    from internvit.ops.backends import flash
+
+    return flash.unsupported_reason(device, dtype, head_dim)
+
+
 def _anything(device: str, dtype: torch.dtype, head_dim: int) -> None:
     return None
 
@@ -177,8 +203,8 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "flash",
             "internvit.ops.backends.flash",
-            _package("flash_attn", "pip install 'internvit[flash]' on a machine with an NVIDIA GPU"),
-            _only(("cuda",), (torch.bfloat16, torch.float16)),
+            _flash_unavailable,
+            _flash_unsupported,
             folds_qk_norm=False,
         ),
         Backend(
@@ -193,7 +219,7 @@ BACKENDS: dict[str, Backend] = {
             "cuda",
             "internvit.ops.backends.cuda",
             _library("internvit_cuda"),
-            _only(("cuda",), _FLOATS),
+            _cuda_unsupported,
             folds_qk_norm=False,
             lse_devices=(),
         ),

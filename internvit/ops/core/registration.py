@@ -9,7 +9,9 @@ an eager call runs the implementation directly. Under torch.func and forward-mod
 reference implementation, which is plain PyTorch and so has every derivative.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import torch
@@ -19,8 +21,17 @@ from internvit.ops.backends.registry import implementation
 from internvit.ops.core.autocast import autocast_dtype, cast
 from internvit.ops.core.derivative import Plan, below_autograd, derive_function, empty_grad, underivable
 from internvit.ops.core.direct import PLAIN, nothing_watches, plain, transformed
+from internvit.ops.core.fallback import (
+    AutoBackend,
+    CallClass,
+    KernelStartError,
+    any_failure,
+    first_backend,
+    guarded,
+    pass_over,
+)
 from internvit.ops.core.flops import FORMULAS, register_when_counted
-from internvit.ops.core.select import requested, resolve
+from internvit.ops.core.select import forget_resolved, requested, resolve
 
 Mask: TypeAlias = "tuple[bool, ...] | list[bool]"
 
@@ -29,6 +40,9 @@ OPS: dict[str, "Op"] = {}
 """Every registered op, backward ops too."""
 
 _MOST_CHOICES = 4096
+
+_chosen: ContextVar[AutoBackend | None] = ContextVar("internvit_chosen", default=None)
+"""What `auto` chose for the op that is called now through the dispatcher, which hands plain names on."""
 
 
 def fill_gradients(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -44,7 +58,8 @@ class Op:
         schema: `name(arguments) -> outputs` without `str backend`.
         compiled: the backends ("cpu", "cuda") whose library has an op of this name.
         raw_schema: that op's schema.
-        run: the function behind the dispatcher; takes all arguments.
+        run: the function behind the dispatcher; takes all arguments. Raises KernelStartError where a kernel cannot be
+            compiled or started.
         overload: the op as torch knows it.
     """
 
@@ -58,16 +73,52 @@ class Op:
         arguments, _, returns = schema.rpartition(") -> ")
         LIBRARY.define(f"{arguments}, str backend) -> {returns}")
         self.overload = getattr(torch.ops.internvit, self.name).default
-        self.run = run or self._run_in_backend
+        self.run = guarded(self.name, run or self._run_in_backend)
         self.function: Any = underivable(self, self.overload)
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         LIBRARY.impl(self.name, self._dispatch_autograd, "Autograd")
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        if not (nothing_watches() and plain(args)) or torch.is_grad_enabled():
-            return self.overload(*args)
-        return self.run(*args)
+        through_dispatcher = not (nothing_watches() and plain(args)) or torch.is_grad_enabled()
+        return self.run_or_fall_back(self.overload if through_dispatcher else self.run, args)
+
+    def run_or_fall_back(self, call: Callable, args: tuple[Any, ...]) -> Any:
+        """`call(*args)`; where `auto` chose args[-1] and its kernel does not start, the next backend's."""
+        if any_failure() and isinstance(args[-1], AutoBackend):
+            args = (*args[:-1], first_backend(self._calls(args), self.name, at=args[-1]))
+        try:
+            return call(*args)
+        except KernelStartError as error:
+            return self._fall_back(call, args, error)
+
+    def _fall_back(self, call: Callable, args: tuple[Any, ...], error: KernelStartError) -> Any:
+        name = args[-1]
+        if not isinstance(name, AutoBackend):
+            raise error
+        calls = self._calls(args)
+        while True:
+            pass_over(name, self.name, calls, error)
+            self.forget_choices()
+            forget_resolved()
+            name = first_backend(calls, self.name, at=name)
+            try:
+                return call(*args[:-1], name)
+            except KernelStartError as another:
+                error = another
+
+    def _calls(self, args: tuple[Any, ...]) -> CallClass:
+        """The calls that `auto` chose args[-1] for.
+
+        A backward is given lse. Where QK-norm was inside the attention, that is of q_hat and k_hat unrounded, and only
+        a backend that has QK-norm inside as well can take it.
+        """
+        calls: CallClass = args[-1].calls
+        named = dict(zip((a.name for a in self.overload._schema.arguments), args, strict=True))
+        return dataclasses.replace(calls, folded=True) if "lse" in named and named["q_weight"] is not None else calls
+
+    def forget_choices(self) -> None:
+        """Backends are chosen anew: after a kernel did not start, and in tests that replace backends."""
 
     def _run_in_backend(self, *args: Any) -> Any:
         outputs = implementation(self.name, args[-1])(*args[:-1])
@@ -82,7 +133,8 @@ class Op:
         if transformed(args):
             return self.run(*args[:-1], "reference")
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return self.function.apply(*args)
+            chosen = _chosen.get()
+            return self.function.apply(*args[:-1], chosen if chosen == args[-1] else args[-1])
         return below_autograd(self.overload, *args)
 
 
@@ -148,13 +200,26 @@ class PublicOp(Op):
             self._choices[tuple(key)] = name
         if transformed(args):
             return self.run(*args, "reference")
-        if differentiate and torch.is_grad_enabled():
-            return self.function.apply(*args, name)
-        return self.run(*args, name)
+        run = self.function.apply if differentiate and torch.is_grad_enabled() else self.run
+        try:
+            return run(*args, name)
+        except KernelStartError as error:
+            return self._fall_back(run, (*args, name), error)
 
     def _call_watched(self, args: tuple[Any, ...], backend: str | None) -> Any:
         name = self._check_and_choose(args, backend)
-        return self.run(*args, "reference") if transformed(args) else self.overload(*args, name)
+        if transformed(args):
+            return self.run(*args, "reference")
+        if torch.compiler.is_compiling():
+            return self.overload(*args, name)
+        return self.run_or_fall_back(self._call_overload, (*args, name))
+
+    def _call_overload(self, *args: Any) -> Any:
+        token = _chosen.set(args[-1] if isinstance(args[-1], AutoBackend) else None)
+        try:
+            return self.overload(*args)
+        finally:
+            _chosen.reset(token)
 
     def _check_and_choose(self, args: tuple[Any, ...], backend: str | None) -> str:
         for i, name, optional in self._tensor_names:
@@ -172,7 +237,6 @@ class PublicOp(Op):
         return tuple(cast(a, dtype) if i in self._cast_positions else a for i, a in enumerate(args))
 
     def forget_choices(self) -> None:
-        """For tests that replace backends."""
         self._choices.clear()
 
 

@@ -1,6 +1,7 @@
 """Which backend a call takes: its `backend=`, `internvit.backend(...)`, `set_backend`, INTERNVIT_BACKEND, or `auto`.
 
-`auto` takes the first backend of `AUTO_ORDER` that implements the op for this device, dtype and head dimension.
+`auto` takes the first backend of `AUTO_ORDER` that implements the op for this device, dtype and head dimension, and
+whose kernels start (see `fallback`).
 """
 
 import contextlib
@@ -12,16 +13,10 @@ from typing import Any
 
 import torch
 
-from internvit.ops.backends.registry import BACKENDS, usable
+from internvit.ops.backends.registry import usable
+from internvit.ops.core.fallback import CallClass, first_backend
 
 logger = logging.getLogger("internvit")
-
-# Triton before cuda: it folds QK-norm into attention, and q_hat and k_hat need no memory. No GPU has timed the two yet.
-AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "sdpa", "reference"),
-    "cuda": ("triton", "cuda", "sdpa", "reference"),
-}
-_AUTO_ORDER_ELSEWHERE = ("sdpa", "reference")
 
 _entered: ContextVar[tuple["backend", ...]] = ContextVar("internvit_backend", default=())
 _process = [os.environ.get("INTERNVIT_BACKEND", "auto")]
@@ -110,10 +105,11 @@ def resolve(
     """The name of the backend that `op` takes for tensors like `x`, by the argument, the context, or `auto`.
 
     `folded` asks for an attention that takes QK-norm's weights and statistics; `caller` is the op that errors name
-    where it is another one that the user called.
+    where it is another one that the user called. A name that `auto` chose is an `AutoBackend`, outside of traces.
     """
     channels = _channels(caller or op, x)
-    return _resolve(op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested(), channels)
+    key = op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested(), channels
+    return _resolve(*key) if torch.compiler.is_compiling() else _resolve_once(*key)
 
 
 def _channels(op: str, x: torch.Tensor) -> int:
@@ -124,7 +120,7 @@ def _channels(op: str, x: torch.Tensor) -> int:
 
 
 def _resolve(*key: Any) -> str:
-    return _resolve_once(*key)
+    return str(_resolve_once(*key))
 
 
 # What torch.compiler.assume_constant_result does; calling it would import torch._dynamo, 1.3 s of `import internvit`.
@@ -146,19 +142,12 @@ def _resolve_once(
     name = asked or context
     if name != "auto" and (asked or usable(name).find(op) is not None):
         return _asked_by_name(op, device, dtype, head_dim, folded, caller, name, channels)
-    passed_over: list[str] = []
-    for name in AUTO_ORDER.get(device, _AUTO_ORDER_ELSEWHERE):
-        candidate = BACKENDS[name]
-        reason = candidate.unavailable_reason()
-        if reason is None and (candidate.find(op) is None or (folded and not candidate.folds_qk_norm)):
-            continue
-        reason = reason or candidate.unsupported_reason(device, dtype, head_dim) or candidate.too_wide(channels)
-        if reason is None:
-            if passed_over:
-                logger.info("%s runs on backend %r: %s", op, name, "; ".join(passed_over))
-            return name
-        passed_over.append(f"{name}: {reason}")
-    raise AssertionError("the reference backend takes everything")
+    return first_backend(CallClass(op, caller, device, dtype, head_dim, channels, folded), caller)
+
+
+def forget_resolved() -> None:
+    """Choices are made anew, as after a kernel did not start."""
+    _resolve_once.cache_clear()
 
 
 def _asked_by_name(
@@ -175,4 +164,4 @@ def _asked_by_name(
             f"{caller}: backend {name!r} cannot take this input: {reason}; use backend='reference', or 'auto' to "
             "have one chosen"
         )
-    return name
+    return chosen.name

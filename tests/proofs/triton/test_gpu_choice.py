@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from internvit.kernels.common import launch
+from internvit.ops.backends import registry
 from internvit.ops.core import select
 
 
@@ -35,6 +36,15 @@ def test_below_8_0_auto_never_takes_triton(capabilities, op, head_dim, monkeypat
     assert resolve(op, head_dim=head_dim) != "triton"
     with pytest.raises(ValueError, match=r"it needs compute capability 8\.0 or higher, GPU \d has 7\.[05]: Triton"):
         resolve(op, "triton", head_dim=head_dim)
+
+
+def test_below_8_0_the_compiled_library_is_not_taken(monkeypatch):
+    """It has no code for it."""
+    reason = registry.BACKENDS["cuda"].unsupported_reason
+    Properties(monkeypatch, (8, 0), (7, 5))
+    assert "needs compute capability 8.0 or higher, GPU 1 has 7.5" in reason("cuda", torch.bfloat16, 64)
+    Properties(monkeypatch, (8, 0), (9, 0))
+    assert reason("cuda", torch.bfloat16, 64) is None
 
 
 @pytest.mark.usefixtures("starting")

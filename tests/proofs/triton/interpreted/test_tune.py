@@ -25,7 +25,7 @@ TINY = {
 LAYER_NORM = {"norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False}
 
 
-def few(config):
+def few(config, pruned=False):
     if isinstance(config, RowConfig):
         return iter([RowConfig(2, 2), RowConfig(4, 1)])
     if isinstance(config, AttentionConfig) and config.columns:
@@ -40,7 +40,7 @@ def rehearsal(tmp_path, monkeypatch):
     models = InternViTConfig(**TINY), InternViTConfig(**TINY, **LAYER_NORM)
     for name, value in {"DEVICE": "cpu", "MODELS": models, "BATCH": 1, "WIDE": (56, 70), "candidates": few}.items():
         monkeypatch.setattr(tune, name, value)
-    monkeypatch.setattr(tune, "measure", lambda calls: {key: 1.0 - 0.1 * i for i, key in enumerate(calls)})
+    monkeypatch.setattr(tune, "measure", lambda calls, device: {key: 1.0 - 0.1 * i for i, key in enumerate(calls)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "the interpreter")
     for cached in CACHED:
@@ -86,7 +86,7 @@ def test_a_wrong_candidate_is_not_taken_and_a_file_elsewhere_is_named(rehearsal,
 
 
 def test_two_percent_are_needed(rehearsal, monkeypatch):
-    monkeypatch.setattr(tune, "measure", lambda calls: {key: 1.0 - 0.005 * i for i, key in enumerate(calls)})
+    monkeypatch.setattr(tune, "measure", lambda calls, device: {key: 1.0 - 0.005 * i for i, key in enumerate(calls)})
     run(monkeypatch, "--out", rehearsal, "--only", "qk_norm")
     assert json.loads(rehearsal.read_text())["configs"] == {}
 
@@ -94,10 +94,10 @@ def test_two_percent_are_needed(rehearsal, monkeypatch):
 def test_a_run_that_is_cut_short_keeps_what_it_measured(rehearsal, monkeypatch):
     best = tune.best
 
-    def third_fails(calls):
+    def third_fails(*args):
         if rehearsal.exists() and sum(map(len, json.loads(rehearsal.read_text())["configs"].values())) == 2:
             raise KeyboardInterrupt
-        return best(calls)
+        return best(*args)
 
     monkeypatch.setattr(tune, "best", third_fails)
     with pytest.raises(KeyboardInterrupt):
@@ -106,7 +106,7 @@ def test_a_run_that_is_cut_short_keeps_what_it_measured(rehearsal, monkeypatch):
 
 
 def test_a_configuration_serves_attention_with_qk_norm_and_without(rehearsal):
-    calls = tune.model_calls(tune.MODELS[0], torch.bfloat16)
+    calls = tune.model_calls(tune.MODELS[0], torch.bfloat16, "cpu")
     attention = calls["attention_grad_kv", "D=16,bytes=2"]
     assert {call.args[6] is None for call in attention} == {True, False}  # rstd_k
     assert len({call.args[0].shape[1] for call in attention}) == 2  # tokens

@@ -1,0 +1,116 @@
+"""The GPU report's whole path without a GPU: counted, rehearsed, stopped, resumed, and put into one file."""
+
+import dataclasses
+import json
+import tarfile
+
+import pytest
+import torch
+
+from internvit.benchmarks.reports import gpu_report, gpu_smoke
+from internvit.benchmarks.reports.gpu_report import Stage
+from tests.support import ROOT
+
+
+def stage(name, code, seconds=0.0, **changes):
+    """A stage that runs a piece of Python, by way of the standard library's `timeit`."""
+    return Stage(name, 0.5, lambda run: ["timeit", "-n", "1", "-r", "1", code], seconds, 0.0, **changes)
+
+
+def outcomes(folder):
+    return {s["stage"]: s["outcome"] for s in json.loads((folder / "report.json").read_text())["stages"]}
+
+
+def test_without_a_gpu_it_does_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_report.main(["--out", str(tmp_path / "none")]) == 0
+    assert "no GPU here" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+def test_every_stage_fits_and_runs_in_its_small_form(tmp_path, capsys):
+    pytest.importorskip("triton")
+    assert gpu_report.main(["--rehearse", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    assert outcomes(tmp_path) == dict.fromkeys(("compile", "smoke", "tests", "tune", "bench"), "ok")
+    printed = capsys.readouterr().out
+    for one in gpu_report.STAGES:
+        assert f"{one.name}: " in printed
+    names = {"bench.csv", "bench.json", "report.json", "tune.json"} | {f"{s.name}.log" for s in gpu_report.STAGES}
+    with tarfile.open(tmp_path / "report.tar") as tar:
+        assert names <= set(tar.getnames())
+    assert (tmp_path / "cache/internvit/sm_90.json").is_file(), "the benchmarks run with what was tuned"
+    # The GPU's tests must be found without the packages of the development extra: only torch, Triton and pytest.
+    collected = {line.split("::")[0] for line in (tmp_path / "tests.log").read_text().splitlines() if "::" in line}
+    assert collected <= {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_gpu*.py")}
+
+
+def test_shares_add_up_to_one():
+    assert sum(one.share for one in gpu_report.STAGES) == pytest.approx(1)
+
+
+def test_a_stage_that_would_overrun_by_count_fails(tmp_path, capsys, monkeypatch):
+    smoke = next(one for one in gpu_report.STAGES if one.name == "smoke")
+    monkeypatch.setattr(gpu_report, "STAGES", (dataclasses.replace(smoke, each=smoke.each * 10),))
+    assert gpu_report.main(["--rehearse", "--out", str(tmp_path)]) == 1
+    assert "does not fit: smoke would take 330 s of 51 s" in capsys.readouterr().out
+
+
+def test_a_stage_that_is_stopped_keeps_its_log_and_the_next_one_runs(tmp_path, monkeypatch):
+    slow = stage("bench", "import time; print('begun', flush=True); time.sleep(60)")
+    monkeypatch.setattr(gpu_report, "STAGES", (slow, stage("tests", "print('ran')")))
+    assert gpu_report.main(["--rehearse", "--minutes", "0.1", "--out", str(tmp_path)]) == 0
+    assert outcomes(tmp_path) == {"bench": "stopped after 3 s", "tests": "ok"}
+    with tarfile.open(tmp_path / "report.tar") as tar:
+        assert b"begun" in tar.extractfile("bench.log").read()
+
+
+def test_half_a_smoke_test_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "STAGES", (stage("smoke", "import time; time.sleep(60)"), stage("bench", "1")))
+    assert gpu_report.main(["--rehearse", "--minutes", "0.05", "--out", str(tmp_path)]) == 1
+
+
+def test_a_second_run_goes_on_where_the_first_ended(tmp_path, capsys, monkeypatch):
+    mark = tmp_path / "ran"
+    monkeypatch.setattr(
+        gpu_report,
+        "STAGES",
+        (stage("smoke", f"open({str(mark)!r}, 'a').write('x')"), stage("tests", "raise ValueError")),
+    )
+    arguments = ["--rehearse", "--out", str(tmp_path / "report")]
+    for _ in range(2):
+        assert gpu_report.main(arguments) == 1
+    assert mark.read_text() == "x"
+    assert "smoke: ok before" in capsys.readouterr().out
+    assert outcomes(tmp_path / "report") == {"smoke": "ok", "tests": "exit status 1"}
+    gpu_report.main([*arguments, "--again"])
+    assert mark.read_text() == "xx"
+    report = tmp_path / "report/report.json"
+    report.write_text(json.dumps({**json.loads(report.read_text()), "git": "another"}))
+    gpu_report.main(arguments)
+    assert mark.read_text() == "xxx", "what other code did is done anew"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--stages", "smoke,fly"], "--stages: expected some of compile, smoke"),
+        (["--only", "softmax"], "--only: expected some of attention, "),
+        (["--minutes", "0"], "--minutes must be more than 0, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        gpu_report.main(arguments)
+    assert says in capsys.readouterr().err
+
+
+def test_smoke_sees_a_wrong_model(monkeypatch, capsys):
+    init = gpu_smoke.Smoke.__init__
+
+    def broken(self, *args):
+        init(self, *args)
+        self.model.encoder.layers[0].norm1.eps = 0.3
+
+    monkeypatch.setattr(gpu_smoke.Smoke, "__init__", broken)
+    assert gpu_smoke.main(["--device", "cpu"]) == 1
+    assert "0 of 6 right; wrong: internvit-300m-448px, eval" in capsys.readouterr().out

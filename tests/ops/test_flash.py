@@ -1,0 +1,202 @@
+"""Backend `flash` calls each library by its recorded signature; which one depends on what is installed and the card.
+
+No library and no GPU is needed: stub packages of exactly the recorded signatures compute with the reference.
+"""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from internvit import ops
+from internvit.ops.attention import SavedAttention
+from internvit.ops.backends import flash, registry, sdpa
+
+SIGNATURES = {
+    # Dao-AILab/flash-attention at 0251105a (2.8.4), flash_attn/flash_attn_interface.py
+    "flash_attn/flash_attn_interface.py": """
+def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+                        alibi_slopes, return_softmax):
+    assert (dropout_p, causal, window_size_left, window_size_right, softcap) == (0.0, False, -1, -1, 0.0)
+    assert alibi_slopes is None and not return_softmax
+    return (*forward(q, k, v, softmax_scale), None, None)
+
+def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
+                         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None):
+    assert deterministic
+    fill(backward(dout, q, k, v, out, softmax_lse, softmax_scale), dq, dk, dv)
+""",
+    # the same, hopper/flash_attn_interface.py (flash-attn 3)
+    "flash_attn_interface.py": """
+def _flash_attn_forward(q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+                        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+                        page_table=None, kv_batch_idx=None, leftpad_k=None, rotary_cos=None, rotary_sin=None,
+                        seqlens_rotary=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None,
+                        causal=False, window_size_left=-1, window_size_right=-1, attention_chunk=0, softcap=0.0,
+                        rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0):
+    assert k_new is v_new is qv is out_ is None and not causal and (window_size_left, window_size_right) == (-1, -1)
+    return (*forward(q, k, v, softmax_scale), None, None)
+
+def _flash_attn_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None,
+                         sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None,
+                         softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0,
+                         deterministic=False, sm_margin=0):
+    assert deterministic and not is_causal and cu_seqlens_q is None
+    fill(backward(dout, q, k, v, out, softmax_lse, softmax_scale), dq, dk, dv)
+""",
+    # the same, flash_attn/cute/interface.py (flash-attn 4)
+    "flash_attn/cute/interface.py": """
+def _flash_attn_fwd(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+                    max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None,
+                    causal=False, softcap=None, window_size_left=None, window_size_right=None, learnable_sink=None,
+                    tile_mn=None, mma_pv_is_rs=None, intra_wg_overlap=None, num_threads=384, num_splits=1,
+                    pack_gqa=None, _arch=None, score_mod=None, mask_mod=None, block_sparse_tensors=None,
+                    return_lse=False, out=None, lse=None, aux_tensors=None, aux_scalars=None, q_descale=None,
+                    k_descale=None, v_descale=None, gather_kv_indices=None, scheduler_metadata=None,
+                    seqlen_k_per_split=None, disable_scheduler_metadata=False):
+    assert return_lse and not causal
+    return (*forward(q, k, v, softmax_scale), None, None)
+
+def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+                    window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False,
+                    num_stages_Q=2, num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False,
+                    AtomLayoutMSdP=2, AtomLayoutNdKV=2, AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None,
+                    cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+                    deterministic=False, dq=None, dk=None, dv=None, score_mod=None, score_mod_bwd=None, mask_mod=None,
+                    aux_tensors=None, aux_scalars=None, block_sparse_tensors=None, dlse=None, learnable_sink=None):
+    assert deterministic and not causal
+    return backward(dout, q, k, v, out, lse, softmax_scale)
+""",
+}
+NAMES = {
+    "flash_attn/flash_attn_interface.py": "flash-attn 2",
+    "flash_attn_interface.py": "flash-attn 3",
+    "flash_attn/cute/interface.py": "flash-attn 4",
+}
+COMMON = """
+import torch
+
+pointers = []
+
+def forward(q, k, v, scale):
+    pointers.append((q.data_ptr(), k.data_ptr(), v.data_ptr()))
+    return torch.ops.internvit.attention(q, k, v, scale, None, None, None, None, "reference")
+
+def backward(dout, q, k, v, out, lse, scale):
+    args = (dout, q, k, v, out, lse, scale, None, None, None, None, "reference")
+    return torch.ops.internvit.attention_backward(*args)[:3]
+
+def fill(results, *grads):
+    for grad, result in zip(grads, results, strict=True):
+        grad.copy_(result)
+"""
+
+
+def forget_stubs():
+    flash._loaded.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] in ("flash_attn", "flash_attn_interface")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs the stubs of the files it is given, on a machine with a card of the given compute capability."""
+
+    def install(files, major=9):
+        for file in files:
+            path = tmp_path / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(COMMON + SIGNATURES[file])
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (major, 0))
+        forget_stubs()
+
+    if any(library.installed() for library in flash.LIBRARIES):
+        pytest.skip("a flash attention is installed: stubs would hide it")
+    yield install
+    forget_stubs()
+
+
+MAJORS = {"flash-attn 2": 8, "flash-attn 3": 9, "flash-attn 4": 10}
+
+
+@pytest.mark.parametrize("file", SIGNATURES, ids=lambda file: NAMES[file])
+def test_a_library_is_called_by_its_signature_without_copies(file, install, generator):
+    install([file], MAJORS[NAMES[file]])
+    packed = torch.randn(2, 9, 3, 2, 8, generator=generator).bfloat16()
+    q, k, v = packed.unbind(2)
+    out, lse = flash.attention(q, k, v, 0.3)
+    library, module = flash._loaded(MAJORS[NAMES[file]], 8)
+    assert library.name == NAMES[file]
+    assert module.pointers == [(q.data_ptr(), k.data_ptr(), v.data_ptr())]
+    assert torch.equal(out, ops.attention(q, k, v, scale=0.3, backend="reference"))
+    grad_packed, grad = torch.full_like(packed, torch.nan), torch.randn(out.shape, generator=generator).bfloat16()
+    flash.attention_backward(grad, SavedAttention(q, k, v, out, lse, 0.3, None), grad_packed.unbind(2))
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    expected = torch.autograd.grad(ops.attention(*leaves, scale=0.3, backend="reference"), leaves, grad)
+    for actual, e in zip(grad_packed.unbind(2), expected, strict=True):
+        assert torch.equal(actual, e)
+
+
+@pytest.mark.parametrize(
+    ("major", "head_dim", "absent", "taken"),
+    [
+        (8, 64, (), "flash-attn 2"),
+        (9, 128, (), "flash-attn 3"),
+        (9, 128, ("flash-attn 3",), "flash-attn 4"),
+        (9, 160, ("flash-attn 3",), "flash-attn 2"),
+        (10, 128, (), "flash-attn 4"),
+        (10, 128, ("flash-attn 4",), "flash-attn 2"),
+        (10, 128, ("flash-attn 2", "flash-attn 4"), "cuDNN"),
+        (12, 64, (), "flash-attn 2"),
+        (12, 64, ("flash-attn 2",), None),
+        (9, 20, (), None),
+        (7, 64, (), None),
+    ],
+)
+def test_the_card_and_what_is_installed_choose(major, head_dim, absent, taken, install, monkeypatch):
+    install([file for file in SIGNATURES if NAMES[file] not in absent], major)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    chosen = flash._library(major, head_dim)
+    assert (chosen and chosen.name) == taken
+    assert registry.BACKENDS["flash"].unavailable_reason() is None
+    reason = registry.BACKENDS["flash"].unsupported_reason("cuda", torch.bfloat16, head_dim)
+    assert (reason is None) == (taken is not None)
+    assert reason is None or f"none takes compute capability {major}.x and head_dim {head_dim}" in reason
+
+
+def test_flash_attn_4_alone_is_not_taken_for_2(install):
+    """They share the package flash_attn; 4 may be there without an __init__.py of 2's."""
+    install(["flash_attn/cute/interface.py"], 10)
+    assert [one.name for one in flash.LIBRARIES if one.installed()] == ["flash-attn 4"]
+    assert flash._library(8, 64) is None
+
+
+def test_other_tensors_are_refused(install):
+    install(["flash_attn/flash_attn_interface.py"], 8)
+    reason = registry.BACKENDS["flash"].unsupported_reason
+    assert reason("cpu", torch.bfloat16, 64) == "it runs on cuda tensors, got cpu"
+    assert reason("cuda", torch.float32, 64) == "it takes bfloat16, float16, got torch.float32"
+
+
+def test_cudnn_is_called_heads_first(monkeypatch, generator):
+    """torch's CPU kernel in cuDNN's place: the same layout of heads and log-sum-exp."""
+    monkeypatch.setattr(sdpa, "_cudnn", sdpa._cpu_flash)
+    monkeypatch.setattr(sdpa, "_cudnn_backward", sdpa._cpu_flash_backward)
+    packed = torch.randn(2, 9, 3, 2, 8, generator=generator)
+    q, k, v = packed.unbind(2)
+    out, lse = flash.CUDNN.forward(torch, q, k, v, 0.3)
+    assert lse.shape == (2, 2, 9)
+    assert out.is_contiguous()
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    expected = ops.attention(*leaves, scale=0.3, backend="reference")
+    torch.testing.assert_close(out, expected.detach())
+    grad, grad_packed = torch.randn(out.shape, generator=generator), torch.full_like(packed, torch.nan)
+    flash.CUDNN.backward(torch, grad, SavedAttention(q, k, v, out, lse, 0.3, None), grad_packed.unbind(2))
+    for actual, e in zip(grad_packed.unbind(2), torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(actual, e)
