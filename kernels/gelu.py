@@ -17,7 +17,6 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
@@ -63,10 +62,16 @@ def normal_cdf(b_z):
 
 
 @triton.jit
+def exact_gelu(b_z):
+    """GELU of float32 z; also the epilogue of `linear`, where the same z gives the same bits."""
+    return b_z * normal_cdf(b_z)
+
+
+@triton.jit
 def gelu_kernel(p_z, p_y, count, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     b_z = tl.load(p_z + o, mask=o < count, other=0.0).to(tl.float32)
-    tl.store(p_y + o, (b_z * normal_cdf(b_z)).to(p_y.dtype.element_ty), mask=o < count)
+    tl.store(p_y + o, exact_gelu(b_z).to(p_y.dtype.element_ty), mask=o < count)
 
 
 @triton.jit
@@ -101,8 +106,3 @@ def gelu_backward(grad_y: Tensor, pre_activation: Tensor) -> Tensor:
     inputs = grad_y.contiguous(), pre_activation.contiguous()
     configs.call("gelu_backward", "", config, elementwise, gelu_backward_kernel, *inputs, grad)
     return grad
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    pre_activation = F.linear(x, weight, bias)
-    return gelu(pre_activation), pre_activation

@@ -8,6 +8,8 @@ from internvit.ops import (
     backend,
     layer_norm,
     layer_scale_residual_norm,
+    linear_gelu,
+    linear_layer_scale,
     qk_norm_attention_qkvpacked,
     rms_norm,
 )
@@ -24,12 +26,21 @@ models = pytest.mark.parametrize("model", MODELS, ids=["6B", "300M"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def name(request):
-    reason = BACKENDS[request.param].unavailable_reason()
+def available(name):
+    reason = BACKENDS[name].unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
-    return request.param
+    return name
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def name(request):
+    return available(request.param)
+
+
+@pytest.fixture(params=["triton", "triton_gemm", "cuda"])
+def any_name(request):
+    return available(request.param)
 
 
 def tensors(*shapes, dtype, seed=0):
@@ -70,7 +81,8 @@ def with_gradients(spec, arguments, backend):
 
 @dtypes
 @models
-def test_contract_and_determinism(name, model, dtype):
+def test_contract_and_determinism(any_name, model, dtype):
+    name = any_name
     for op, spec, arguments in operations(*model[:2], dtype):
         if name not in backends_for(spec.implemented_as, "cuda", dtype, model[1], folded=op == "attention qk_norm"):
             continue
@@ -128,6 +140,24 @@ def test_batch_invariance(name, model, tokens):
         batch = function(t)
         for i in range(4):
             assert torch.equal(batch[i : i + 1], function(t[i : i + 1]))
+
+
+@pytest.mark.parametrize("tokens", [257, 1025])
+@models
+def test_gemms_are_batch_invariant(model, tokens):
+    C = model[0] * model[1]
+    x, weight, vector = tensors((4, tokens, C), (C, C), (C,), dtype=torch.bfloat16)
+
+    def fc1(x):
+        return linear_gelu(x, weight, vector, backend="triton_gemm")
+
+    def proj(x):
+        return linear_layer_scale(x, weight, vector, vector, x, backend="triton_gemm")
+
+    for function in (fc1, proj):
+        batch = function(x)
+        for i in range(4):
+            assert torch.equal(batch[i : i + 1], function(x[i : i + 1]))
 
 
 def test_rows_beyond_2_to_the_31_elements(name):

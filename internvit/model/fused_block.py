@@ -31,6 +31,7 @@ from internvit.ops import (
 )
 from internvit.ops.linear import linear
 from internvit.ops.linear_gelu import linear_gelu_with_pre_activation
+from internvit.ops.linear_layer_scale import adds_residual
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -143,6 +144,7 @@ def run_after_attention(parts: BlockParts, x: Tensor, attended: Tensor, next_nor
 
 def add_branch(x: Tensor, hidden: Tensor, end: BranchOutput, norm: Norm | Function | None) -> tuple[Tensor, Any]:
     """The residual stream x [B, N, C] with the branch that ends in end.linear(hidden), and `norm` of the sum."""
+    # A float32 stream stays with the fused pass: its norm alone would write float32, and a cast would read that again.
     if end.linear_residual is not None and x.dtype == hidden.dtype:
         x = end.linear_residual(hidden, x)
         return x, None if norm is None else norm(x)
@@ -209,11 +211,14 @@ def linear_or_folded(
     """The end of a branch in the Linear `module`; with `fold`, LayerScale is in its weight wherever it is trained."""
     if fold and torch.is_grad_enabled() and is_plain_linear(module):
         return BranchOutput(partial(_folded_linear, module, gamma), None, row_scale)
-    return BranchOutput(partial(linear_per_image, module), gamma, row_scale)
+    linear_residual = None
+    if row_scale is None and not torch.is_grad_enabled() and is_plain_linear(module) and adds_residual(module.weight):
+        linear_residual = partial(_folded_linear, module, gamma)
+    return BranchOutput(partial(linear_per_image, module), gamma, row_scale, linear_residual)
 
 
-def _folded_linear(module: nn.Linear, gamma: Tensor, x: Tensor) -> Tensor:
-    return linear_layer_scale(x, module.weight, gamma, module.bias)
+def _folded_linear(module: nn.Linear, gamma: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    return linear_layer_scale(x, module.weight, gamma, module.bias, residual)
 
 
 def fc1_gelu(fc1: nn.Module, x: Tensor) -> Tensor:

@@ -26,23 +26,27 @@ OP = "linear_gelu"
 
 
 @implements(OP, "reference")
-def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def linear_gelu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, save_pre_activation: bool
+) -> tuple[Tensor, Tensor | None]:
     pre_activation = linear(x, weight, bias)
-    return F.gelu(pre_activation), pre_activation
+    return F.gelu(pre_activation), pre_activation if save_pre_activation else None
 
 
-def linear_then_gelu(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def linear_then_gelu(
+    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, save_pre_activation: bool
+) -> tuple[Tensor, Tensor | None]:
     """PyTorch's Linear and a backend's own GELU: for the backends that leave products to PyTorch."""
     pre_activation = linear(x, weight, bias)
-    return implementation("gelu", backend)(pre_activation), pre_activation
+    return implementation("gelu", backend)(pre_activation), pre_activation if save_pre_activation else None
 
 
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, save_pre_activation: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        y, pre_activation = implementation(OP, backend)(x, weight, bias)
-    return y, pre_activation if save_pre_activation else empty_grad(x)
+        y, pre_activation = implementation(OP, backend)(x, weight, bias, save_pre_activation)
+    return y, empty_grad(x) if pre_activation is None else pre_activation
 
 
 def _run_backward(

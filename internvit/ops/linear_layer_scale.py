@@ -1,8 +1,9 @@
-"""A branch's last Linear with LayerScale folded into its weight while both train.
+"""A branch's last Linear with LayerScale folded into its weight while both train, and the residual it is added to.
 
-    y = x weight'^T + bias',  weight' = gamma * weight,  bias' = gamma * bias        (= gamma * (x weight^T + bias))
+    y = residual + x weight'^T + bias',  weight' = gamma * weight,  bias' = gamma * bias
 
-x, y [..., K], [..., M] of dtype T; weight [M, K], bias [M], gamma [M], T or float32. LayerScale as a pass of its own
+x [..., K] of dtype T; weight [M, K], bias [M], gamma [M], T or float32; residual [..., M], T or float32, or None; y has
+residual's dtype, x's without it. LayerScale as a pass of its own
 keeps the branch [N, C] for gamma's gradient; here that comes from the weight's, and backward rebuilds weight' instead
 of keeping it (kept, it would be 5 units of [N, C] a block of the 300M at one image, 16 of the 6B):
 
@@ -10,7 +11,9 @@ of keeping it (kept, it would be 5 units of [N, C] a block of the 300M at one im
     grad_weight  = gamma * grad_weight',  grad_bias  = gamma * grad_bias'
     grad_gamma   = sum over K of grad_weight' * weight, + grad_bias' * bias
 
-One op, so that nothing that traces through it decides to keep weight'.
+One op, so that nothing that traces through it decides to keep weight'. The residual is for GEMMs that add it in their
+epilogue (`adds_residual`), without gradients: a pass less of [N, C]. While training, `layer_scale_residual_norm` takes
+as few: its backward adds the residual's gradient to the norm's.
 """
 
 from math import prod
@@ -25,6 +28,7 @@ from internvit.ops.backends.registry import implementation, implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype, sum_rows
 from internvit.ops.core.registration import Mask, define, define_backward, fill_gradients
+from internvit.ops.core.select import resolve
 from internvit.ops.core.spec import Inputs, OpSpec, register_spec
 from internvit.ops.linear import linear
 
@@ -49,7 +53,9 @@ def _row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 @implements(OP, "reference")
-def linear_layer_scale_reference(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor) -> Tensor:
+def linear_layer_scale_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, residual: Tensor | None
+) -> Tensor:
     wide = weight.float() if x.dtype == torch.float16 else weight
     folded = wide * gamma.unsqueeze(1)
     if x.dtype == torch.float16 and not float16_holds(folded, weight):
@@ -57,14 +63,22 @@ def linear_layer_scale_reference(x: Tensor, weight: Tensor, bias: Tensor | None,
             f"{OP}: gamma * weight leaves float16's normal range (gamma down to {gamma.abs().min().item():.1e}), where "
             "it loses bits; keep LayerScale out of the Linear, or train in bfloat16"
         )
-    return linear(x, folded.to(x.dtype), None if bias is None else (bias * gamma).to(x.dtype))
+    y = linear(x, folded.to(x.dtype), None if bias is None else (bias * gamma).to(x.dtype))
+    return y if residual is None else (residual + y).contiguous()
 
 
 @implements(f"{OP}_backward", "reference")
 def linear_layer_scale_backward_reference(
-    grad_y: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, gamma: Tensor, output_mask: Mask
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    x_dtype: torch.dtype,
+    output_mask: Mask,
 ) -> tuple[Tensor | None, ...]:
     grad_x = grad_weight = grad_bias = grad_gamma = None
+    grad_y = grad_y.to(x_dtype)
     column = gamma.unsqueeze(1)
     rows = grad_y.reshape(-1, grad_y.shape[-1])
     if output_mask[0]:
@@ -88,9 +102,11 @@ def linear_layer_scale_backward_reference(
     return grad_x, grad_weight, grad_bias, None if grad_gamma is None else grad_gamma.to(gamma.dtype)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, backend: str) -> Tensor:
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, residual: Tensor | None, backend: str
+) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return implementation(OP, backend)(x, weight, bias, gamma)
+        return implementation(OP, backend)(x, weight, bias, gamma, residual)
 
 
 def _run_backward(grad_y: Tensor, *args: Any) -> Any:
@@ -98,10 +114,10 @@ def _run_backward(grad_y: Tensor, *args: Any) -> Any:
         return fill_gradients(implementation(f"{OP}_backward", args[-1])(grad_y, *args[:-1]), grad_y)
 
 
-def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor) -> None:
+def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, residual: Tensor | None) -> None:
     check.rows(OP, "x", x)
-    check.floating(OP, x=x, weight=weight, bias=bias, gamma=gamma)
-    check.device(OP, "x", x, weight=weight, bias=bias, gamma=gamma)
+    check.floating(OP, x=x, weight=weight, bias=bias, gamma=gamma, residual=residual)
+    check.device(OP, "x", x, weight=weight, bias=bias, gamma=gamma, residual=residual)
     check.linear_weight(OP, x, weight)
     for name, t in (("weight", weight), ("gamma", gamma)):
         if t.dtype not in (x.dtype, torch.float32):
@@ -110,16 +126,26 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor) -> 
     check.vector(OP, "gamma", gamma, weight.shape[0], "weight's rows")
     if bias is not None:
         check.same_dtype(OP, "weight", weight, bias=bias)
+    if residual is not None:
+        shape = [*x.shape[:-1], weight.shape[0]]
+        if list(residual.shape) != shape:
+            raise ValueError(f"{OP}: residual must have shape {shape}, got {list(residual.shape)}")
+        if residual.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{OP}: residual must have x's dtype {x.dtype} or be torch.float32, got {residual.dtype}")
 
 
 def _like_x(named: dict[str, Any]) -> Tensor:
     grad_y = named["grad_y"]
-    return grad_y.new_empty((*grad_y.shape[:-1], named["weight"].shape[1]))
+    return grad_y.new_empty((*grad_y.shape[:-1], named["weight"].shape[1]), dtype=named["x_dtype"])
+
+
+def _fake(x, weight, bias, gamma, residual, backend):  # type: ignore[no-untyped-def]
+    return (x if residual is None else residual).new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 LINEAR_LAYER_SCALE = define(
-    f"{OP}(Tensor x, Tensor weight, Tensor? bias, Tensor gamma) -> Tensor y",
-    fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    f"{OP}(Tensor x, Tensor weight, Tensor? bias, Tensor gamma, Tensor? residual) -> Tensor y",
+    fake=_fake,
     validate=_validate,
     run=_run,
     autocast=("x",),
@@ -127,53 +153,71 @@ LINEAR_LAYER_SCALE = define(
 )
 define_backward(
     LINEAR_LAYER_SCALE,
-    f"{OP}_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor? bias, Tensor gamma, bool[4] output_mask)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_gamma)",
+    f"{OP}_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor? bias, Tensor gamma, ScalarType x_dtype,"
+    " bool[4] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_gamma)",
     grads_like={"grad_x": _like_x},
     run=_run_backward,
     saved_for={"x": ("weight", "gamma")},
-    flops=lambda grad_y, x, weight, bias, gamma, mask, *_, **__: (
+    passes_through="residual",
+    flops=lambda grad_y, x, weight, bias, gamma, dtype, mask, *_, **__: (
         2 * prod(grad_y) * weight[1] * (bool(mask[0]) + bool(mask[1] or mask[3]))
     ),
 )
 
 
+def adds_residual(weight: Tensor) -> bool:
+    """Whether the backend in force adds the residual in the epilogue of its GEMM with `weight`."""
+    return resolve(OP, weight) != "reference"
+
+
 def linear_layer_scale(
-    x: Tensor, weight: Tensor, gamma: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """A Linear whose output LayerScale multiplies, as one GEMM, for training: no output is kept for gamma's gradient.
 
-    y = x (gamma * weight)^T + gamma * bias
+    y = residual + x (gamma * weight)^T + gamma * bias
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64; under autocast cast as for torch's Linear.
         weight: [M, K], x's dtype or float32.
         gamma: [M], x's dtype or float32, LayerScale.
         bias: [M], weight's dtype, or None.
+        residual: [..., M], x's dtype or float32, or None.
         backend: overrides `internvit.backend`.
 
     Returns:
-        y: [..., M], x's dtype. DropPath's factor belongs behind it (`layer_scale_residual` with gamma=None).
+        y: [..., M], residual's dtype, x's without one. DropPath's factor belongs behind it (`layer_scale_residual` with
+            gamma=None).
 
     Raises:
         ValueError: a wrong shape, dtype or device; float16 in which gamma * weight leaves the normal range.
 
     Source: LightLLM folds for inference; LayerScale is Touvron et al. 2021, https://arxiv.org/abs/2103.17239.
     """
-    return LINEAR_LAYER_SCALE.call((x, weight, bias, gamma), backend)
+    return LINEAR_LAYER_SCALE.call((x, weight, bias, gamma, residual), backend)
 
 
-def _formula(x: Tensor, weight: Tensor, gamma: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, weight, bias) * gamma
+def _formula(
+    x: Tensor, weight: Tensor, gamma: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    y = F.linear(x, weight, bias) * gamma
+    return y if residual is None else residual + y
 
 
 def _violations(arguments: dict[str, Any], actual: tuple[Tensor, ...], truth: Any, eager: Any) -> list[str]:
-    """In 16 bit the folded weight is the operand that is rounded."""
-    x, weight, gamma, bias = (arguments.get(n) for n in ("x", "weight", "gamma", "bias"))
+    """In 16 bit the folded weight is the operand that is rounded, and the Linear's output before the residual."""
+    x, weight, gamma, bias, residual = (arguments.get(n) for n in ("x", "weight", "gamma", "bias", "residual"))
     emulation = eager[0]
     if x.dtype != torch.float32:  # type: ignore[union-attr]
         folded_bias = None if bias is None else (bias * gamma).double()
         emulation = F.linear(x.double(), (weight * gamma[:, None]).double(), folded_bias).to(x.dtype)  # type: ignore
+        emulation = emulation if residual is None else residual + emulation
     return product_violations(actual[0], truth[0], emulation)
 
 
@@ -188,4 +232,8 @@ def _example(make: Inputs) -> dict[str, Any]:
     }
 
 
-register_spec(OpSpec(linear_layer_scale, OP, _formula, {"": _example}, _violations))
+def _with_residual(make: Inputs) -> dict[str, Any]:
+    return {**_example(make), "residual": make.hidden_states()}
+
+
+register_spec(OpSpec(linear_layer_scale, OP, _formula, {"": _example, "residual": _with_residual}, _violations))

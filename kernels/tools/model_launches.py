@@ -70,6 +70,7 @@ class Mode:
         run: called with the model and its pixels.
         size: of the image, the native one by default.
         autocast: the weights are float32, and products run in this dtype.
+        backend: of the ops.
     """
 
     dtypes: tuple[torch.dtype, ...] = DTYPES
@@ -78,11 +79,13 @@ class Mode:
     run: Callable[[Any, Tensor], None] = _evaluate
     size: tuple[int, ...] = ()
     autocast: torch.dtype | None = None
+    backend: str = "triton"
 
     def __call__(self, config: InternViTConfig, dtype: torch.dtype) -> None:
         model = tower(config, dtype, **dict(self.changes))
         self.prepare(model)
-        with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+        autocast = torch.autocast("cpu", self.autocast, enabled=self.autocast is not None)
+        with internvit.backend(self.backend), autocast:
             self.run(model, pixels(config, dtype, *self.size))
 
 
@@ -144,6 +147,12 @@ MODES: dict[str, Mode] = {
     ),
     "eval, autocast": Mode(_FLOAT32, autocast=torch.bfloat16),
     "train, autocast": Mode(_FLOAT32, run=_train, autocast=torch.bfloat16),
+    "eval, Triton GEMMs": Mode(backend="triton_gemm"),
+    "train, Triton GEMMs": Mode(run=_train, backend="triton_gemm"),
+    "train, Triton GEMMs, LayerScale folded": Mode(
+        prepare=lambda m: m.set_layer_scale_folding(True), run=_train, backend="triton_gemm"
+    ),
+    "eval, Triton GEMMs, autocast": Mode(_FLOAT32, autocast=torch.bfloat16, backend="triton_gemm"),
 }
 
 

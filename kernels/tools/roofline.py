@@ -47,13 +47,24 @@ MATRIX_PRODUCTS = {"attention_kernel": 2, "attention_grad_kv_kernel": 4, "attent
 """Products over all pairs of tokens that a kernel computes: the backward pair recomputes the scores twice."""
 
 
+GEMM = "linear_kernel"
+
+
+def multiplies(kernel: str) -> bool:
+    """Whether `kernel` computes matrix products."""
+    return kernel == GEMM or kernel in MATRIX_PRODUCTS
+
+
 def kernel_work(kernel: str, tensors: Iterable[Tensor]) -> tuple[float, float]:
-    """Bytes of a kernel's tensors, each moved once, and flops of its matrix products; attention's first tensor is q."""
+    """Bytes of a kernel's tensors, each moved once, and flops of its matrix products; attention's first tensor is q,
+    a GEMM's first are x and weight."""
     unique = list({id(t): t for t in tensors}.values())
     flops = 0.0
     if kernel in MATRIX_PRODUCTS:
         B, N, H, D = unique[0].shape
         flops = 2.0 * MATRIX_PRODUCTS[kernel] * B * H * N * N * D
+    elif kernel == GEMM:
+        flops = 2.0 * unique[0].numel() * unique[1].shape[0]
     return float(sum(t.numel() * t.element_size() for t in unique)), flops
 
 

@@ -2,14 +2,14 @@
 
     python -m internvit.kernels.tools.static_profile [--arch sm_90 ...] [--dtype bfloat16 ...] [--json FILE]
 
-The launches are those of whole models, specialised by Triton's own JIT. A row: kernel, config (dtypes
-and constants), arch, registers and spills (bytes stored to the stack) of a thread, stack_bytes, shared_bytes, occupancy
-(resident threads over the most possible), matrix_instructions with their mnemonic, the share of global memory
-instructions that move 16 bytes a thread, `loop` (of attention: cycles of a multiprocessor for 64 x 64 scores by unit,
-and products issued over products needed), ceiling_us, the modes that launch it, and `source`: all that another program
-needs to compile the same kernel again. ceiling_us is the time at the ceilings of `roofline.py` of its first launch, on
-the device that a target stands for: the bytes of the kernel's tensors over the bandwidth or its products over the
-peak. Arithmetic, never a measured figure.
+The launches are those of whole models, specialised by Triton's own JIT. A row: kernel, config (dtypes and constants),
+arch, registers and spills (bytes stored to the stack) of a thread, stack_bytes, shared_bytes, occupancy (resident
+threads over the most possible), matrix_instructions with their mnemonic, the share of global memory instructions that
+move 16 bytes a thread, `loop` (of attention: cycles of a multiprocessor for 64 x 64 scores by unit, and products issued
+over products needed; of the GEMM for 64 x 64 outputs and BLOCK_K terms), ceiling_us, the modes that launch it, and
+`source`: all that another program needs to compile the same kernel again. ceiling_us is the time at the ceilings of
+`roofline.py` of its first launch, on the device that a target stands for: the bytes of the kernel's tensors over the
+bandwidth or its products over the peak. Arithmetic, never a measured figure.
 """
 
 import argparse
@@ -153,12 +153,14 @@ def profile(use: KernelUse, target: Target) -> Row:
 
 
 def _loop(sass: str, one: Specialization, target: Target) -> Row | None:
-    """The cost of an attention kernel's main loop for 64 x 64 scores (`sass.LoopCost`); None for others."""
-    constants, products = dict(one.constants), roofline.MATRIX_PRODUCTS.get(one.function)
-    if products is None or not sass:
+    """The cost of the main loop of a kernel that multiplies matrices (`sass.LoopCost`): for 64 x 64 scores, or for the
+    products of BLOCK_K terms of 64 x 64 outputs; None for others."""
+    if not roofline.multiplies(one.function) or not sass:
         return None
+    constants, products = dict(one.constants), roofline.MATRIX_PRODUCTS.get(one.function, 1)
     tile = constants["BLOCK_M"] * constants["BLOCK_N"]
-    cost = loop_cost(sass, target, one.num_warps, tile, products, constants["BLOCK_D"])
+    depth = constants["BLOCK_K" if one.function == roofline.GEMM else "BLOCK_D"]
+    cost = loop_cost(sass, target, one.num_warps, tile, products, depth)
     return None if cost is None else asdict(cost)
 
 
@@ -172,8 +174,11 @@ def failures(row: Row) -> Iterator[str]:
         yield f"{where}: {row['spills']} bytes spilled"
     if row["shared_bytes"] > (limit := TARGETS[row["arch"]].shared_bytes):
         yield f"{where}: {row['shared_bytes']} bytes of shared memory, the device has {limit}"
-    products = row["kernel"] in roofline.MATRIX_PRODUCTS
-    if products and not row["matrix_instructions"] and "fp32" not in row["config"].split()[0].split("/")[0]:
+    if (
+        roofline.multiplies(row["kernel"])
+        and not row["matrix_instructions"]
+        and "fp32" not in row["config"].split()[0].split("/")[0]
+    ):
         yield f"{where}: no matrix instructions"
 
 

@@ -35,6 +35,7 @@ from internvit.kernels.common.launch import target_of
 from internvit.kernels.common.rows import RowConfig
 from internvit.kernels.common.target import TARGETS, Target
 from internvit.kernels.gelu import GeluConfig
+from internvit.kernels.linear import LinearConfig
 from internvit.numerics import relative_error
 
 ROUNDS = 20
@@ -62,12 +63,16 @@ def candidates(config: Any, pruned: bool = False) -> Iterator[Any]:
     elif isinstance(config, AttentionConfig):
         tiles = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
         yield from itertools.starmap(AttentionConfig, tiles)
+    elif isinstance(config, LinearConfig):
+        wide = itertools.product((64, 128), (128, 256), (32, 64), (4, 8), (2, 3, 4))
+        yield from itertools.starmap(LinearConfig, wide)
     elif isinstance(config, GeluConfig):
         yield from itertools.starmap(GeluConfig, itertools.product((512, 1024, 2048), (2, 4, 8)))
 
 
 def model_calls(config: InternViTConfig, dtype: torch.dtype, device: str) -> dict[tuple[str, str], list[Call]]:
-    """The calls of training steps by (kernel, key): one for each rounding of QK-norm and each image size.
+    """The calls of training steps by (kernel, key), one for each rounding of QK-norm and each image size, and the GEMMs
+    of a forward without gradients.
 
     Attention's come first: most is to be won there.
     """
@@ -79,9 +84,16 @@ def model_calls(config: InternViTConfig, dtype: torch.dtype, device: str) -> dic
         # backward's calls are recorded in this thread
         with internvit.backend("triton"), torch.autograd.set_multithreading_enabled(False), record_calls() as recorded:
             model(pixels).last_hidden_state.float().sum().backward()
-        for call in {(call.kernel, call.key): call for call in recorded}.values():
-            calls.setdefault((call.kernel, call.key), []).append(call)
+        _keep_last(calls, recorded)
+    with internvit.backend("triton_gemm"), torch.no_grad(), record_calls() as recorded:
+        model.eval()(pixels)
+    _keep_last(calls, [call for call in recorded if isinstance(call.config, LinearConfig)])
     return dict(sorted(calls.items(), key=lambda item: not item[0][0].startswith("attention")))
+
+
+def _keep_last(calls: dict[tuple[str, str], list[Call]], recorded: list[Call]) -> None:
+    for call in {(call.kernel, call.key): call for call in recorded}.values():
+        calls.setdefault((call.kernel, call.key), []).append(call)
 
 
 def _outputs(call: Call, config: Any) -> list[Tensor]:

@@ -56,6 +56,27 @@ def test_gradients_are_those_of_a_linear_and_layer_scale(backend, with_bias, dty
 
 
 @backends
+def test_a_float32_residual_keeps_its_precision_and_gradient(backend, generator) -> None:
+    """y is float32 then; x's gradient, and the folded weight's, are products in x's dtype."""
+    x = sample((2, 17, 40), "normal", torch.bfloat16, generator).requires_grad_()
+    weight, bias, gamma = (t.requires_grad_() for t in parameters(24, 40, torch.bfloat16, generator))
+    residual = (1e-3 * sample((2, 17, 24), "normal", torch.float32, generator)).requires_grad_()
+    grad = sample((2, 17, 24), "normal", torch.float32, generator)
+    leaves = (x, weight, bias, gamma, residual)
+    y = ops.linear_layer_scale(x, weight, gamma, bias, residual, backend=backend)
+    assert y.dtype == torch.float32
+    branch = ops.linear_layer_scale(x, weight, gamma, bias, torch.zeros_like(residual), backend=backend)
+    torch.testing.assert_close(y - branch, residual, rtol=1e-3, atol=1e-6)
+    actual = torch.autograd.grad(y, leaves, grad)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    truth = torch.autograd.grad(F.linear(*wide[:3]) * wide[3] + wide[4], wide, grad.double())
+    assert torch.equal(actual[4], grad)
+    for a, t, leaf in zip(actual, truth, leaves, strict=True):
+        assert a.dtype == leaf.dtype
+        assert relative_error(a, t) < 5e-3
+
+
+@backends
 def test_the_folded_weight_is_not_kept(backend) -> None:
     x, weight = torch.randn(3, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
     gamma = torch.full((64,), 0.1, requires_grad=True)
@@ -70,7 +91,7 @@ def test_the_folded_weight_is_not_kept(backend) -> None:
     from internvit.ops.linear_layer_scale import linear_layer_scale_reference
 
     with Record():
-        linear_layer_scale_reference(x.detach(), weight.detach(), None, gamma.detach())
+        linear_layer_scale_reference(x.detach(), weight.detach(), None, gamma.detach(), None)
     assert max(n for _, n in made) == weight.nbytes, "the folded weight is made inside"
     y = ops.linear_layer_scale(x, weight, gamma, None, backend=backend)
     kept = [t for t in y.grad_fn.saved_tensors if t is not None]
@@ -119,6 +140,8 @@ def test_float16_is_refused_where_the_folded_weight_underflows(backend) -> None:
         (dict(gamma=torch.ones(8)), r"gamma must have shape \[4\] \(weight's rows\), got \[8\]"),
         (dict(weight=torch.ones(4, 8).double()), "weight must have x's dtype torch.float32 or be torch.float32"),
         (dict(gamma=torch.ones(4).bfloat16()), "gamma must have x's dtype torch.float32 or be torch.float32"),
+        (dict(residual=torch.ones(4)), r"residual must have shape \[2, 4\], got \[4\]"),
+        (dict(residual=torch.ones(2, 4).half()), "residual must have x's dtype torch.float32 or be torch.float32, got"),
         (dict(bias=torch.ones(4).double()), "bias must have weight's dtype torch.float32, got torch.float64"),
     ],
 )

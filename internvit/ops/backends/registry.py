@@ -31,6 +31,7 @@ class Backend:
         folds_qk_norm: its `attention` takes QK-norm's weights and statistics.
         max_channels: the widest rows that its norms take; None for any.
         lse_devices: the device types on which its `attention` returns the log-sum-exp; None for all.
+        fallback: runs the ops that it lacks, inside `internvit.backend(name)`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Backend:
     folds_qk_norm: bool = True
     max_channels: int | None = None
     lse_devices: tuple[str, ...] | None = None
+    fallback: str = "auto"
 
     def exposes_lse_on(self, device: str) -> bool:
         return self.lse_devices is None or device in self.lse_devices
@@ -213,6 +215,13 @@ BACKENDS: dict[str, Backend] = {
             _package("triton", "pip install triton (Linux; torch's CUDA builds bring it)"),
             _triton_unsupported,
             max_channels=8192,
+        ),
+        Backend(
+            "triton_gemm",
+            "internvit.ops.backends.triton_gemm",
+            _package("triton", "pip install triton (Linux; torch's CUDA builds bring it)"),
+            _triton_unsupported,
+            fallback="triton",
         ),
         Backend("cpu", "internvit.ops.backends.cpu", _library("internvit_cpu"), _only(("cpu",), _FLOATS)),
         Backend(

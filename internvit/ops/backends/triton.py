@@ -1,5 +1,6 @@
 """Backend `triton`: the kernels of `internvit.kernels`, whose functions have the ops' names and signatures."""
 
+import functools
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -23,9 +24,7 @@ for _found in iter_modules(kernels.__path__, f"{kernels.__name__}."):
             implements(_name, "triton")(getattr(_module, _name))
 
 
-@implements("linear_gelu", "triton")
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return linear_then_gelu("triton", x, weight, bias)
+implements("linear_gelu", "triton")(functools.partial(linear_then_gelu, "triton"))
 
 
 @implements("attention", "triton")

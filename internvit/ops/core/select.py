@@ -28,10 +28,11 @@ _TRACES_CONTEXT_VARIABLES = tuple(int(n) for n in torch.__version__.split(".")[:
 class backend(contextlib.AbstractContextManager):  # noqa: N801 (used like a function, as torch.device is)
     """Chooses the backend of the ops called inside a `with`, in this thread; see `set_backend` for the process.
 
-    Ops the backend does not implement (`sdpa` and `flash` are attention only) run as under `auto`.
+    Ops the backend does not implement run as under `auto` (`sdpa` and `flash` are attention only), those of
+    `triton_gemm` as under `triton`: it is the block's Linears alone, and never chosen by `auto`.
 
     Args:
-        name: "auto", "reference", "cpu", "triton", "cuda", "sdpa" or "flash".
+        name: "auto", "reference", "cpu", "triton", "triton_gemm", "cuda", "sdpa" or "flash".
 
     Raises:
         ValueError: no such backend.
@@ -140,7 +141,9 @@ def _resolve_once(
     channels: int = 0,
 ) -> str:
     name = asked or context
-    if name != "auto" and (asked or usable(name).find(op) is not None):
+    while not asked and name != "auto" and usable(name).find(op) is None:
+        name = BACKENDS[name].fallback
+    if name != "auto":
         return _asked_by_name(op, device, dtype, head_dim, folded, caller, name, channels)
     return first_backend(CallClass(op, caller, device, dtype, head_dim, channels, folded), caller)
 

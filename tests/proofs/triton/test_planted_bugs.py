@@ -37,6 +37,18 @@ BUGS = {
         "mask=(o_p < P - 1)[:, None]",
         ("test_norms.py", "rows:257-channels:384"),
     ),
+    "product of the last depth left out": (
+        "linear.py",
+        "for i_k in range(0, K, BLOCK_K):",
+        "for i_k in range(0, K - BLOCK_K + 1, BLOCK_K):",
+        ("test_linear.py", "channels:40"),
+    ),
+    "column beyond the last": (
+        "linear.py",
+        "o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]\n    m_n = o_n < N",
+        "o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]\n    m_n = o_n <= N",
+        ("test_linear.py", "out:72"),
+    ),
     "key beyond the last": (
         "attention/tiles.py",
         'tl.where((o_n < N)[None, :], b_s, float("-inf"))',

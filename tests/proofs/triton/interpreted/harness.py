@@ -135,10 +135,10 @@ class Memory:
         assert torch.Tensor.new_empty is new_empty
 
 
-def run(memory: Memory, op: str, *args: Any) -> tuple[Tensor, ...]:
+def run(memory: Memory, op: str, *args: Any, backend: str = "triton") -> tuple[Tensor, ...]:
     """The op's kernels on guarded, poisoned memory."""
     with memory.allocations():
-        outputs = call(op, "triton", *args)
+        outputs = call(op, backend, *args)
     memory.check_guards()
     return tuple(torch.empty(0) if t is None else t for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
 

@@ -19,21 +19,22 @@ def tensors(*shapes, grad=True):
 
 
 CASES = {
-    f"{name} {variant}".strip(): (spec, example)
+    " ".join(filter(None, (backend, name, variant))): (backend, spec, example)
+    for backend in ("triton", "triton_gemm")
     for name, spec in SPECS.items()
-    if has_implementation(spec.implemented_as, "triton")
+    if has_implementation(spec.implemented_as, backend)
     for variant, example in spec.examples.items()
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case):
-    spec, example = CASES[case]
-    forward, backward = op_calls(spec, example(Inputs(TINY)), "triton")
+    backend, spec, example = CASES[case]
+    forward, backward = op_calls(spec, example(Inputs(TINY)), backend)
     assert backward.op.name == f"{spec.op}_backward"
     leaves = [t.requires_grad_(t.is_floating_point()) if isinstance(t, torch.Tensor) else t for t in forward.args]
-    opcheck(forward.op.overload, (*leaves, "triton"))
-    opcheck(backward.op.overload, (*backward.args, "triton"))
+    opcheck(forward.op.overload, (*leaves, backend))
+    opcheck(backward.op.overload, (*backward.args, backend))
 
 
 def loss(x, branch, gamma, weight, qk, backend):

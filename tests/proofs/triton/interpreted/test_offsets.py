@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from internvit.ops import attention, layer_scale_residual, qk_norm, rms_norm
+from internvit.ops import attention, layer_scale_residual, linear_gelu, qk_norm, rms_norm
 
 STRIDE = 2**30  # fits int32; two of them do not
 
@@ -44,3 +44,12 @@ def test_tokens_and_images_far_apart(storage):
         torch.testing.assert_close(
             *(attention(q, q, q, backend=n) for n in ("triton", "reference")), rtol=2e-2, atol=2e-2
         )
+
+
+@pytest.mark.parametrize(("rows", "stride"), [(3, STRIDE), (130, 2**23)])
+def test_gemm_rows_far_apart(storage, rows, stride):
+    """Farther than int32 reaches inside a tile, and between tiles."""
+    x = far(storage, (rows, 40), (stride, 1)).copy_(torch.randn(rows, 40))
+    weight = torch.randn(24, 40).bfloat16()
+    results = (linear_gelu(x, weight, backend=n) for n in ("triton_gemm", "reference"))
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)

@@ -11,10 +11,11 @@ from internvit.kernels.common import config as configs
 from internvit.kernels.common.rows import FOLLOWERS, RowConfig, row_config
 from internvit.kernels.common.target import INTERPRETER
 from internvit.kernels.gelu import gelu_config
+from internvit.kernels.linear import LinearConfig, linear_config
 from internvit.kernels.tools import tune
 from internvit.ops.core.registration import OPS
 
-CACHED = (configs._tuned, row_config, attention_config, gelu_config)
+CACHED = (configs._tuned, row_config, attention_config, gelu_config, linear_config)
 TINY = {
     "image_size": 56,
     "hidden_size": 32,
@@ -30,6 +31,8 @@ def few(config, pruned=False):
         return iter([RowConfig(2, 2), RowConfig(4, 1)])
     if isinstance(config, AttentionConfig) and config.columns:
         return iter([AttentionConfig(32, 16, 4, 1), AttentionConfig(16, 32, 4, 2)])
+    if isinstance(config, LinearConfig):
+        return iter([LinearConfig(32, 64, 16, 4, 2)])
     return iter([])
 
 
@@ -64,7 +67,9 @@ def test_what_tune_writes_is_what_the_kernels_take(rehearsal, monkeypatch, capsy
     row_ops = {name for name, op in OPS.items() if "cuda" in op.compiled} - {"gelu", "gelu_backward"}
     row_ops = {name for name in row_ops if name.removesuffix("_backward") not in FOLLOWERS}
     attention = {f"attention_{kernel}" for kernel in ("forward", "grad_q", "grad_kv")}
-    assert set(written["configs"]) == row_ops | attention
+    assert set(written["configs"]) == row_ops | attention | {"linear_gelu", "linear_layer_scale"}
+    assert linear_config("linear_gelu", 32, 64, torch.bfloat16, INTERPRETER) == LinearConfig(32, 64, 16, 4, 2)
+    assert linear_config("linear_gelu", 64, 32, torch.bfloat16, INTERPRETER) == LinearConfig.rule(2, INTERPRETER)
     assert row_config("layer_norm_backward", 32, INTERPRETER) == RowConfig(4, 1)
     assert row_config("layer_norm_backward", 64, INTERPRETER) == RowConfig.rule(64)
     for kernel in ("forward", "grad_q", "grad_kv"):

@@ -1,0 +1,52 @@
+"""Backend `triton_gemm`: the block's GEMMs as Triton kernels with an epilogue, beside the kernels of `triton`.
+
+fc1 with bias and GELU; proj and fc2 with LayerScale and, without gradients, the residual stream. Every other op runs on
+`triton`. Not under `auto`: no GPU has timed it beside cuBLASLt.
+
+Backward leaves its products to PyTorch. GELU's derivative is a pass before them (reads 2, writes 1): inside the product
+for x it would be computed again for each column tile of grad_x, 8 times at C = 1024 and 25 times at 3200, 48
+instructions an element.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from internvit.kernels.linear import linear
+from internvit.ops.backends.registry import implementation, implements
+from internvit.ops.linear_layer_scale import linear_layer_scale_backward_reference
+
+for _name in ("gelu", "gelu_backward"):
+    implements(_name, "triton_gemm")(implementation(_name, "triton"))
+
+
+@implements("linear_gelu", "triton_gemm")
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, save_pre_activation: bool
+) -> tuple[Tensor, Tensor | None]:
+    return linear("linear_gelu", x, weight, bias, gelu=True, save_pre_activation=save_pre_activation)
+
+
+@implements("linear_layer_scale", "triton_gemm")
+def linear_layer_scale(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, residual: Tensor | None
+) -> Tensor:
+    return linear("linear_layer_scale", x, weight.to(x.dtype), bias, gamma, residual)[0]
+
+
+@implements("linear_layer_scale_backward", "triton_gemm")
+def linear_layer_scale_backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    x_dtype: torch.dtype,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The reference's, but gamma multiplies the gradient: gamma * weight may leave float16's normal range."""
+    mask = (False, *output_mask[1:])
+    _, *grads = linear_layer_scale_backward_reference(grad_y, x, weight, bias, gamma, x_dtype, mask)
+    grad_x = (grad_y * gamma).to(x_dtype) @ weight.to(x_dtype) if output_mask[0] else None
+    return grad_x, *grads

@@ -1,0 +1,256 @@
+"""A Linear with its epilogue: bias, then exact GELU, or LayerScale and the residual stream, in one GEMM.
+
+    y = gelu(z),  z = x weight^T + bias                        z is written too where backward needs it
+    y = residual + gamma * (x weight^T + bias)
+
+Products accumulate in float32, the epilogue is float32, and each output is rounded once; GELU is taken of z as rounded,
+so that `gelu` rebuilds y from z to the bit. Beside torch's GEMM and a pass of its own, the epilogue saves reading and
+writing y's size once with GELU, and once with the residual.
+
+One program computes one tile of y. A row's products are added in the same order wherever the row stands, and tiles are
+never chosen by the number of rows: a row's result does not depend on its batch. float32 products are exact ("ieee").
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from internvit.kernels.common import config as configs
+from internvit.kernels.common import launch
+from internvit.kernels.common.rows import as_rows, contiguous, in_elements, stride_unit
+from internvit.kernels.common.target import Target
+from internvit.kernels.gelu import exact_gelu
+
+MAX_STRIDE = 1 << 24
+"""Elements from row to row: offsets inside a tile are int32, 127 rows of these at most."""
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Attributes:
+    rows, columns: of a program's tile of y.
+    depth: columns of x and weight that an iteration multiplies.
+    warps: warps of a program.
+    stages: loads in flight.
+    group: row tiles that programs walk down before the next column tile, so that both operands come from L2.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    @classmethod
+    def rule(cls, itemsize: int, target: Target) -> "LinearConfig":
+        """Tiles of which two programs fit a multiprocessor, so that one's epilogue runs during the other's products.
+
+        GELU issues 4600 cycles of instructions for a tile of 128 x 128 on sm_90, whose products take the tensor cores
+        8192 cycles at K = 1024: not overlapped, more than half as long again. Two programs need at most 128 registers a
+        thread with 8 warps, and half the shared memory each; stages are what that half holds.
+        """
+        if itemsize == 4:
+            return cls._float32(target)
+        depth = 64 if target.matrix_instructions in ("wgmma", "tcgen05", "mfma") else 32
+        config = cls(128, 128, depth, 256 // target.warp_size, 4)
+        if target.is_amd:
+            return dataclasses.replace(config, stages=2)
+        while config.stages > 2 and 2 * config.shared_bytes(itemsize) > target.shared_bytes:
+            config = dataclasses.replace(config, stages=config.stages - 1)
+        return config
+
+    @classmethod
+    def _float32(cls, target: Target) -> "LinearConfig":
+        """Without tensor cores, but for mfma."""
+        if target.matrix_instructions == "mfma":
+            return cls(128, 64, 16, 4, 2)
+        return cls(64, 64, 16, 8, 2)
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of the tiles in flight."""
+        return self.stages * (self.rows + self.columns) * self.depth * itemsize
+
+
+@triton.jit
+def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column tile of this program: down GROUP row tiles, then on to the next column tile."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    programs = GROUP * tl.cdiv(N, BLOCK_N)  # of a group
+    i_first = tl.program_id(0) // programs * GROUP
+    rows = tl.minimum(tiles_m - i_first, GROUP)
+    i_in_group = tl.program_id(0) % programs
+    return i_first + i_in_group % rows, i_in_group // rows
+
+
+@triton.jit
+def tile_pointers(p_x, i_tile, stride, o_cols, ROWS: tl.constexpr):
+    """Pointers [ROWS, COLUMNS] to row tile i_tile; int64 between tiles, int32 inside one."""
+    o_tile = tl.arange(0, ROWS)[:, None] * stride + o_cols[None, :]
+    return p_x + tl.cast(i_tile, tl.int64) * ROWS * stride + o_tile
+
+
+@triton.jit
+def halves(b_x):
+    """The left and the right columns [ROWS, COLUMNS / 2] of a tile [ROWS, COLUMNS]."""
+    return tl.split(tl.permute(tl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def finish(
+    b_y,  # [BLOCK_M, BLOCK_N] float32, products
+    p_bias,
+    p_gamma,
+    p_residual,
+    p_z,
+    p_y,
+    i_m,
+    i_n,
+    M,
+    N,
+    stride_residual,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The epilogue of tile (i_m, i_n), and its stores."""
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    m_n = o_n < N
+    m_y = (i_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[:, None] & m_n[None, :]  # [BLOCK_M, BLOCK_N]
+    if p_bias is not None:
+        b_y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        b_z = b_y.to(p_y.dtype.element_ty)
+        if p_z is not None:
+            tl.store(tile_pointers(p_z, i_m, N, o_n, BLOCK_M), b_z, mask=m_y)
+        b_y = exact_gelu(b_z.to(tl.float32))
+    if p_gamma is not None:
+        b_y *= tl.load(p_gamma + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if p_residual is not None:
+        b_y += tl.load(tile_pointers(p_residual, i_m, stride_residual, o_n, BLOCK_M), mask=m_y, other=0.0).to(
+            tl.float32
+        )
+    tl.store(tile_pointers(p_y, i_m, N, o_n, BLOCK_M), b_y.to(p_y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_kernel(
+    p_x,  # [M, K]
+    p_weight,  # [N, K]
+    p_bias,  # [N] or None
+    p_gamma,  # [N] or None
+    p_residual,  # [M, N] or None
+    p_z,  # [M, N] or None, what GELU is taken of
+    p_y,  # [M, N]
+    M,
+    N,
+    K,
+    stride_x,
+    stride_weight,
+    stride_residual,
+    STRIDE_UNIT: tl.constexpr,
+    GELU: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    i_m, i_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP)
+    o_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    m_a = (i_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[:, None]
+    m_b = (i_n * BLOCK_N + tl.arange(0, BLOCK_N) < N)[:, None]
+    p_a = tile_pointers(p_x, i_m, in_elements(stride_x, STRIDE_UNIT), o_k, BLOCK_M)
+    p_b = tile_pointers(p_weight, i_n, in_elements(stride_weight, STRIDE_UNIT), o_k, BLOCK_N)
+    b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_k in range(0, K, BLOCK_K):
+        if WHOLE_K:
+            b_a = tl.load(p_a + i_k, mask=m_a, other=0.0)  # [BLOCK_M, BLOCK_K]
+            b_b = tl.load(p_b + i_k, mask=m_b, other=0.0)  # [BLOCK_N, BLOCK_K]
+        else:
+            m_k = (o_k < K - i_k)[None, :]
+            b_a = tl.load(p_a + i_k, mask=m_a & m_k, other=0.0)
+            b_b = tl.load(p_b + i_k, mask=m_b & m_k, other=0.0)
+        b_y = tl.dot(b_a, tl.trans(b_b), b_y, input_precision="ieee")
+    # One half after the other: the whole tile's epilogue holds 155 to 184 registers a thread (sm_90), a half's at most
+    # 128, of which two programs share a multiprocessor.
+    b_left, b_right = halves(b_y)
+    stride_residual = in_elements(stride_residual, STRIDE_UNIT)
+    tensors = (p_bias, p_gamma, p_residual, p_z, p_y)
+    finish(b_left, *tensors, i_m, 2 * i_n, M, N, stride_residual, GELU, BLOCK_M, BLOCK_N // 2)
+    finish(b_right, *tensors, i_m, 2 * i_n + 1, M, N, stride_residual, GELU, BLOCK_M, BLOCK_N // 2)
+
+
+def multiply(
+    config: LinearConfig,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    residual: Tensor | None,
+    gelu: bool,
+    save_pre_activation: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y [..., N] and z, where it is to be saved."""
+    x_rows, weight_rows = (_within_reach(as_rows(t)) for t in (x, weight))
+    residual_rows = None if residual is None else _within_reach(as_rows(residual))
+    (M, K), N = x_rows.shape, weight.shape[0]
+    if N >= MAX_STRIDE:
+        raise ValueError(f"linear: weight must have fewer than {MAX_STRIDE} rows for backend 'triton_gemm', got {N}")
+    shape = (*x.shape[:-1], N)
+    y = x.new_empty(shape, dtype=x.dtype if residual is None else residual.dtype)
+    z = x.new_empty(shape) if save_pre_activation else None
+    strides = [t.stride(0) if t is not None else 0 for t in (x_rows, weight_rows, residual_rows)]
+    unit = stride_unit(*strides)
+    launch.run(
+        linear_kernel,
+        (triton.cdiv(M, config.rows) * triton.cdiv(N, config.columns),),
+        *(x_rows, weight_rows, contiguous(bias), contiguous(gamma), residual_rows, z, y),
+        *(M, N, K, *(s // unit for s in strides)),
+        STRIDE_UNIT=unit,
+        GELU=gelu,
+        WHOLE_K=K % config.depth == 0,
+        BLOCK_M=config.rows,
+        BLOCK_N=config.columns,
+        BLOCK_K=config.depth,
+        GROUP=config.group,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y, z
+
+
+def _within_reach(x: Tensor) -> Tensor:
+    return x if x.stride(0) < MAX_STRIDE else x.contiguous()
+
+
+@functools.cache
+def linear_config(kernel: str, K: int, N: int, dtype: torch.dtype, target: Target) -> LinearConfig:
+    key = tuned_key(K, N, dtype)
+    return configs.choose(LinearConfig, kernel, key, target, lambda: LinearConfig.rule(dtype.itemsize, target))
+
+
+def tuned_key(K: int, N: int, dtype: torch.dtype) -> str:
+    return f"K={K},N={N},bytes={dtype.itemsize}"
+
+
+def linear(
+    kernel: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    gelu: bool = False,
+    save_pre_activation: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`multiply` in the configuration that `kernel` has for this weight."""
+    N, K = weight.shape
+    config = linear_config(kernel, K, N, x.dtype, launch.target_of(x))
+    args = (x, weight, bias, gamma, residual, gelu, save_pre_activation)
+    return configs.call(kernel, tuned_key(K, N, x.dtype), config, multiply, *args)
