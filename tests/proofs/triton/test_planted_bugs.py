@@ -38,7 +38,7 @@ BUGS = {
         ("test_norms.py", "rows:257-channels:384"),
     ),
     "key beyond the last": (
-        "attention/tiles.py",
+        "attention/scores.py",
         'tl.where((o_n < N)[None, :], b_s, float("-inf"))',
         "b_s",
         ("test_attention.py", "tokens:17"),
