@@ -14,21 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from internvit.kernels.common import launch, rows
-from internvit.kernels.common.rows import (
-    RowConfig,
-    as_rows,
-    columns,
-    contiguous,
-    in_elements,
-    load_tile,
-    load_vector,
-    persistent_programs,
-    row_tile,
-    store_partial,
-    store_tile,
-    stride_unit,
-    sum_partials,
-)
+from internvit.kernels.common.rows import columns, load_tile, load_vector, row_tile, store_partial, store_tile
+from internvit.kernels.common.strides import in_elements, row_strides
 
 OP = "layer_scale_residual"
 
@@ -134,30 +121,28 @@ def rows_per_image(row_count: int, row_scale: Tensor | None) -> int:
     return 1 if row_scale is None else row_count // max(1, row_scale.numel())
 
 
-def add_scaled_branch(
-    config: RowConfig, residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None
+@rows.configured(OP)
+def layer_scale_residual(
+    config: rows.RowConfig, residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None
 ) -> Tensor:
-    residual_rows, branch_rows = as_rows(residual), as_rows(branch)
+    residual_rows, branch_rows = rows.as_rows(residual), rows.as_rows(branch)
     M, C = residual_rows.shape
     out = residual.new_empty(residual.shape)
-    strides = residual_rows.stride(0), branch_rows.stride(0)
-    unit = stride_unit(*strides)
+    strides, unit = row_strides(residual_rows, branch_rows)
     launch.run(
         layer_scale_residual_kernel,
         (triton.cdiv(M, config.rows),),
-        *(residual_rows, branch_rows, contiguous(gamma), contiguous(row_scale), out),
-        *(M, *(s // unit for s in strides), rows_per_image(M, row_scale)),
-        C=C,
+        *(residual_rows, branch_rows, rows.contiguous(gamma), rows.contiguous(row_scale), out),
+        *(M, *strides, rows_per_image(M, row_scale)),
         STRIDE_UNIT=unit,
-        ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=config.warps,
+        **config.constants(C),
     )
     return out
 
 
-def branch_gradients(
-    config: RowConfig,
+@rows.configured(f"{OP}_backward")
+def layer_scale_residual_backward(
+    config: rows.RowConfig,
     grad_out: Tensor,
     branch: Tensor | None,
     gamma: Tensor | None,
@@ -165,41 +150,21 @@ def branch_gradients(
     branch_dtype: torch.dtype,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    grad_rows = as_rows(grad_out)
-    branch_rows = None if branch is None or not output_mask[1] else as_rows(branch)
+    grad_rows = rows.as_rows(grad_out)
+    branch_rows = None if branch is None or not output_mask[1] else rows.as_rows(branch)
     M, C = grad_rows.shape
-    programs = persistent_programs(M, config, launch.target_of(grad_out))
+    programs = rows.persistent_programs(M, config, launch.target_of(grad_out))
     grad_branch = grad_out.new_empty(grad_out.shape, dtype=branch_dtype) if output_mask[0] else None
     partials = grad_out.new_empty((int(output_mask[1]), programs, C), dtype=torch.float32)
-    strides = grad_rows.stride(0), 0 if branch_rows is None else branch_rows.stride(0)
-    unit = stride_unit(*strides)
+    strides, unit = row_strides(grad_rows, branch_rows)
     launch.run(
         layer_scale_residual_backward_kernel,
         (programs if any(output_mask) else 0,),
-        *(grad_rows, branch_rows, contiguous(gamma), contiguous(row_scale), grad_branch, partials),
-        *(M, *(s // unit for s in strides), rows_per_image(M, row_scale)),
-        C=C,
+        *(grad_rows, branch_rows, rows.contiguous(gamma), rows.contiguous(row_scale), grad_branch, partials),
+        *(M, *strides, rows_per_image(M, row_scale)),
         STRIDE_UNIT=unit,
         GAMMA_SUM=output_mask[1],
-        ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=config.warps,
+        **config.constants(C),
     )
-    (grad_gamma,) = sum_partials(partials, gamma if output_mask[1] else None)
+    (grad_gamma,) = rows.sum_partials(partials, gamma if output_mask[1] else None)
     return grad_branch, grad_gamma
-
-
-def layer_scale_residual(residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:
-    return rows.call(OP, residual.shape[-1], residual, add_scaled_branch, residual, branch, gamma, row_scale)
-
-
-def layer_scale_residual_backward(
-    grad_out: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    branch_dtype: torch.dtype,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    args = (grad_out, branch, gamma, row_scale, branch_dtype, output_mask)
-    return rows.call(f"{OP}_backward", grad_out.shape[-1], grad_out, branch_gradients, *args)

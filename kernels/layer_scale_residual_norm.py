@@ -17,21 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from internvit.kernels.common import launch, rows
-from internvit.kernels.common.rows import (
-    RowConfig,
-    as_rows,
-    columns,
-    contiguous,
-    in_elements,
-    load_tile,
-    load_vector,
-    persistent_programs,
-    row_tile,
-    store_partial,
-    store_tile,
-    stride_unit,
-    sum_partials,
-)
+from internvit.kernels.common.rows import columns, load_tile, load_vector, row_tile, store_partial, store_tile
+from internvit.kernels.common.strides import in_elements, row_strides
 from internvit.kernels.layer_scale_residual import add_branch, load_gamma, load_row_scale, rows_per_image
 from internvit.kernels.norm import is_small, load_x_hat, norm_backward, scale_and_shift, standardize
 
@@ -148,8 +135,9 @@ def layer_scale_residual_norm_backward_kernel(
         store_partial(p_partials, (1 if GAMMA_SUM else 0) + (1 if WEIGHT_SUM else 0), b_bias_sum, o_cols, C)
 
 
-def add_and_normalize(
-    config: RowConfig,
+@rows.configured(OP)
+def layer_scale_residual_norm(
+    config: rows.RowConfig,
     residual: Tensor,
     branch: Tensor,
     gamma: Tensor | None,
@@ -160,92 +148,31 @@ def add_and_normalize(
     norm_type: str,
     rounding: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    residual_rows, branch_rows = as_rows(residual), as_rows(branch)
+    residual_rows, branch_rows = rows.as_rows(residual), rows.as_rows(branch)
     M, C = residual_rows.shape
     residual_out = residual.new_empty(residual.shape)
     normed = branch.new_empty(branch.shape)
     rstd = residual.new_empty(residual.shape[:-1], dtype=torch.float32)
     mean = torch.empty_like(rstd) if norm_type == "layer_norm" else None
-    strides = residual_rows.stride(0), branch_rows.stride(0)
-    unit = stride_unit(*strides)
+    strides, unit = row_strides(residual_rows, branch_rows)
     launch.run(
         layer_scale_residual_norm_kernel,
         (triton.cdiv(M, config.rows),),
-        *(residual_rows, branch_rows, contiguous(gamma), contiguous(row_scale), weight.contiguous(), contiguous(bias)),
-        *(residual_out, normed, mean, rstd),
-        *(M, *(s // unit for s in strides), rows_per_image(M, row_scale), eps),
-        C=C,
+        *(residual_rows, branch_rows, rows.contiguous(gamma), rows.contiguous(row_scale)),
+        *(weight.contiguous(), rows.contiguous(bias), residual_out, normed, mean, rstd),
+        *(M, *strides, rows_per_image(M, row_scale), eps),
         STRIDE_UNIT=unit,
         NORM_TYPE=norm_type,
         ROUNDING=rounding if norm_type == "rms_norm" else "fused",
         SMALL_EPS=is_small(eps),
-        ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=config.warps,
+        **config.constants(C),
     )
     return residual_out, normed, mean, rstd
 
 
-def add_and_normalize_gradients(
-    config: RowConfig,
-    grad_residual_out: Tensor | None,
-    grad_normed: Tensor,
-    residual_out: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    norm_type: str,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    grad_rows = None if grad_residual_out is None else as_rows(grad_residual_out)
-    branch_rows = None if branch is None or not output_mask[2] else as_rows(branch)
-    grad_normed_rows, x_rows = as_rows(grad_normed), as_rows(residual_out)
-    M, C = x_rows.shape
-    programs = persistent_programs(M, config, launch.target_of(residual_out))
-    grad_residual = residual_out.new_empty(residual_out.shape) if output_mask[0] else None
-    grad_branch = grad_normed.new_empty(grad_normed.shape) if output_mask[1] else None
-    partials = residual_out.new_empty((sum(output_mask[2:]), programs, C), dtype=torch.float32)
-    strides = [0 if t is None else t.stride(0) for t in (grad_rows, grad_normed_rows, x_rows, branch_rows)]
-    unit = stride_unit(*strides)
-    launch.run(
-        layer_scale_residual_norm_backward_kernel,
-        (programs if any(output_mask) else 0,),
-        *(grad_rows, grad_normed_rows, x_rows, branch_rows, contiguous(gamma), contiguous(row_scale)),
-        *(weight.contiguous(), contiguous(mean), rstd.contiguous(), grad_residual, grad_branch, partials),
-        *(M, *(s // unit for s in strides), rows_per_image(M, row_scale)),
-        C=C,
-        STRIDE_UNIT=unit,
-        NORM_TYPE=norm_type,
-        GAMMA_SUM=output_mask[2],
-        WEIGHT_SUM=output_mask[3],
-        BIAS_SUM=output_mask[4],
-        ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=config.warps,
-    )
-    parameters = zip((gamma, weight, weight), output_mask[2:], strict=True)
-    return grad_residual, grad_branch, *sum_partials(partials, *(p if asked else None for p, asked in parameters))
-
-
-def layer_scale_residual_norm(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    norm_type: str,
-    rounding: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    args = (residual, branch, gamma, row_scale, weight, bias, eps, norm_type, rounding)
-    return rows.call(OP, residual.shape[-1], residual, add_and_normalize, *args)
-
-
+@rows.configured(f"{OP}_backward", by=2)  # of residual_out
 def layer_scale_residual_norm_backward(
+    config: rows.RowConfig,
     grad_residual_out: Tensor | None,
     grad_normed: Tensor,
     residual_out: Tensor,
@@ -258,15 +185,28 @@ def layer_scale_residual_norm_backward(
     norm_type: str,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    args = (grad_residual_out, grad_normed, residual_out, branch, gamma, row_scale, weight)
-    return rows.call(
-        f"{OP}_backward",
-        residual_out.shape[-1],
-        residual_out,
-        add_and_normalize_gradients,
-        *args,
-        mean if norm_type == "layer_norm" else None,
-        rstd,
-        norm_type,
-        output_mask,
+    grad_rows = None if grad_residual_out is None else rows.as_rows(grad_residual_out)
+    branch_rows = None if branch is None or not output_mask[2] else rows.as_rows(branch)
+    grad_normed_rows, x_rows = rows.as_rows(grad_normed), rows.as_rows(residual_out)
+    M, C = x_rows.shape
+    programs = rows.persistent_programs(M, config, launch.target_of(residual_out))
+    grad_residual = residual_out.new_empty(residual_out.shape) if output_mask[0] else None
+    grad_branch = grad_normed.new_empty(grad_normed.shape) if output_mask[1] else None
+    partials = residual_out.new_empty((sum(output_mask[2:]), programs, C), dtype=torch.float32)
+    strides, unit = row_strides(grad_rows, grad_normed_rows, x_rows, branch_rows)
+    launch.run(
+        layer_scale_residual_norm_backward_kernel,
+        (programs if any(output_mask) else 0,),
+        *(grad_rows, grad_normed_rows, x_rows, branch_rows, rows.contiguous(gamma), rows.contiguous(row_scale)),
+        *(weight.contiguous(), mean.contiguous() if norm_type == "layer_norm" else None, rstd.contiguous()),
+        *(grad_residual, grad_branch, partials),
+        *(M, *strides, rows_per_image(M, row_scale)),
+        STRIDE_UNIT=unit,
+        NORM_TYPE=norm_type,
+        GAMMA_SUM=output_mask[2],
+        WEIGHT_SUM=output_mask[3],
+        BIAS_SUM=output_mask[4],
+        **config.constants(C),
     )
+    parameters = zip((gamma, weight, weight), output_mask[2:], strict=True)
+    return grad_residual, grad_branch, *rows.sum_partials(partials, *(p if asked else None for p, asked in parameters))

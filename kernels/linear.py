@@ -22,7 +22,8 @@ from torch import Tensor
 
 from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
-from internvit.kernels.common.rows import as_rows, contiguous, in_elements, stride_unit
+from internvit.kernels.common.rows import as_rows, contiguous
+from internvit.kernels.common.strides import in_elements, stride_unit
 from internvit.kernels.common.target import Target
 from internvit.kernels.gelu import exact_gelu
 

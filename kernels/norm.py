@@ -15,20 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from internvit.kernels.common import launch, rows
-from internvit.kernels.common.rows import (
-    RowConfig,
-    as_rows,
-    contiguous,
-    in_elements,
-    load_tile,
-    load_vector,
-    persistent_programs,
-    row_tile,
-    store_partial,
-    store_tile,
-    stride_unit,
-    sum_partials,
-)
+from internvit.kernels.common.rows import load_tile, load_vector, row_tile, store_partial, store_tile
+from internvit.kernels.common.strides import in_elements, row_strides
 
 LEAST_EPS = 1e-29
 
@@ -175,34 +163,31 @@ def norm_backward_kernel(
 
 
 def norm(
-    config: RowConfig, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm_type: str, rounding: str
+    config: rows.RowConfig, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm_type: str, rounding: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, mean (None for RMSNorm), rstd."""
-    x_rows = as_rows(x)
+    x_rows = rows.as_rows(x)
     M, C = x_rows.shape
     y = x.new_empty(x.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     mean = torch.empty_like(rstd) if norm_type == "layer_norm" else None
-    unit = stride_unit(x_rows.stride(0))
+    strides, unit = row_strides(x_rows)
     launch.run(
         norm_kernel,
         (triton.cdiv(M, config.rows),),
-        *(x_rows, weight.contiguous(), contiguous(bias), y, mean, rstd),
-        *(M, x_rows.stride(0) // unit, eps),
-        C=C,
+        *(x_rows, weight.contiguous(), rows.contiguous(bias), y, mean, rstd),
+        *(M, *strides, eps),
         STRIDE_UNIT=unit,
         NORM_TYPE=norm_type,
         ROUNDING=rounding,
         SMALL_EPS=is_small(eps),
-        ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=config.warps,
+        **config.constants(C),
     )
     return y, mean, rstd
 
 
 def norm_gradients(
-    config: RowConfig,
+    config: rows.RowConfig,
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -212,27 +197,24 @@ def norm_gradients(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """grad_x, grad_weight, grad_bias; None where `output_mask` is False."""
-    grad_rows, x_rows = as_rows(grad_y), as_rows(x)
+    grad_rows, x_rows = rows.as_rows(grad_y), rows.as_rows(x)
     M, C = x_rows.shape
-    programs = persistent_programs(M, config, launch.target_of(x))
+    programs = rows.persistent_programs(M, config, launch.target_of(x))
     grad_x = x.new_empty(x.shape) if output_mask[0] else None
     partials = x.new_empty((output_mask[1] + output_mask[2], programs, C), dtype=torch.float32)
-    unit = stride_unit(grad_rows.stride(0), x_rows.stride(0))
+    strides, unit = row_strides(grad_rows, x_rows)
     launch.run(
         norm_backward_kernel,
         (programs if any(output_mask) else 0,),
-        *(grad_rows, x_rows, weight.contiguous(), contiguous(mean), rstd.contiguous(), grad_x, partials),
-        *(M, grad_rows.stride(0) // unit, x_rows.stride(0) // unit),
-        C=C,
+        *(grad_rows, x_rows, weight.contiguous(), rows.contiguous(mean), rstd.contiguous(), grad_x, partials),
+        *(M, *strides),
         STRIDE_UNIT=unit,
         NORM_TYPE=norm_type,
         WEIGHT_SUM=output_mask[1],
         BIAS_SUM=output_mask[2],
-        ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=config.warps,
+        **config.constants(C),
     )
-    grad_weight, grad_bias = sum_partials(partials, *(weight if asked else None for asked in output_mask[1:]))
+    grad_weight, grad_bias = rows.sum_partials(partials, *(weight if asked else None for asked in output_mask[1:]))
     return grad_x, grad_weight, grad_bias
 
 

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from internvit.kernels.common import launch, rows
-from internvit.kernels.common.heads import dense_heads, head_strides, heads_adjacent, load_heads
-from internvit.kernels.common.rows import RowConfig, in_elements, load_vector, row_tile, store_tile
+from internvit.kernels.common.heads import dense_heads, head_constants, load_heads
+from internvit.kernels.common.rows import RowConfig, load_vector, row_tile, store_tile
+from internvit.kernels.common.strides import head_strides
 from internvit.kernels.norm import is_small, norm_gradients, scale_and_shift, standardize
 
 OP = "qk_norm"
@@ -22,28 +23,17 @@ OP = "qk_norm"
 
 @triton.jit
 def normalize_heads(
-    p_x,
-    p_weight,
-    p_y,
-    p_rstd,
-    M,
-    N,
-    stride_b,
-    stride_n,
-    stride_h,
+    p_x, p_weight, p_y, p_rstd,
+    M, N,
+    stride_b, stride_n, stride_h,
     eps,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    ADJACENT: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SMALL_EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, D: tl.constexpr, STRIDE_UNIT: tl.constexpr, ADJACENT: tl.constexpr, ROUNDING: tl.constexpr,
+    SMALL_EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     o_cols = tl.arange(0, BLOCK_C)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
     b_weight = load_vector(p_weight, o_cols, C)
-    b_x = load_heads(p_x, o_rows, N, stride_b, stride_n, stride_h, o_cols, m_tile, D, ADJACENT)
+    b_x = load_heads(p_x, o_rows, N, stride_b, stride_n, stride_h, o_cols, m_tile, D, STRIDE_UNIT, ADJACENT)
     b_x_hat, _, b_rstd = standardize(b_x, m_tile, eps, C, "rms_norm", SMALL_EPS)
     b_y = scale_and_shift(b_x_hat, b_weight, None, o_cols, p_x.dtype.element_ty, C, ROUNDING)
     store_tile(p_y, o_rows, C, o_cols, m_tile, b_y)
@@ -60,31 +50,20 @@ def qk_norm_kernel(
     p_k_normed,  # [B, N, C]
     p_rstd_q,  # [B, N]
     p_rstd_k,  # [B, N]
-    M,
-    N,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
+    M, N,
+    stride_qb, stride_qn, stride_qh,
+    stride_kb, stride_kn, stride_kh,
     eps,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    ADJACENT: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SMALL_EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, D: tl.constexpr, STRIDE_UNIT: tl.constexpr, ADJACENT: tl.constexpr, ROUNDING: tl.constexpr,
+    SMALL_EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     # fmt: off
     normalize_heads(p_q, p_q_weight, p_q_normed, p_rstd_q, M, N,
-                    in_elements(stride_qb, STRIDE_UNIT), in_elements(stride_qn, STRIDE_UNIT),
-                    in_elements(stride_qh, STRIDE_UNIT), eps, C, D, ADJACENT, ROUNDING, SMALL_EPS, ROWS, BLOCK_C)
+                    stride_qb, stride_qn, stride_qh, eps, C, D, STRIDE_UNIT, ADJACENT, ROUNDING,
+                    SMALL_EPS, ROWS, BLOCK_C)
     normalize_heads(p_k, p_k_weight, p_k_normed, p_rstd_k, M, N,
-                    in_elements(stride_kb, STRIDE_UNIT), in_elements(stride_kn, STRIDE_UNIT),
-                    in_elements(stride_kh, STRIDE_UNIT), eps, C, D, ADJACENT, ROUNDING, SMALL_EPS, ROWS, BLOCK_C)
+                    stride_kb, stride_kn, stride_kh, eps, C, D, STRIDE_UNIT, ADJACENT, ROUNDING,
+                    SMALL_EPS, ROWS, BLOCK_C)
     # fmt: on
 
 
@@ -92,7 +71,7 @@ def normalize_qk(
     config: RowConfig, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, rounding: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k = dense_heads(q), dense_heads(k)
-    B, N, H, D = q.shape
+    B, N = q.shape[:2]
     q_normed, k_normed = q.new_empty(q.shape), k.new_empty(k.shape)
     rstd_q, rstd_k = (q.new_empty((B, N), dtype=torch.float32) for _ in range(2))
     strides, unit = head_strides(q, k)
@@ -101,15 +80,10 @@ def normalize_qk(
         (triton.cdiv(B * N, config.rows),),
         *(q, k, q_weight.contiguous(), k_weight.contiguous(), q_normed, k_normed, rstd_q, rstd_k),
         *(B * N, N, *strides, eps),
-        C=H * D,
-        D=D,
         STRIDE_UNIT=unit,
-        ADJACENT=heads_adjacent(q, k),
         ROUNDING=rounding,
         SMALL_EPS=is_small(eps),
-        ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(H * D),
-        num_warps=config.warps,
+        **head_constants(config, q, k),
     )
     return q_normed, k_normed, rstd_q, rstd_k
 

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from internvit.kernels.common import launch, rows
-from internvit.kernels.common.heads import dense_heads, head_offsets, head_strides, heads_adjacent, load_heads
-from internvit.kernels.common.rows import RowConfig, in_elements, row_tile
+from internvit.kernels.common.heads import dense_heads, head_constants, head_offsets, load_heads
+from internvit.kernels.common.rows import RowConfig, row_tile
+from internvit.kernels.common.strides import head_strides
 from internvit.kernels.norm import is_small, standardize
 
 OP = "qk_norm_stats"
@@ -25,33 +26,17 @@ def qk_norm_stats_kernel(
     p_k,  # [B, N, H, D]
     p_rstd_q,  # [B, N]
     p_rstd_k,  # [B, N]
-    M,
-    N,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
+    M, N,
+    stride_qb, stride_qn, stride_qh,
+    stride_kb, stride_kn, stride_kh,
     eps,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    ADJACENT: tl.constexpr,
-    SMALL_EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, D: tl.constexpr, STRIDE_UNIT: tl.constexpr, ADJACENT: tl.constexpr,
+    SMALL_EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     o_cols = tl.arange(0, BLOCK_C)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
-    stride_qb = in_elements(stride_qb, STRIDE_UNIT)
-    stride_qn = in_elements(stride_qn, STRIDE_UNIT)
-    stride_qh = in_elements(stride_qh, STRIDE_UNIT)
-    stride_kb = in_elements(stride_kb, STRIDE_UNIT)
-    stride_kn = in_elements(stride_kn, STRIDE_UNIT)
-    stride_kh = in_elements(stride_kh, STRIDE_UNIT)
-    b_q = load_heads(p_q, o_rows, N, stride_qb, stride_qn, stride_qh, o_cols, m_tile, D, ADJACENT)
-    b_k = load_heads(p_k, o_rows, N, stride_kb, stride_kn, stride_kh, o_cols, m_tile, D, ADJACENT)
+    b_q = load_heads(p_q, o_rows, N, stride_qb, stride_qn, stride_qh, o_cols, m_tile, D, STRIDE_UNIT, ADJACENT)
+    b_k = load_heads(p_k, o_rows, N, stride_kb, stride_kn, stride_kh, o_cols, m_tile, D, STRIDE_UNIT, ADJACENT)
     _, _, b_rstd_q = standardize(b_q, m_tile, eps, C, "rms_norm", SMALL_EPS)
     _, _, b_rstd_k = standardize(b_k, m_tile, eps, C, "rms_norm", SMALL_EPS)
     tl.store(p_rstd_q + o_rows, b_rstd_q, mask=m_rows)
@@ -64,33 +49,18 @@ def qk_norm_stats_backward_kernel(
     p_x,  # [B, N, H, D]
     p_rstd,  # [B, N]
     p_grad_x,  # [B, N, H, D], added to
-    M,
-    N,
-    stride_xb,
-    stride_xn,
-    stride_xh,
-    stride_gb,
-    stride_gn,
-    stride_gh,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    ADJACENT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    M, N,
+    stride_xb, stride_xn, stride_xh,
+    stride_gb, stride_gn, stride_gh,
+    C: tl.constexpr, D: tl.constexpr, STRIDE_UNIT: tl.constexpr, ADJACENT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     o_cols = tl.arange(0, BLOCK_C)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
-    stride_xb = in_elements(stride_xb, STRIDE_UNIT)
-    stride_xn = in_elements(stride_xn, STRIDE_UNIT)
-    stride_xh = in_elements(stride_xh, STRIDE_UNIT)
-    stride_gb = in_elements(stride_gb, STRIDE_UNIT)
-    stride_gn = in_elements(stride_gn, STRIDE_UNIT)
-    stride_gh = in_elements(stride_gh, STRIDE_UNIT)
     b_rstd = tl.load(p_rstd + o_rows, mask=m_rows, other=0.0)
     b_slope = tl.load(p_grad_rstd + o_rows, mask=m_rows, other=0.0) * b_rstd * b_rstd * (1.0 / C)  # [ROWS]
-    b_x = load_heads(p_x, o_rows, N, stride_xb, stride_xn, stride_xh, o_cols, m_tile, D, ADJACENT)
-    p_grad = p_grad_x + head_offsets(o_rows, N, stride_gb, stride_gn, stride_gh, o_cols, D, ADJACENT)
+    b_x = load_heads(p_x, o_rows, N, stride_xb, stride_xn, stride_xh, o_cols, m_tile, D, STRIDE_UNIT, ADJACENT)
+    p_grad = p_grad_x + head_offsets(o_rows, N, stride_gb, stride_gn, stride_gh, o_cols, D, STRIDE_UNIT, ADJACENT)
     b_grad = tl.load(p_grad, mask=m_tile, other=0.0).to(tl.float32)
     b_grad -= b_slope[:, None] * (b_x * b_rstd[:, None])  # rstd^3 would underflow where |x| is 1e18
     tl.store(p_grad, b_grad.to(p_grad_x.dtype.element_ty), mask=m_tile)
@@ -98,40 +68,30 @@ def qk_norm_stats_backward_kernel(
 
 def statistics(config: RowConfig, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     q, k = dense_heads(q), dense_heads(k)
-    B, N, H, D = q.shape
+    B, N = q.shape[:2]
     rstd_q, rstd_k = (q.new_empty((B, N), dtype=torch.float32) for _ in range(2))
     strides, unit = head_strides(q, k)
     launch.run(
         qk_norm_stats_kernel,
         (triton.cdiv(B * N, config.rows),),
         *(q, k, rstd_q, rstd_k, B * N, N, *strides, eps),
-        C=H * D,
-        D=D,
         STRIDE_UNIT=unit,
-        ADJACENT=heads_adjacent(q, k),
         SMALL_EPS=is_small(eps),
-        ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(H * D),
-        num_warps=config.warps,
+        **head_constants(config, q, k),
     )
     return rstd_q, rstd_k
 
 
 def add_gradient(config: RowConfig, grad_rstd: Tensor, x: Tensor, rstd: Tensor, grad_x: Tensor) -> None:
     x = dense_heads(x)
-    B, N, H, D = x.shape
+    B, N = x.shape[:2]
     strides, unit = head_strides(x, grad_x)
     launch.run(
         qk_norm_stats_backward_kernel,
         (triton.cdiv(B * N, config.rows),),
         *(grad_rstd.contiguous(), x, rstd.contiguous(), grad_x, B * N, N, *strides),
-        C=H * D,
-        D=D,
         STRIDE_UNIT=unit,
-        ADJACENT=heads_adjacent(x, grad_x),
-        ROWS=config.rows,
-        BLOCK_C=triton.next_power_of_2(H * D),
-        num_warps=config.warps,
+        **head_constants(config, x, grad_x),
     )
 
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from torch import Tensor
 from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
 from internvit.kernels.common.rows import contiguous
+from internvit.kernels.common.strides import head_strides
 from internvit.kernels.common.target import Target
 
 
@@ -29,6 +30,10 @@ class AttentionConfig:
     columns: int
     warps: int
     stages: int
+
+    def programs(self, tokens: int) -> int:
+        """How many keep a tile of one head each."""
+        return triton.cdiv(tokens, self.rows)
 
     def peeling(self, tokens: int) -> tuple[bool, bool, bool]:
         """Whether the first token alone is left over by whole tiles of `rows`, and of `columns`, as the class token is
@@ -134,3 +139,41 @@ class QKNorm(NamedTuple):
 def head_blocks(head_dim: int) -> dict[str, int]:
     """The constants of a kernel that say how a head's dimension is padded."""
     return {"D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+
+
+def run_tiles(
+    kernel: Any,
+    config: AttentionConfig,
+    keeps: Literal["queries", "keys"],
+    pointers: Sequence[Tensor | None],
+    strided: Sequence[Tensor],
+    scale: float,
+) -> None:
+    """Starts `kernel`, a program for each tile of queries or of keys that it keeps while it walks over the others.
+
+    Args:
+        pointers: the kernel's first arguments.
+        strided: those of them that are read and written by strides, each [B, N, H, D].
+        scale: the kernel's last argument.
+    """
+    B, N, H, D = strided[0].shape
+    programs = config.programs(N)
+    strides, unit = head_strides(*strided)
+    peel_row, peel_column, tail = config.peeling(N)
+    queries, keys = (config.rows, peel_row), (config.columns, peel_column)
+    if keeps == "keys":
+        queries, keys = keys, queries
+    launch.run(
+        kernel,
+        (programs * B * H,),
+        *(*pointers, N, H, programs, *strides, scale),
+        **head_blocks(D),
+        STRIDE_UNIT=unit,
+        BLOCK_M=queries[0],
+        BLOCK_N=keys[0],
+        PEEL_QUERY=queries[1],
+        PEEL_KEY=keys[1],
+        TAIL=tail,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )

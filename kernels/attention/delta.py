@@ -11,60 +11,43 @@ import triton.language as tl
 from torch import Tensor
 
 from internvit.kernels.attention.config import AttentionConfig, QKNorm, head_blocks
-from internvit.kernels.attention.tiles import LOG2E, fold, load_rows, store_rows
+from internvit.kernels.attention.scores import LOG2E, fold
+from internvit.kernels.attention.tiles import load_rows, one_head, store_rows
 from internvit.kernels.common import launch
-from internvit.kernels.common.heads import head_strides
+from internvit.kernels.common.strides import head_strides
 
 
 @triton.jit
 def attention_delta_kernel(
-    p_grad_out,  # [B, N, H, D]
-    p_out,  # [B, N, H, D]
-    p_q,  # [B, N, H, D]
-    p_q_weight,  # [H * D] or None
-    p_k_weight,  # [H * D] or None
+    p_grad_out, p_out, p_q,  # [B, N, H, D]
+    p_q_weight, p_k_weight,  # [H * D] or None
     p_rstd_q,  # [B, N] or None
     p_delta,  # [B, H, N]
     p_folded,  # [B, N, H, D], grad_q's memory
-    N,
-    H,
-    stride_gb,
-    stride_gn,
-    stride_gh,
-    stride_ob,
-    stride_on,
-    stride_oh,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_fb,
-    stride_fn,
-    stride_fh,
+    N, H,
+    stride_gb, stride_gn, stride_gh,
+    stride_ob, stride_on, stride_oh,
+    stride_qb, stride_qn, stride_qh,
+    stride_fb, stride_fn, stride_fh,
     scale_log2,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):
+):  # fmt: skip
     tiles = tl.cdiv(N, BLOCK_M)
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     i_m = tl.program_id(0) % tiles * BLOCK_M
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    stride_gn *= STRIDE_UNIT
-    stride_on *= STRIDE_UNIT
-    stride_qn *= STRIDE_UNIT
-    stride_fn *= STRIDE_UNIT
-    p_grad_out += (i_b * stride_gb + i_h * stride_gh) * STRIDE_UNIT
-    p_out += (i_b * stride_ob + i_h * stride_oh) * STRIDE_UNIT
+    p_grad_out, stride_gn = one_head(p_grad_out, i_b, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
+    p_out, stride_on = one_head(p_out, i_b, i_h, stride_ob, stride_on, stride_oh, STRIDE_UNIT)
     b_grad = load_rows(p_grad_out, i_m, N, stride_gn, o_d, D, BLOCK_M, True)
     b_out = load_rows(p_out, i_m, N, stride_on, o_d, D, BLOCK_M, True)
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
     tl.store(p_delta + i_bh * N + o_m, b_delta, mask=o_m < N)
     if p_rstd_q is not None:
-        p_q += (i_b * stride_qb + i_h * stride_qh) * STRIDE_UNIT
-        p_folded += (i_b * stride_fb + i_h * stride_fh) * STRIDE_UNIT
+        p_q, stride_qn = one_head(p_q, i_b, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
+        p_folded, stride_fn = one_head(p_folded, i_b, i_h, stride_fb, stride_fn, stride_fh, STRIDE_UNIT)
         b_q = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, True)
         b_rstd = tl.load(p_rstd_q + i_b * N + o_m, mask=o_m < N, other=0.0)
         b_folded = fold(b_q, p_q_weight, p_k_weight, b_rstd, i_h, o_d, scale_log2, D)

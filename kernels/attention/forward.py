@@ -17,21 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.attention.config import AttentionConfig, QKNorm, call, head_blocks
-from internvit.kernels.attention.tiles import (
-    LN2,
-    LOG2E,
-    LONE_ROWS,
-    add_product,
-    fold,
-    key_scores,
-    load_rows,
-    scores,
-    store_rows,
-    tile_of_program,
-)
-from internvit.kernels.common import launch
-from internvit.kernels.common.heads import dense_heads, head_strides
+from internvit.kernels.attention.config import AttentionConfig, QKNorm, call, run_tiles
+from internvit.kernels.attention.scores import LN2, LOG2E, add_product, fold, key_scores, scores
+from internvit.kernels.attention.tiles import LONE_ROWS, load_rows, one_head, store_rows, tile_of_program
+from internvit.kernels.common.heads import dense_heads
 from internvit.kernels.common.rows import load_vector
 
 
@@ -41,19 +30,10 @@ def softmax_step(
     b_sum,  # [BLOCK_M]
     b_max,  # [BLOCK_M]
     b_q,  # [BLOCK_M, BLOCK_D]
-    p_k,
-    p_v,
-    p_rstd_k,
-    i_n,
-    N,
-    stride_kn,
-    stride_vn,
-    o_d,
-    scale_log2,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    p_k, p_v, p_rstd_k,
+    i_n, N, stride_kn, stride_vn, o_d, scale_log2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """One tile of keys and values into the running softmax."""
     if p_rstd_k is not None:
         _, b_s = key_scores(b_q, p_k, p_rstd_k, i_n, N, stride_kn, o_d, scale_log2, D, BLOCK_N, MASKED)
@@ -78,31 +58,13 @@ def softmax_step(
 
 @triton.jit
 def attend_tile(
-    p_q,
-    p_k,
-    p_v,
-    p_q_weight,
-    p_k_weight,
-    p_rstd_q,
-    p_rstd_k,
-    p_out,
-    p_lse,
-    i_m,
-    m_end,
-    i_h,
-    N,
-    H,
-    stride_qn,
-    stride_kn,
-    stride_vn,
+    p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
+    i_m, m_end, i_h, N, H,
+    stride_qn, stride_kn, stride_vn,
     scale_log2,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEEL_KEY: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PEEL_KEY: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     """Queries i_m.. before m_end of one head; all pointers are that head's."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -130,45 +92,26 @@ def attend_tile(
 
 @triton.jit
 def attention_kernel(
-    p_q,  # [B, N, H, D]
-    p_k,  # [B, N, H, D]
-    p_v,  # [B, N, H, D]
-    p_q_weight,  # [H * D] or None
-    p_k_weight,  # [H * D] or None
-    p_rstd_q,  # [B, N] or None
-    p_rstd_k,  # [B, N] or None
+    p_q, p_k, p_v,  # [B, N, H, D]
+    p_q_weight, p_k_weight,  # [H * D] or None
+    p_rstd_q, p_rstd_k,  # [B, N] or None
     p_out,  # [B, N, H, D] contiguous
     p_lse,  # [B, H, N]
-    N,
-    H,
-    programs,  # of one head
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
+    N, H, programs,  # of one head
+    stride_qb, stride_qn, stride_qh,
+    stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh,
     scale_log2,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own
     PEEL_KEY: tl.constexpr,  # key 0 starts the softmax
     TAIL: tl.constexpr,  # the last tile of keys is not whole
-):
-    i_tile, i_bh = tile_of_program(programs, PEEL_QUERY)
-    i_b, i_h = i_bh // H, i_bh % H
-    stride_qn *= STRIDE_UNIT
-    stride_kn *= STRIDE_UNIT
-    stride_vn *= STRIDE_UNIT
-    p_q += (i_b * stride_qb + i_h * stride_qh) * STRIDE_UNIT
-    p_k += (i_b * stride_kb + i_h * stride_kh) * STRIDE_UNIT
-    p_v += (i_b * stride_vb + i_h * stride_vh) * STRIDE_UNIT
+):  # fmt: skip
+    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_QUERY)
+    p_q, stride_qn = one_head(p_q, i_b, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
+    p_k, stride_kn = one_head(p_k, i_b, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
+    p_v, stride_vn = one_head(p_v, i_b, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
     p_out += (i_b * N * H + i_h) * D
     p_lse += i_bh * N
     if p_rstd_k is not None:
@@ -194,26 +137,10 @@ def attention_kernel(
 def attend(
     config: AttentionConfig, q: Tensor, k: Tensor, v: Tensor, scale: float, norm: QKNorm
 ) -> tuple[Tensor, Tensor]:
-    B, N, H, D = q.shape
+    B, N, H, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, H, N), dtype=torch.float32)
-    peel_query, peel_key, tail = config.peeling(N)
-    programs = triton.cdiv(N, config.rows)
-    strides, unit = head_strides(q, k, v)
-    launch.run(
-        attention_kernel,
-        (programs * B * H,),
-        *(q, k, v, *norm, out, lse, N, H, programs, *strides, scale * LOG2E.value),
-        **head_blocks(D),
-        STRIDE_UNIT=unit,
-        BLOCK_M=config.rows,
-        BLOCK_N=config.columns,
-        PEEL_QUERY=peel_query,
-        PEEL_KEY=peel_key,
-        TAIL=tail,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    run_tiles(attention_kernel, config, "queries", (q, k, v, *norm, out, lse), (q, k, v), scale * LOG2E.value)
     return out, lse
 
 

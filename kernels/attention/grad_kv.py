@@ -8,20 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.attention.config import AttentionConfig, head_blocks
-from internvit.kernels.attention.tiles import (
-    LN2,
-    LOG2E,
-    LONE_ROWS,
-    add_product,
-    load_rows,
-    probabilities,
-    scores,
-    store_rows,
-    tile_of_program,
-)
-from internvit.kernels.common import launch
-from internvit.kernels.common.heads import head_strides
+from internvit.kernels.attention.config import AttentionConfig, run_tiles
+from internvit.kernels.attention.scores import LN2, LOG2E, add_product, probabilities, scores
+from internvit.kernels.attention.tiles import LONE_ROWS, load_rows, one_head, store_rows, tile_of_program
 
 
 @triton.jit
@@ -31,20 +20,11 @@ def grad_kv_step(
     b_k,  # [BLOCK_N, BLOCK_D]
     b_v,  # [BLOCK_N, BLOCK_D]
     b_column_scale,  # [BLOCK_N]: rstd_k, or scale
-    p_q,
-    p_grad_out,
-    p_lse,
-    p_delta,
-    i_m,
-    N,
-    stride_qn,
-    stride_gn,
-    o_d,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr,
+    p_q, p_grad_out, p_lse, p_delta,
+    i_m, N, stride_qn, stride_gn, o_d,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,  # scores are those of QK-norm
-):
+):  # fmt: skip
     """One tile of queries into the gradients of a tile of keys and values; everything is transposed."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     b_q = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, MASKED)
@@ -62,33 +42,13 @@ def grad_kv_step(
 
 @triton.jit
 def grad_kv_tile(
-    p_q,
-    p_k,
-    p_v,
-    p_grad_out,
-    p_lse,
-    p_delta,
-    p_rstd_k,
-    p_grad_k,
-    p_grad_v,
-    p_row_dot_k,
-    i_n,
-    n_end,
-    N,
-    stride_qn,
-    stride_kn,
-    stride_vn,
-    stride_gn,
-    stride_dkn,
-    stride_dvn,
+    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
+    i_n, n_end, N,
+    stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
     scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEEL_QUERY: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PEEL_QUERY: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     """Keys and values i_n.. before n_end of one head; all pointers are that head's."""
     o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -124,62 +84,34 @@ def grad_kv_tile(
 @triton.jit
 def attention_grad_kv_kernel(
     p_q,  # [B, N, H, D]: q~ with QK-norm
-    p_k,  # [B, N, H, D]
-    p_v,  # [B, N, H, D]
-    p_grad_out,  # [B, N, H, D]
-    p_lse,  # [B, H, N]
-    p_delta,  # [B, H, N]
+    p_k, p_v, p_grad_out,  # [B, N, H, D]
+    p_lse, p_delta,  # [B, H, N]
     p_rstd_k,  # [B, N] or None
-    p_grad_k,  # [B, N, H, D]
-    p_grad_v,  # [B, N, H, D]
+    p_grad_k, p_grad_v,  # [B, N, H, D]
     p_row_dot_k,  # [B, H, N] or None
-    N,
-    H,
-    programs,  # of one head
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_gb,
-    stride_gn,
-    stride_gh,
-    stride_dkb,
-    stride_dkn,
-    stride_dkh,
-    stride_dvb,
-    stride_dvn,
-    stride_dvh,
+    N, H, programs,  # of one head
+    stride_qb, stride_qn, stride_qh,
+    stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh,
+    stride_gb, stride_gn, stride_gh,
+    stride_dkb, stride_dkn, stride_dkh,
+    stride_dvb, stride_dvn, stride_dvh,
     scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PEEL_QUERY: tl.constexpr,  # query 0 goes before the loop
     PEEL_KEY: tl.constexpr,  # key 0 has a program of its own
     TAIL: tl.constexpr,  # the last tile of the loop is not whole
-):
-    i_tile, i_bh = tile_of_program(programs, PEEL_KEY)
-    i_b, i_h = i_bh // H, i_bh % H
-    stride_qn *= STRIDE_UNIT
-    stride_kn *= STRIDE_UNIT
-    stride_vn *= STRIDE_UNIT
-    stride_gn *= STRIDE_UNIT
-    stride_dkn *= STRIDE_UNIT
-    stride_dvn *= STRIDE_UNIT
-    p_q += (i_b * stride_qb + i_h * stride_qh) * STRIDE_UNIT
-    p_k += (i_b * stride_kb + i_h * stride_kh) * STRIDE_UNIT
-    p_v += (i_b * stride_vb + i_h * stride_vh) * STRIDE_UNIT
-    p_grad_out += (i_b * stride_gb + i_h * stride_gh) * STRIDE_UNIT
+):  # fmt: skip
+    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_KEY)
+    p_q, stride_qn = one_head(p_q, i_b, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
+    p_k, stride_kn = one_head(p_k, i_b, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
+    p_v, stride_vn = one_head(p_v, i_b, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
+    p_grad_out, stride_gn = one_head(p_grad_out, i_b, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
+    p_grad_k, stride_dkn = one_head(p_grad_k, i_b, i_h, stride_dkb, stride_dkn, stride_dkh, STRIDE_UNIT)
+    p_grad_v, stride_dvn = one_head(p_grad_v, i_b, i_h, stride_dvb, stride_dvn, stride_dvh, STRIDE_UNIT)
     p_lse += i_bh * N
     p_delta += i_bh * N
-    p_grad_k += (i_b * stride_dkb + i_h * stride_dkh) * STRIDE_UNIT
-    p_grad_v += (i_b * stride_dvb + i_h * stride_dvh) * STRIDE_UNIT
     if p_rstd_k is not None:
         p_rstd_k += i_b * N
         p_row_dot_k += i_bh * N
@@ -214,23 +146,8 @@ def grad_kv(
     scale: float,
 ) -> Tensor | None:
     """Fills grad_k and grad_v; returns row_dot_k [B, H, N] with QK-norm, whose `queries` are q~."""
-    B, N, H, D = k.shape
+    B, N, H, _ = k.shape
     row_dot_k = None if rstd_k is None else k.new_empty((B, H, N), dtype=torch.float32)
-    peel_key, peel_query, tail = config.peeling(N)
-    programs = triton.cdiv(N, config.rows)
-    strides, unit = head_strides(queries, k, v, grad_out, grad_k, grad_v)
-    launch.run(
-        attention_grad_kv_kernel,
-        (programs * B * H,),
-        *(queries, k, v, grad_out, lse, delta, rstd_k, grad_k, grad_v, row_dot_k, N, H, programs, *strides, scale),
-        **head_blocks(D),
-        STRIDE_UNIT=unit,
-        BLOCK_M=config.columns,
-        BLOCK_N=config.rows,
-        PEEL_QUERY=peel_query,
-        PEEL_KEY=peel_key,
-        TAIL=tail,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    pointers = (queries, k, v, grad_out, lse, delta, rstd_k, grad_k, grad_v, row_dot_k)
+    run_tiles(attention_grad_kv_kernel, config, "keys", pointers, (queries, k, v, grad_out, grad_k, grad_v), scale)
     return row_dot_k

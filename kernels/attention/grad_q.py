@@ -8,21 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.attention.config import AttentionConfig, QKNorm, head_blocks
-from internvit.kernels.attention.tiles import (
-    LOG2E,
-    LONE_ROWS,
-    add_product,
-    key_scores,
-    load_head_weight,
-    load_rows,
-    probabilities,
-    scores,
-    store_rows,
-    tile_of_program,
-)
-from internvit.kernels.common import launch
-from internvit.kernels.common.heads import head_strides
+from internvit.kernels.attention.config import AttentionConfig, QKNorm, run_tiles
+from internvit.kernels.attention.scores import LOG2E, add_product, key_scores, load_head_weight, probabilities, scores
+from internvit.kernels.attention.tiles import LONE_ROWS, load_rows, one_head, store_rows, tile_of_program
 
 
 @triton.jit
@@ -32,20 +20,11 @@ def grad_q_step(
     b_grad,  # [BLOCK_M, BLOCK_D]
     b_lse,  # [BLOCK_M], in units of log2
     b_delta,  # [BLOCK_M]
-    p_k,
-    p_v,
-    p_rstd_k,
+    p_k, p_v, p_rstd_k,
     inverse_unit,
-    i_n,
-    N,
-    stride_kn,
-    stride_vn,
-    o_d,
-    scale_log2,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    i_n, N, stride_kn, stride_vn, o_d, scale_log2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """One tile of keys and values into the gradient of a tile of queries."""
     o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     b_k, b_s = key_scores(b_q, p_k, p_rstd_k, i_n, N, stride_kn, o_d, scale_log2, D, BLOCK_N, MASKED)
@@ -59,36 +38,14 @@ def grad_q_step(
 
 @triton.jit
 def grad_q_tile(
-    p_q,
-    p_k,
-    p_v,
-    p_q_weight,
-    p_k_weight,
-    p_rstd_q,
-    p_rstd_k,
-    p_grad_out,
-    p_lse,
-    p_delta,
-    p_grad_q,
-    p_row_dot_q,
+    p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q, p_row_dot_q,
     p_partial,  # [D] of this tile
-    i_m,
-    m_end,
-    i_h,
-    N,
-    stride_qn,
-    stride_kn,
-    stride_vn,
-    stride_gn,
-    stride_dqn,
+    i_m, m_end, i_h, N,
+    stride_qn, stride_kn, stride_vn, stride_gn, stride_dqn,
     scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEEL_KEY: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PEEL_KEY: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     """Queries i_m.. before m_end of one head; all pointers are that head's."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -130,61 +87,35 @@ def grad_q_tile(
 
 @triton.jit
 def attention_grad_q_kernel(
-    p_q,  # [B, N, H, D]
-    p_k,  # [B, N, H, D]
-    p_v,  # [B, N, H, D]
-    p_q_weight,  # [H * D] or None
-    p_k_weight,  # [H * D] or None
-    p_rstd_q,  # [B, N] or None
-    p_rstd_k,  # [B, N] or None
+    p_q, p_k, p_v,  # [B, N, H, D]
+    p_q_weight, p_k_weight,  # [H * D] or None
+    p_rstd_q, p_rstd_k,  # [B, N] or None
     p_grad_out,  # [B, N, H, D]
-    p_lse,  # [B, H, N]
-    p_delta,  # [B, H, N]
+    p_lse, p_delta,  # [B, H, N]
     p_grad_q,  # [B, N, H, D], holds q~ before with QK-norm
     p_row_dot_q,  # [B, H, N] or None
     p_partials,  # [1, B * programs, H * D] float32 or None
-    N,
-    H,
-    programs,  # of one head
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_gb,
-    stride_gn,
-    stride_gh,
-    stride_dqb,
-    stride_dqn,
-    stride_dqh,
+    N, H, programs,  # of one head
+    stride_qb, stride_qn, stride_qh,
+    stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh,
+    stride_gb, stride_gn, stride_gh,
+    stride_dqb, stride_dqn, stride_dqh,
     scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own
     PEEL_KEY: tl.constexpr,  # key 0 goes before the loop
     TAIL: tl.constexpr,  # the last tile of the loop is not whole
-):
-    i_tile, i_bh = tile_of_program(programs, PEEL_QUERY)
-    i_b, i_h = i_bh // H, i_bh % H
-    stride_qn *= STRIDE_UNIT
-    stride_kn *= STRIDE_UNIT
-    stride_vn *= STRIDE_UNIT
-    stride_gn *= STRIDE_UNIT
-    stride_dqn *= STRIDE_UNIT
-    p_q += (i_b * stride_qb + i_h * stride_qh) * STRIDE_UNIT
-    p_k += (i_b * stride_kb + i_h * stride_kh) * STRIDE_UNIT
-    p_v += (i_b * stride_vb + i_h * stride_vh) * STRIDE_UNIT
-    p_grad_out += (i_b * stride_gb + i_h * stride_gh) * STRIDE_UNIT
+):  # fmt: skip
+    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_QUERY)
+    p_q, stride_qn = one_head(p_q, i_b, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
+    p_k, stride_kn = one_head(p_k, i_b, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
+    p_v, stride_vn = one_head(p_v, i_b, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
+    p_grad_out, stride_gn = one_head(p_grad_out, i_b, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
+    p_grad_q, stride_dqn = one_head(p_grad_q, i_b, i_h, stride_dqb, stride_dqn, stride_dqh, STRIDE_UNIT)
     p_lse += i_bh * N
     p_delta += i_bh * N
-    p_grad_q += (i_b * stride_dqb + i_h * stride_dqh) * STRIDE_UNIT
     if p_rstd_k is not None:
         p_rstd_q += i_b * N
         p_rstd_k += i_b * N
@@ -222,25 +153,10 @@ def grad_q(
     """Fills grad_q, which holds q~ with QK-norm; returns row_dot_q [B, H, N] and partial sums of the weights' gradient
     [1, B * programs, H * D] with it."""
     B, N, H, D = q.shape
-    peel_query, peel_key, tail = config.peeling(N)
-    programs = triton.cdiv(N, config.rows)
     row_dot_q = partials = None
     if norm.rstd_q is not None:
         row_dot_q = q.new_empty((B, H, N), dtype=torch.float32)
-        partials = q.new_empty((1, B * programs, H * D), dtype=torch.float32)
-    strides, unit = head_strides(q, k, v, grad_out, grad_q)
-    launch.run(
-        attention_grad_q_kernel,
-        (programs * B * H,),
-        *(q, k, v, *norm, grad_out, lse, delta, grad_q, row_dot_q, partials, N, H, programs, *strides, scale),
-        **head_blocks(D),
-        STRIDE_UNIT=unit,
-        BLOCK_M=config.rows,
-        BLOCK_N=config.columns,
-        PEEL_QUERY=peel_query,
-        PEEL_KEY=peel_key,
-        TAIL=tail,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+        partials = q.new_empty((1, B * config.programs(N), H * D), dtype=torch.float32)
+    pointers = (q, k, v, *norm, grad_out, lse, delta, grad_q, row_dot_q, partials)
+    run_tiles(attention_grad_q_kernel, config, "queries", pointers, (q, k, v, grad_out, grad_q), scale)
     return row_dot_q, partials

@@ -4,35 +4,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.common.rows import stride_unit
+from internvit.kernels.common.rows import RowConfig
+from internvit.kernels.common.strides import in_elements
 
 
 @triton.jit
-def head_offsets(o_rows, N, stride_b, stride_n, stride_h, o_cols, D: tl.constexpr, ADJACENT: tl.constexpr):
+def head_offsets(
+    o_rows, N, stride_b, stride_n, stride_h, o_cols, D: tl.constexpr, STRIDE_UNIT: tl.constexpr, ADJACENT: tl.constexpr
+):
     """Offsets [ROWS, BLOCK_C] of tokens o_rows and columns h * D + d; ADJACENT: heads lie side by side."""
+    stride_b, stride_n = in_elements(stride_b, STRIDE_UNIT), in_elements(stride_n, STRIDE_UNIT)
     o_token = (o_rows // N) * stride_b + (o_rows % N) * stride_n
     if ADJACENT:
         o = o_token[:, None] + o_cols[None, :]
     else:
-        o = o_token[:, None] + ((o_cols // D).to(tl.int64) * stride_h + o_cols % D)[None, :]
+        o = o_token[:, None] + ((o_cols // D).to(tl.int64) * in_elements(stride_h, STRIDE_UNIT) + o_cols % D)[None, :]
     return o
 
 
 @triton.jit
-def load_heads(p_x, o_rows, N, stride_b, stride_n, stride_h, o_cols, m_tile, D: tl.constexpr, ADJACENT: tl.constexpr):
-    o = head_offsets(o_rows, N, stride_b, stride_n, stride_h, o_cols, D, ADJACENT)
+def load_heads(
+    p_x, o_rows, N, stride_b, stride_n, stride_h, o_cols, m_tile,
+    D: tl.constexpr, STRIDE_UNIT: tl.constexpr, ADJACENT: tl.constexpr,
+):  # fmt: skip
+    o = head_offsets(o_rows, N, stride_b, stride_n, stride_h, o_cols, D, STRIDE_UNIT, ADJACENT)
     return tl.load(p_x + o, mask=m_tile, other=0.0).to(tl.float32)
 
 
-def head_strides(*tensors: Tensor) -> tuple[list[int], int]:
-    """The strides of images, tokens and heads of each tensor in units of `stride_unit`, and that unit."""
-    strides = [t.stride(i) for t in tensors for i in range(3)]
-    unit = stride_unit(*strides)
-    return [s // unit for s in strides], unit
-
-
-def heads_adjacent(*tensors: Tensor) -> bool:
-    return all(t.stride(2) == t.shape[3] or t.shape[2] == 1 for t in tensors)
+def head_constants(config: RowConfig, *tensors: Tensor) -> dict[str, int]:
+    """The constants of a kernel whose rows are the tokens of tensors [B, N, H, D]."""
+    _, _, H, D = tensors[0].shape
+    adjacent = all(t.stride(2) == D or H == 1 for t in tensors)
+    return {"D": D, "ADJACENT": adjacent, **config.constants(H * D)}
 
 
 def dense_heads(x: Tensor) -> Tensor:

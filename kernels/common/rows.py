@@ -9,7 +9,7 @@ input gives the same bits on one GPU; another GPU has other multiprocessors, and
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -21,6 +21,8 @@ from internvit.kernels.common import launch
 from internvit.kernels.common.target import Target
 
 MAX_CHANNELS = 8192
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class RowConfig:
         block = triton.next_power_of_2(channels)
         rows = max(1, min(16, 2048 // block))
         return cls(rows, max(1, min(16, rows * block // 512)))
+
+    def constants(self, channels: int) -> dict[str, int]:
+        """Of a kernel over rows of `channels`: its width, its tile and its warps."""
+        block = triton.next_power_of_2(channels)
+        return {"C": channels, "ROWS": self.rows, "BLOCK_C": block, "num_warps": self.warps}
 
 
 FUSED = "layer_scale_residual_norm"
@@ -74,6 +81,22 @@ def call(kernel: str, channels: int, x: Tensor, function: Callable[..., Any], *a
     return configs.call(kernel, f"C={channels}", config, function, *args)
 
 
+def configured(kernel: str, by: int = 0) -> Callable[[Callable[Concatenate[RowConfig, P], R]], Callable[P, R]]:
+    """Decorates a launch function: called without its first argument, it gets `kernel`'s configuration for the rows of
+    its tensor number `by`."""
+
+    def decorate(function: Callable[Concatenate[RowConfig, P], R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def configure(*args: P.args, **kwargs: P.kwargs) -> R:
+            x: Any = args[by]
+            result: R = call(kernel, x.shape[-1], x, function, *args, **kwargs)
+            return result
+
+        return configure
+
+    return decorate
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x [..., C] as [M, C], contiguous in C: a view where one stride leads from row to row, else a copy."""
     x = x.reshape(-1, x.shape[-1])
@@ -82,15 +105,6 @@ def as_rows(x: Tensor) -> Tensor:
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-
-
-def stride_unit(*strides: int) -> int:
-    """The number of elements that strides are passed in: 8 where all divide by 8 and one does not by 16, else 1.
-
-    Triton knows of an integer argument that 16 divides it, or nothing: of heads 72 elements apart 2-byte loads would be
-    made. Passed as 9 and multiplied by 8 in the kernel, the loads are 16 bytes wide.
-    """
-    return 8 if any(s % 16 for s in strides) and not any(s % 8 for s in strides) else 1
 
 
 RESIDENT_WARPS = {"mfma": 20, "wmma": 48}  # else 12
@@ -108,16 +122,6 @@ def persistent_programs(rows: int, config: RowConfig, target: Target) -> int:
     warps = RESIDENT_WARPS.get(target.matrix_instructions, 12)
     resident = max(1, (warps + config.warps // 2) // config.warps)
     return min(triton.cdiv(rows, config.rows), resident * target.multiprocessors)
-
-
-@triton.jit
-def in_elements(stride, STRIDE_UNIT: tl.constexpr):
-    """A stride passed in units of STRIDE_UNIT elements; int64 where it has to be multiplied (`stride_unit`)."""
-    if STRIDE_UNIT == 1:
-        elements = stride
-    else:
-        elements = tl.cast(stride, tl.int64) * STRIDE_UNIT
-    return elements
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from internvit.ops.backends.registry import usable
+from internvit.ops.backends.registry import BACKENDS, usable
 from internvit.ops.core.fallback import CallClass, first_backend
 
 logger = logging.getLogger("internvit")

@@ -9,7 +9,8 @@ import torch
 from internvit.kernels.attention.backward import attention_backward
 from internvit.kernels.attention.config import AttentionConfig
 from internvit.kernels.attention.forward import attention
-from internvit.kernels.common.rows import row_config, stride_unit
+from internvit.kernels.common.rows import row_config
+from internvit.kernels.common.strides import stride_unit
 from internvit.kernels.common.target import TARGETS
 from internvit.kernels.layer_scale_residual_norm import layer_scale_residual_norm, layer_scale_residual_norm_backward
 from internvit.kernels.norm import layer_norm, norm_gradients, rms_norm

@@ -50,7 +50,7 @@ BUGS = {
         ("test_linear.py", "out:72"),
     ),
     "key beyond the last": (
-        "attention/tiles.py",
+        "attention/scores.py",
         'tl.where((o_n < N)[None, :], b_s, float("-inf"))',
         "b_s",
         ("test_attention.py", "tokens:17"),
