@@ -57,9 +57,10 @@ class AttentionConfig:
         grad_kv spills 20 bytes with 32 x 16 tiles at D = 128, none with 16 x 16.
 
         Where D is no power of two masks take registers: half the columns. float32 products are exact and run without
-        tensor cores: at D = 128 backward spills 400 bytes with 32 x 16 tiles, none with 16 x 16 and eight warps, 404
-        again with four. mfma has float32 instructions and 512 registers a lane: 64 x 32 tiles spill none at D = 128 and
-        take 6 to 8 times fewer instructions a score than 16 x 16; where D is no power of two they do spill.
+        tensor cores (`input_precision="tf32x3"` with them: docs/numerics.md): at D = 128 backward spills 400 bytes with
+        32 x 16 tiles, none with 16 x 16 and eight warps, 404 again with four. mfma has float32 instructions and 512
+        registers a lane: 64 x 32 tiles spill none at D = 128 and take 6 to 8 times fewer instructions a score than 16 x
+        16; where D is no power of two they do spill.
         D = 64 on sm_100: where tiles leave tokens over forward spills 8 bytes at 128 registers; with none it has 131
         and half the programs a multiprocessor, or tiles of 32 keys and 38 % more instructions.
         """
