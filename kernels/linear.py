@@ -23,7 +23,6 @@ from torch import Tensor
 from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
 from internvit.kernels.common.rows import as_rows, contiguous
-from internvit.kernels.common.strides import in_elements, stride_unit
 from internvit.kernels.common.target import Target
 from internvit.kernels.gelu import exact_gelu
 
@@ -49,15 +48,20 @@ class LinearConfig:
     group: int = 8
 
     @classmethod
-    def rule(cls, itemsize: int, target: Target) -> "LinearConfig":
+    def rule(cls, K: int, N: int, itemsize: int, target: Target) -> "LinearConfig":
         """Tiles of which two programs fit a multiprocessor, so that one's epilogue runs during the other's products.
 
-        GELU issues 4600 cycles of instructions for a tile of 128 x 128 on sm_90, whose products take the tensor cores
-        8192 cycles at K = 1024: not overlapped, more than half as long again. Two programs need at most 128 registers a
-        thread with 8 warps, and half the shared memory each; stages are what that half holds.
+        The epilogue with GELU issues 5500 cycles of instructions for a tile of 128 x 128 on sm_90, whose products take
+        the tensor cores 8192 cycles at K = 1024: not overlapped, two thirds as long again. Two programs need at most
+        128 registers a thread with 8 warps, and half the shared memory each; stages are what that half holds.
+
+        Rows of K or N elements that 16 does not divide are loaded and stored 2 bytes at a time, through eight times the
+        pointers: tiles of 128 x 128 spill then, of 64 x 64 not.
         """
         if itemsize == 4:
             return cls._float32(target)
+        if K % 16 or N % 16:
+            return cls(64, 64, 32, 256 // target.warp_size, 2)
         depth = 64 if target.matrix_instructions in ("wgmma", "tcgen05", "mfma") else 32
         config = cls(128, 128, depth, 256 // target.warp_size, 4)
         if target.is_amd:
@@ -133,9 +137,8 @@ def finish(
     if p_gamma is not None:
         b_y *= tl.load(p_gamma + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     if p_residual is not None:
-        b_y += tl.load(tile_pointers(p_residual, i_m, stride_residual, o_n, BLOCK_M), mask=m_y, other=0.0).to(
-            tl.float32
-        )
+        p_r = tile_pointers(p_residual, i_m, stride_residual, o_n, BLOCK_M)
+        b_y += tl.load(p_r, mask=m_y, other=0.0).to(tl.float32)
     tl.store(tile_pointers(p_y, i_m, N, o_n, BLOCK_M), b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
@@ -154,7 +157,6 @@ def linear_kernel(
     stride_x,
     stride_weight,
     stride_residual,
-    STRIDE_UNIT: tl.constexpr,
     GELU: tl.constexpr,
     WHOLE_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -166,8 +168,8 @@ def linear_kernel(
     o_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     m_a = (i_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[:, None]
     m_b = (i_n * BLOCK_N + tl.arange(0, BLOCK_N) < N)[:, None]
-    p_a = tile_pointers(p_x, i_m, in_elements(stride_x, STRIDE_UNIT), o_k, BLOCK_M)
-    p_b = tile_pointers(p_weight, i_n, in_elements(stride_weight, STRIDE_UNIT), o_k, BLOCK_N)
+    p_a = tile_pointers(p_x, i_m, stride_x, o_k, BLOCK_M)
+    p_b = tile_pointers(p_weight, i_n, stride_weight, o_k, BLOCK_N)
     b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_k in range(0, K, BLOCK_K):
         if WHOLE_K:
@@ -181,7 +183,6 @@ def linear_kernel(
     # One half after the other: the whole tile's epilogue holds 155 to 184 registers a thread (sm_90), a half's at most
     # 128, of which two programs share a multiprocessor.
     b_left, b_right = halves(b_y)
-    stride_residual = in_elements(stride_residual, STRIDE_UNIT)
     tensors = (p_bias, p_gamma, p_residual, p_z, p_y)
     finish(b_left, *tensors, i_m, 2 * i_n, M, N, stride_residual, GELU, BLOCK_M, BLOCK_N // 2)
     finish(b_right, *tensors, i_m, 2 * i_n + 1, M, N, stride_residual, GELU, BLOCK_M, BLOCK_N // 2)
@@ -198,22 +199,20 @@ def multiply(
     save_pre_activation: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y [..., N] and z, where it is to be saved."""
-    x_rows, weight_rows = (_within_reach(as_rows(t)) for t in (x, weight))
-    residual_rows = None if residual is None else _within_reach(as_rows(residual))
+    x_rows, weight_rows = _operand(x), _operand(weight)
+    residual_rows = None if residual is None else _operand(residual)
     (M, K), N = x_rows.shape, weight.shape[0]
     if N >= MAX_STRIDE:
         raise ValueError(f"linear: weight must have fewer than {MAX_STRIDE} rows for backend 'triton_gemm', got {N}")
     shape = (*x.shape[:-1], N)
     y = x.new_empty(shape, dtype=x.dtype if residual is None else residual.dtype)
     z = x.new_empty(shape) if save_pre_activation else None
-    strides = [t.stride(0) if t is not None else 0 for t in (x_rows, weight_rows, residual_rows)]
-    unit = stride_unit(*strides)
+    stride_residual = 0 if residual_rows is None else residual_rows.stride(0)
     launch.run(
         linear_kernel,
         (triton.cdiv(M, config.rows) * triton.cdiv(N, config.columns),),
         *(x_rows, weight_rows, contiguous(bias), contiguous(gamma), residual_rows, z, y),
-        *(M, N, K, *(s // unit for s in strides)),
-        STRIDE_UNIT=unit,
+        *(M, N, K, x_rows.stride(0), weight_rows.stride(0), stride_residual),
         GELU=gelu,
         WHOLE_K=K % config.depth == 0,
         BLOCK_M=config.rows,
@@ -226,14 +225,17 @@ def multiply(
     return y, z
 
 
-def _within_reach(x: Tensor) -> Tensor:
-    return x if x.stride(0) < MAX_STRIDE else x.contiguous()
+def _operand(x: Tensor) -> Tensor:
+    """x as rows within reach of int32, 16 bytes at a time wherever their length allows it: else a copy."""
+    x = as_rows(x)
+    aligned = x.stride(0) % 16 == 0 or x.shape[1] % 16 != 0
+    return x if aligned and x.stride(0) < MAX_STRIDE else x.contiguous()
 
 
 @functools.cache
 def linear_config(kernel: str, K: int, N: int, dtype: torch.dtype, target: Target) -> LinearConfig:
     key = tuned_key(K, N, dtype)
-    return configs.choose(LinearConfig, kernel, key, target, lambda: LinearConfig.rule(dtype.itemsize, target))
+    return configs.choose(LinearConfig, kernel, key, target, lambda: LinearConfig.rule(K, N, dtype.itemsize, target))
 
 
 def tuned_key(K: int, N: int, dtype: torch.dtype) -> str:

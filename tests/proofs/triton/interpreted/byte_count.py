@@ -218,6 +218,32 @@ def measure_attention(tokens: int, rows: int = 128) -> dict[str, float]:
     return {name: round(value, 4) for name, value in row.items()}
 
 
+def measure_linear(rows: int, K: int, N: int) -> dict[str, float]:
+    """The GEMM with GELU and its pre-activation, and with LayerScale and the residual: times each tensor is moved."""
+    memory = Memory()
+    x, weight = (memory.place(torch.randn(s, K).bfloat16()) for s in (rows, N))
+    vector, residual = (memory.place(torch.randn(s).bfloat16()) for s in ((N,), (rows, N)))
+    once = rows * N * 2
+    with counting() as gelu:
+        y, z = run(memory, "linear_gelu", x, weight, vector, True, backend="triton_gemm")
+    with counting() as added:
+        (out,) = run(memory, "linear_layer_scale", x, weight, vector, vector, residual, backend="triton_gemm")
+    row = {
+        "x": gelu.within([x]) / (2 * x.numel()),
+        "weight": gelu.within([weight]) / (2 * weight.numel()),
+        "y and pre-activation": gelu.within([y, z]) / (2 * once),
+        "residual and its sum": added.within([residual, out]) / (2 * once),
+    }
+    return {name: round(value, 4) for name, value in row.items()}
+
+
+LINEAR = ((257, 1024, 4096), (257, 4096, 1024), (257, 3200, 3200))
+
+
+def linear_name(rows: int, K: int, N: int) -> str:
+    return f"linear, {rows} rows, {K} to {N}"
+
+
 ATTENTION = ((257, 128), (1025, 64), (1025, 128), (1025, 256))
 
 
@@ -227,22 +253,24 @@ def attention_name(tokens: int, rows: int) -> str:
 
 def measure_all() -> dict[str, dict[str, float]]:
     rows = {f"{op}, C = {C}": measure(op, C) for C in (1024, 3200) for op in cases(C)}
+    rows |= {linear_name(*case): measure_linear(*case) for case in LINEAR}
     return rows | {attention_name(*case): measure_attention(*case) for case in ATTENTION}
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """The counts as Markdown."""
     lines = [f"| op | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    attentions = {name: row for name, row in rows.items() if name.startswith("attention,")}
+    apart = ("linear, ", "attention, ")
     for name, row in rows.items():
-        if name not in attentions:
+        if not name.startswith(apart):
             cells = [f"{row[c]:.3f}" if c in row else "" for c in COLUMNS]
             op, _, channels = name.partition(",")
             lines.append(f"| `{op}`,{channels} | {' | '.join(cells)} |")
-    names = list(next(iter(attentions.values())))
-    lines += ["", f"| tiles | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for name, row in attentions.items():
-        lines.append(f"| {name.removeprefix('attention, ')} | {' | '.join(f'{row[n]:.2f}' for n in names)} |")
+    for prefix in apart:
+        group = {name.removeprefix(prefix): row for name, row in rows.items() if name.startswith(prefix)}
+        names = list(next(iter(group.values())))
+        lines += ["", f"| {prefix[:-2]} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        lines += [f"| {name} | {' | '.join(f'{row[n]:.2f}' for n in names)} |" for name, row in group.items()]
     return "\n".join(lines)
 
 

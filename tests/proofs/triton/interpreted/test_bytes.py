@@ -33,6 +33,13 @@ def test_attention_bytes(case):
     check(byte_count.attention_name(*case), row)
 
 
+@pytest.mark.parametrize("case", byte_count.LINEAR, ids=str)
+def test_gemm_bytes(case):
+    row = byte_count.measure_linear(*case)
+    assert row["y and pre-activation"] == row["residual and its sum"] == 1.0
+    check(byte_count.linear_name(*case), row)
+
+
 def test_a_rise_of_three_percent_fails_by_name():
     name = "rms_norm, C = 1024"
     check(name, BUDGET[name])

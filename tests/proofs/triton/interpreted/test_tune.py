@@ -69,7 +69,9 @@ def test_what_tune_writes_is_what_the_kernels_take(rehearsal, monkeypatch, capsy
     attention = {f"attention_{kernel}" for kernel in ("forward", "grad_q", "grad_kv")}
     assert set(written["configs"]) == row_ops | attention | {"linear_gelu", "linear_layer_scale"}
     assert linear_config("linear_gelu", 32, 64, torch.bfloat16, INTERPRETER) == LinearConfig(32, 64, 16, 4, 2)
-    assert linear_config("linear_gelu", 64, 32, torch.bfloat16, INTERPRETER) == LinearConfig.rule(2, INTERPRETER)
+    assert linear_config("linear_gelu", 64, 32, torch.bfloat16, INTERPRETER) == LinearConfig.rule(
+        64, 32, 2, INTERPRETER
+    )
     assert row_config("layer_norm_backward", 32, INTERPRETER) == RowConfig(4, 1)
     assert row_config("layer_norm_backward", 64, INTERPRETER) == RowConfig.rule(64)
     for kernel in ("forward", "grad_q", "grad_kv"):
