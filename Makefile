@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch>=2.10
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles the modules that are imported when they are: pip would compile all 17000 first, which takes a minute.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: help setup demo test test-all budgets bench docs report gpu-report lint format clean
 
@@ -36,12 +37,14 @@ demo: setup ## a trained network on photographs, and the fused model beside the 
 # Random data are fresh unless SEED=N names a run's (pytest prints it).
 SEEDED := $(if $(SEED),--seed $(SEED) --hypothesis-seed $(SEED))
 INTERPRETED := tests/proofs/triton/interpreted
+# A process a core, up to four: each takes 2 GiB. They cannot time benchmarks, which pytest-benchmark warns of.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal --benchmark-disable
 ifdef ONE
 pytest = $(if $(findstring $(INTERPRETED),$(ONE)),TRITON_INTERPRET=1) $(BIN)/python -m pytest $(1) $(SEEDED) $(ONE)
 else
 define pytest
-	$(BIN)/python -m pytest $(1) $(SEEDED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(1) $(SEEDED) $(INTERPRETED)
+	$(BIN)/python -m pytest $(PARALLEL) $(1) $(SEEDED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(1) $(SEEDED) $(INTERPRETED)
 endef
 endif
 

@@ -1,6 +1,7 @@
 """Settings of every test: uninitialised memory holds NaN, so that an output nobody wrote is seen."""
 
 import contextlib
+import os
 import zlib
 from collections.abc import Iterator
 
@@ -17,6 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = torch.seed() % 2**31
+    if hasattr(config, "workerinput"):  # of pytest-xdist: a worker a core, so one thread a worker and what it starts
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     with contextlib.suppress(ImportError):  # a GPU machine has its own packages, and may lack this one
         import hypothesis
 

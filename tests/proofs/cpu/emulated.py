@@ -3,6 +3,7 @@
 python -m tests.proofs.cpu.emulated FOLDER [PYTEST ARGUMENTS]    any tests, with that unit of the library in FOLDER
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,18 +11,30 @@ import pytest
 import torch
 
 from internvit.ops.backends import native
-from tests.support.building import ROOT, setup_module
+from tests.support import ROOT
+from tests.support.building import BuildFolder, setup_module
 
 UNIT = "amx_emulated"
 
 
-def build(folder: Path) -> None:
+def build(folder: BuildFolder) -> Path:
     """The library as setup.py builds it, but for one unit."""
+    return folder.once("emulated/internvit_cpu.so", lambda library: _link_library(folder, library))
+
+
+def _link_library(folder: BuildFolder, library: Path) -> None:
     setup = setup_module()
     plan = setup.cpu_plan()
     flags = plan.compiles.pop(setup.CSRC / "cpu" / "isa" / "avx512_bf16.cpp")
     plan.compiles[ROOT / "tests" / "proofs" / "native" / f"{UNIT}.cpp"] = flags
-    setup.build_library(plan, folder)
+    setup.write_schemas(plan.name, library.parent / "schemas.h")
+    bindings = setup.CSRC / "cpu" / "torch"
+    here = [f"-I{library.parent}"]  # schemas.h
+    objects = folder.all_compiled(
+        (source, [*command, *here] if bindings in source.parents else command)
+        for source, command in plan.compiles.items()
+    )
+    subprocess.run([*plan.link, *objects, "-o", str(library), *plan.link_end], check=True)
 
 
 if __name__ == "__main__":

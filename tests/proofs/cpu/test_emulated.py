@@ -9,7 +9,7 @@ import torch
 
 from internvit.ops.backends import native
 from tests.proofs.cpu import emulated
-from tests.support.building import ROOT
+from tests.support import ROOT
 
 MISSING = native.unavailable_reason("internvit_cpu")
 UNITS = "" if MISSING else torch.ops.internvit_cpu.instruction_sets()
@@ -20,10 +20,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulated")
-    emulated.build(folder)
-    return folder
+def folder(build_folder):
+    return emulated.build(build_folder).parent
 
 
 @pytest.mark.parametrize(

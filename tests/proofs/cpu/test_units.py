@@ -331,6 +331,7 @@ def test_an_image_has_the_same_bits_alone_and_in_a_batch(unit: str, batch: int) 
 
 
 def test_the_same_bits_for_any_number_of_threads(unit: str, generator) -> None:
+    """Of every op: the other tests run on one thread where they share the cores."""
     x, grad, branch = (sample((300, 257), "normal", torch.bfloat16, generator) for _ in range(3))
     weight = sample((257,), "normal", torch.float32, generator)
     q, k, v, weights = attention_case(70, 2, 40, True, torch.bfloat16, generator)
@@ -345,7 +346,8 @@ def test_the_same_bits_for_any_number_of_threads(unit: str, generator) -> None:
         out, lse = cpu.attention(q, k, v, 0.2, *weights)
         packed = torch.empty(2, 70, 3, 2, 40, dtype=torch.bfloat16)
         sums = cpu.attention_backward(out, q, k, v, out, lse, 0.2, *weights, *packed.unbind(2))
-        results.append([*fused, out, lse, packed, *sums])
+        gelu = cpu.gelu_backward(grad, x)
+        results.append([*fused, out, lse, packed, *sums, gelu, *run_everything(torch.Generator().manual_seed(7), 8)])
     torch.set_num_threads(before)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):

@@ -11,8 +11,8 @@ from tests.support.choices import forget_choices
 
 
 @pytest.fixture(scope="session")
-def host_library(tmp_path_factory) -> Path:
-    return host.build_library(tmp_path_factory.mktemp("cuda_host"))
+def host_library(build_folder) -> Path:
+    return host.build_library(build_folder)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,8 @@ import torch
 
 from internvit.ops.backends import registry
 from internvit.ops.core.registration import OPS
-from tests.support.building import ROOT, setup_module
+from tests.support import ROOT
+from tests.support.building import BuildFolder, setup_module
 
 SOURCES = ROOT / "csrc"
 HARNESS = ROOT / "tests" / "proofs" / "native" / "cuda"
@@ -27,53 +27,34 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas"]
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DINTERNVIT_CUDA_HOST", *WARNINGS]
 
 
-def compile_objects(folder: Path, sources: list[Path], *extra: str, root: Path = SOURCES) -> list[str]:
-    """Object files of `sources`, two compilers at a time; raises with the compiler's message."""
-
-    def compile_one(source: Path) -> str:
-        target = folder / f"{source.stem}.o"
-        command = [
-            "c++",
-            *FLAGS,
-            *extra,
-            f"-I{root}",
-            f"-I{HARNESS}",
-            "-x",
-            "c++",
-            "-c",
-            str(source),
-            "-o",
-            str(target),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return str(target)
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, sources))
+def compile_objects(folder: BuildFolder, sources: list[Path], *extra: str, root: Path = SOURCES) -> list[str]:
+    command = ["c++", *FLAGS, *extra, f"-I{root}", f"-I{HARNESS}", "-x", "c++"]
+    return folder.all_compiled((source, command) for source in sources)
 
 
 def units(root: Path = SOURCES) -> list[Path]:
     return [root / "cuda" / "instantiate" / f"{name}.cu" for name in UNITS]
 
 
-def build_library(folder: Path) -> Path:
+def build_library(folder: BuildFolder) -> Path:
     """The raw ops as a library for `torch.ops.load_library`."""
+    return folder.once("cuda_host/internvit_cuda_host.so", lambda target: _link_library(folder, target))
+
+
+def _link_library(folder: BuildFolder, library: Path) -> None:
     from torch.utils import cpp_extension
 
     torch_flags = [
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         *(f"-isystem{p}" for p in cpp_extension.include_paths()),
     ]
-    names = ["-DINTERNVIT_LIBRARY=internvit_cuda_host", "-DINTERNVIT_DEVICE_KEY=CPU", f"-I{folder}"]
-    setup_module().write_schemas("internvit_cuda", folder / "schemas.h")
+    names = ["-DINTERNVIT_LIBRARY=internvit_cuda_host", "-DINTERNVIT_DEVICE_KEY=CPU", f"-I{library.parent}"]
+    setup_module().write_schemas("internvit_cuda", library.parent / "schemas.h")
     objects = compile_objects(folder, [*units(), HARNESS / "cuda_host.cpp"], "-O2")
     objects += compile_objects(folder, [SOURCES / "cuda" / "torch" / "bindings.cpp"], "-O1", *torch_flags, *names)
     libraries = [f"-L{p}" for p in cpp_extension.library_paths()]
-    library = folder / "internvit_cuda_host.so"
     link = ["c++", "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o", str(library)]
     subprocess.run(link, check=True)
-    return library
 
 
 def as_backend(library: Path) -> registry.Backend:

@@ -51,9 +51,13 @@ def toolkit() -> str:
     return found[2] if found else "none"
 
 
-def kernel_and_config(mangled: str) -> tuple[str, str]:
-    """`norm_kernel`, `bfloat16 float32 vectors=5 aligned` of a mangled instantiation."""
-    name = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
+def demangled(names: list[str]) -> list[str]:
+    filtered = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True)
+    return filtered.stdout.splitlines()
+
+
+def kernel_and_config(name: str) -> tuple[str, str]:
+    """`norm_kernel`, `bfloat16 float32 vectors=5 aligned` of an instantiation's demangled name."""
     kernel, arguments = re.search(r"::(\w+_kernel)<([^>]*)>", name).groups()  # type: ignore[union-attr]
     words = []
     for argument in arguments.split(", "):
@@ -89,8 +93,8 @@ def profile(arch: str, library: Path = LIBRARY) -> Iterator[Row]:
     usage = cuobjdump("--dump-resource-usage", "-arch", arch, str(library))
     resources = dict(re.findall(r"Function (\S+):\s+(REG:\d+ STACK:\d+ SHARED:\d+)", usage))
     sass = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", arch, str(library)))[1:]
-    for mangled, code in zip(sass[::2], sass[1::2], strict=True):
-        kernel, config = kernel_and_config(mangled)
+    for mangled, name, code in zip(sass[::2], demangled(sass[::2]), sass[1::2], strict=True):
+        kernel, config = kernel_and_config(name)
         registers, stack, shared = map(int, re.findall(r":(\d+)", resources[mangled]))
         accesses = [(name, width.split(".")) for name, width in _GLOBAL.findall(code)]
         moves = collections.Counter("128" in width for _, width in accesses)

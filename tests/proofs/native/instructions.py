@@ -14,14 +14,14 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.proofs.native.test_driver import INSTRUMENTED, SOURCES, VECTOR_UNITS, compile_all, link
+from tests.proofs.native import cpu_driver
+from tests.support.building import BuildFolder
 
 BUDGET = Path(__file__).with_name("instructions.json")
 UNITS, DTYPES = ("generic", "avx2"), ("float32", "bfloat16")
-TABLE = (SOURCES / "cpu/kernels.h").read_text().partition("struct Kernels {")[2].partition("};")[0]
+TABLE = (cpu_driver.SOURCES / "cpu/kernels.h").read_text().partition("struct Kernels {")[2].partition("};")[0]
 KERNELS = [k for k in re.findall(r"void \(\*(\w+)\)", TABLE) if k not in ("pack_weight", "linear", "peak")]
 """The kernels of every unit; these two units have no Linear of their own."""
-FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 ALLOWED = 1.03
 
 
@@ -30,13 +30,9 @@ def compiler() -> str:
     return subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
-def build(folder: Path) -> Path:
-    return link(folder, compile_all(folder, [*INSTRUMENTED, *VECTOR_UNITS], *FLAGS))
-
-
-def count(driver: Path, unit: str, dtype: str) -> dict[str, int]:
-    """Kernel -> instructions of its calls, everything it calls included."""
-    profile = driver.parent / f"{unit}-{dtype}.callgrind"
+def count(driver: Path, unit: str, dtype: str, folder: Path) -> dict[str, int]:
+    """Kernel -> instructions of its calls, everything it calls included; the profile is written into `folder`."""
+    profile = folder / f"{unit}-{dtype}.callgrind"
     call = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={profile}", str(driver), unit, "counted", dtype]
     subprocess.run(call, capture_output=True, text=True, check=True, timeout=300)
     annotate = ["callgrind_annotate", "--inclusive=yes", "--threshold=100", str(profile)]
@@ -52,11 +48,11 @@ def count(driver: Path, unit: str, dtype: str) -> dict[str, int]:
     return counts
 
 
-def measure(driver: Path) -> dict[str, dict[str, int]]:
+def measure(driver: Path, folder: Path) -> dict[str, dict[str, int]]:
     """ "unit dtype" -> kernel -> instructions."""
     keys = [(unit, dtype) for unit in UNITS for dtype in DTYPES]
     with ThreadPoolExecutor(2) as pool:
-        counts = list(pool.map(lambda key: count(driver, *key), keys))
+        counts = list(pool.map(lambda key: count(driver, *key, folder), keys))
     return {" ".join(key): found for key, found in zip(keys, counts, strict=True)}
 
 
@@ -75,7 +71,7 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="write the counts as the new budget")
     update = parser.parse_args().update
     with tempfile.TemporaryDirectory() as folder:
-        counts = measure(build(Path(folder)))
+        counts = measure(cpu_driver.build(BuildFolder(Path(folder))), Path(folder))
     old = json.loads(BUDGET.read_text())["instructions"] if BUDGET.exists() else {}
     for where, kernels in counts.items():
         for kernel, number in kernels.items():

@@ -15,13 +15,8 @@ ONE_UNIT = ("-O1", "-DINTERNVIT_ONE_UNIT")
 DRIVER = [host.HARNESS / "cuda_host.cpp", host.HARNESS / "driver.cpp"]
 
 
-def link(folder: Path, objects: list[str], *flags: str) -> Path:
-    subprocess.run(["c++", *flags, *objects, "-o", str(folder / "driver")], check=True)
-    return folder / "driver"
-
-
-def build(folder: Path, sources: list[Path], *flags: str) -> Path:
-    return link(folder, host.compile_objects(folder, sources, *flags), *flags)
+def link(driver: Path, objects: list[str], *flags: str) -> None:
+    subprocess.run(["c++", *flags, *objects, "-o", str(driver)], check=True)
 
 
 def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -29,8 +24,13 @@ def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
-    return build(tmp_path_factory.mktemp("plain"), [*host.units(), *DRIVER], "-O2")
+def plain(build_folder) -> Path:
+    """Of the objects in the library that the op tests load."""
+
+    def build(driver: Path) -> None:
+        link(driver, host.compile_objects(build_folder, [*host.units(), *DRIVER], "-O2"))
+
+    return build_folder.once("cuda/driver", build)
 
 
 def test_guard_pages_and_any_order_of_threads(plain) -> None:
@@ -48,10 +48,11 @@ def test_a_planted_row_too_many_hits_the_guard(plain) -> None:
 
 
 @pytest.mark.slow  # guard pages find most of it in every run
-def test_sanitizers(tmp_path) -> None:
+def test_sanitizers(build_folder, tmp_path) -> None:
     flags = (*ONE_UNIT, "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    driver = build(tmp_path, [host.SOURCES / "cuda/instantiate/bfloat16.cu", *DRIVER], *flags)
-    done = run(driver, "shuffled")
+    sources = [host.SOURCES / "cuda/instantiate/bfloat16.cu", *DRIVER]
+    link(tmp_path / "driver", host.compile_objects(build_folder, sources, *flags), *flags)
+    done = run(tmp_path / "driver", "shuffled")
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
 
 
@@ -131,14 +132,8 @@ BUGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory) -> list[str]:
-    """What no planted bug touches, compiled once."""
-    return host.compile_objects(tmp_path_factory.mktemp("harness"), DRIVER, *ONE_UNIT)
-
-
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug, tmp_path, harness) -> None:
+def test_a_planted_bug_is_caught(bug, build_folder, tmp_path) -> None:
     file, right, wrong, message = BUGS[bug]
     copy = tmp_path / "csrc"
     shutil.copytree(host.SOURCES, copy)
@@ -146,8 +141,8 @@ def test_a_planted_bug_is_caught(bug, tmp_path, harness) -> None:
     text = path.read_text()
     assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {file}"
     path.write_text(text.replace(right, wrong))
-    unit = host.compile_objects(tmp_path, [copy / "cuda/instantiate/bfloat16.cu"], *ONE_UNIT, root=copy)
-    driver = link(tmp_path, [*unit, *harness])
-    done = run(driver, "shuffled")
+    unit = host.compile_objects(build_folder, [copy / "cuda/instantiate/bfloat16.cu"], *ONE_UNIT, root=copy)
+    link(tmp_path / "driver", [*unit, *host.compile_objects(build_folder, DRIVER, *ONE_UNIT)])
+    done = run(tmp_path / "driver", "shuffled")
     assert done.returncode != 0, "the driver saw nothing"
     assert message in done.stdout
