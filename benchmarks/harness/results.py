@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import datetime
+import hashlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+import internvit
 from internvit.cli.environment import cpu_name, info
 from internvit.files import atomic_write
 
@@ -142,6 +144,16 @@ def _git_hash() -> str:
         return "not a git checkout"
 
 
+def _sources() -> str:
+    """A digest of this package's code, compiled libraries too: what it measured stands for no other code."""
+    package = Path(internvit.__file__).resolve().parent
+    folders = sorted({package, *((package / name).resolve() for name in ("kernels", "benchmarks"))})
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in folders for ext in ("*.py", "*.so") for p in folder.rglob(ext)):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def device_name(device: str) -> str:
     """The device as people name it."""
     if device.startswith("cuda"):
@@ -167,6 +179,7 @@ def machine(device: str) -> dict[str, Any]:
         "versions": info()["versions"],
         "instruction sets": info()["cpu"]["instruction sets"],
         "git": _git_hash(),
+        "sources": _sources(),
         "command": " ".join(command),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

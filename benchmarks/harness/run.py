@@ -116,9 +116,7 @@ def run_case(
     calls: dict[tuple[str, str], int] = {}
     memory: dict[tuple[str, str], int | None] = {}
     for implementation in case.implementations:
-        if mode == BOTH and not implementation.trains:
-            continue
-        if not implementation.ours and peers is not None and implementation.name not in peers:
+        if not _is_asked(implementation, mode, peers):
             continue
         row = Row(**common, launch="eager", variant=implementation.name)  # type: ignore[arg-type]
         try:
@@ -258,12 +256,18 @@ def _measured(folder: Path | None, facts: dict[str, Any]) -> list[Row]:
     if folder is None or not (folder / "bench.json").is_file():
         return []
     earlier = read(folder)
-    same = all(earlier.machine.get(name) == facts.get(name) for name in ("device", "torch", "versions", "git"))
+    same = all(earlier.machine.get(name) == facts.get(name) for name in ("device", "torch", "versions", "sources"))
     return list(earlier.rows) if same else []
 
 
-def _is_measured(case: BenchmarkCase, mode: str, rows: list[Row]) -> bool:
-    names = {one.name for one in case.implementations if mode == FORWARD or one.trains}
+def _is_asked(implementation: Implementation, mode: str, peers: tuple[str, ...] | None) -> bool:
+    if mode == BOTH and not implementation.trains:
+        return False
+    return implementation.ours or peers is None or implementation.name in peers
+
+
+def _is_measured(case: BenchmarkCase, mode: str, peers: tuple[str, ...] | None, rows: list[Row]) -> bool:
+    names = {one.name for one in case.implementations if _is_asked(one, mode, peers)}
     work = case.bench, case.shape, case.dtype_name, mode
     return names <= {row.variant for row in rows if row.work[:4] == work}
 
@@ -295,7 +299,7 @@ def _run(
     try:
         progress("the cost of a call")
         costs.update(call_costs(setting))
-        for case, mode in wrap([step for step in plan() if not _is_measured(*step, rows)]):
+        for case, mode in wrap([step for step in plan() if not _is_measured(*step, peers, rows)]):
             progress(f"{case.bench} {case.shape} {case.dtype_name} {mode}")
             count = rounds or (3 if setting.quick else 5 if case.bench in ("model", "block", "patch") else 15)
             current = []

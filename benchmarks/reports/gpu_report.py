@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = (asked.out or files.FOLDER / files.folder_name(device)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     machine = files.machine(device)
-    about = {name: machine[name] for name in ("device", "torch", "git")} | {"rehearsed": asked.rehearse}
+    about = {name: machine[name] for name in ("device", "torch", "sources")} | {"rehearsed": asked.rehearse}
     print(f"{machine['device']}: {folder}", flush=True)
     run = Run(folder, asked.target, asked.only, asked.rehearse)
     stages = [stage for stage in STAGES if stage.name in asked.stages]

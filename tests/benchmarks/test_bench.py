@@ -212,7 +212,7 @@ def test_a_run_resumes_after_the_rows_that_are_there(tmp_path) -> None:
     assert not any("rms_norm" in text for text in seen)
     assert any("layer_norm" in text for text in seen)
     facts = json.loads((tmp_path / "bench.json").read_text())
-    facts["machine"]["git"] = "another"
+    facts["machine"]["sources"] = "another"
     (tmp_path / "bench.json").write_text(json.dumps(facts))
     seen.clear()
     run.run(("rms_norm",), QUICK, ("eager",), 1, tmp_path, seen.append, resume=True)

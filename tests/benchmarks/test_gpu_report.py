@@ -85,7 +85,7 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path, capsys, monkeypatc
     gpu_report.main([*arguments, "--again"])
     assert mark.read_text() == "xx"
     report = tmp_path / "report/report.json"
-    report.write_text(json.dumps({**json.loads(report.read_text()), "git": "another"}))
+    report.write_text(json.dumps({**json.loads(report.read_text()), "sources": "another"}))
     gpu_report.main(arguments)
     assert mark.read_text() == "xxx", "what other code did is done anew"
 
