@@ -6,6 +6,7 @@
 """
 
 from internvit import ops, optim, reference
+from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.dense.backbone import InternViTBackbone
 from internvit.inference.optimize import optimize_for_inference
@@ -15,7 +16,6 @@ from internvit.multimodal.tiling import best_grid, tile_image
 from internvit.ops import backend, set_backend
 from internvit.output import InternViTOutput
 from internvit.upstream.patch import PatchHandle, patch
-from internvit.upstream.state_dict import convert_state_dict
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,5 +1,6 @@
 """What a user gets who installs or imports the package."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,55 @@ print(plain is None or plain.loader is None or plain.origin is not None)
     assert python(code, cwd=ROOT).split() == ["True", "True"]
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "internvit" / "kernels").is_symlink()
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """The folders and modules directly in `internvit/` that a file imports, inside functions too."""
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    parts = [module.split(".") for module in modules]
+    return {name for package, name, *_ in (p for p in parts if len(p) > 1) if package == "internvit"}
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """A way back to each room that has one."""
+
+    def way(room: str, path: list[str], seen: set[str]) -> list[str] | None:
+        for other in sorted(imports.get(room, set()) - {room}):
+            if other == path[0]:
+                return [*path, other]
+            if other not in seen:
+                seen.add(other)
+                found = way(other, [*path, other], seen)
+                if found:
+                    return found
+        return None
+
+    return [found for room in sorted(imports) if (found := way(room, [room], set()))]
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"model": {"checkpoint", "ops"}, "checkpoint": {"upstream"}, "upstream": {"model"}})[0] == [
+        *("checkpoint", "upstream", "model", "checkpoint"),
+    ]
+    assert circles({"model": {"model", "ops", "config"}, "ops": {"config"}}) == []
+
+
+def test_no_import_circle_among_the_rooms() -> None:
+    """`internvit/__init__.py` and `__main__.py` name everything and are left out."""
+    package = ROOT / "internvit"
+    imports: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        if room not in ("__init__", "__main__"):
+            imports.setdefault(room, set()).update(rooms_imported(path))
+    assert {"model", "checkpoint"} <= imports.keys()
+    assert "checkpoint" in imports["model"], "imports inside functions are not seen"
+    assert circles(imports) == []
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internvit.benchmarks.harness.cases import MissingPeerError, Setting, needs
+from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.config import InternViTConfig
-from internvit.upstream.state_dict import convert_state_dict
 
 PIP = "pip install 'internvit[bench]'"
 

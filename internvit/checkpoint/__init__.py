@@ -1,1 +1,1 @@
-"""Reading and writing checkpoints."""
+"""Reading and writing checkpoints: layouts of state dicts, files, the hub."""

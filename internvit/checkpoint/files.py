@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from internvit.checkpoint.pickles import check_dense, load_pickle
+from internvit.checkpoint.state_dict import conversion_plan
 from internvit.config import InternViTConfig
 from internvit.files import locked, read_json
-from internvit.upstream.state_dict import conversion_plan
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

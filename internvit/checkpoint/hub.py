@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from internvit.checkpoint.files import CONFIG, INDEX, read_index
+from internvit.checkpoint.state_dict import conversion_plan
 from internvit.config import HUB_IDS
-from internvit.upstream.state_dict import conversion_plan
 
 
 def locate(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from internvit.checkpoint.files import Checkpoint, TensorFile, naming
 from internvit.checkpoint.hub import locate
 from internvit.checkpoint.resample import resize_embeddings
+from internvit.checkpoint.state_dict import Piece, compare_shapes, infer_config, target_shapes
 from internvit.config import InternViTConfig
 from internvit.names import SCALES, listed
-from internvit.upstream.state_dict import Piece, compare_shapes, infer_config, target_shapes
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvit.upstream.state_dict import unwrap
+from internvit.checkpoint.state_dict import unwrap
 
 # Of the storages' names in a file; their classes warn at every use.
 _ITEMSIZE = {

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from internvit.checkpoint.files import CONFIG, INDEX, WEIGHTS, read_index
+from internvit.checkpoint.state_dict import convert_state_dict
+from internvit.checkpoint.tower import find_tower
 from internvit.config import InternViTConfig
 from internvit.files import Staging, locked, read_json, staging
 from internvit.names import LAYOUTS, listed, match
-from internvit.upstream.state_dict import convert_state_dict
-from internvit.upstream.tower import find_tower
 
 _WEIGHTS = re.compile(r"[^.].*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
 _SHARD = re.compile(r"model(-\d+)?-\d{5}-of-\d{5}\.safetensors")

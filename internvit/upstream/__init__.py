@@ -1,1 +1,1 @@
-"""Upstream models: their state dicts, their blocks, and fusing them in place."""
+"""Upstream models: their blocks, and fusing them in place."""

@@ -24,7 +24,7 @@ class Layout:
     """The names of a block's parts, relative to the block.
 
     Attributes:
-        name: as in `internvit.upstream.state_dict.LAYOUTS`.
+        name: as in `internvit.names.LAYOUTS`.
         classes: of the block, its attention and its MLP.
         qkv: the packed projection, or those of q, k and v.
         gammas: LayerScale, each a parameter, or a module with one named gamma.

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from internvit.checkpoint import load as loading
 from internvit.checkpoint.load import load_pretrained
 from internvit.checkpoint.save import save_pretrained
+from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.files import atomic_write, locked, read_json, staging
 from internvit.model.vit import InternViT
-from internvit.upstream.state_dict import convert_state_dict
 from tests.checkpoint.models import PLAIN, assert_loaded, make_model, names
 from tests.support.strategies import random_weights
 

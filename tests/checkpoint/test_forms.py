@@ -10,9 +10,9 @@ from torch import Tensor
 
 from internvit.checkpoint.load import load_pretrained
 from internvit.checkpoint.save import save_pretrained
+from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.config import InternViTConfig
 from internvit.model.vit import InternViT
-from internvit.upstream.state_dict import convert_state_dict
 from tests.checkpoint.models import CONFIGS, PLAIN, QK_NORM, assert_loaded, make_model, names
 from tests.support.strategies import random_weights
 

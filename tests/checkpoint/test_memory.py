@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from internvit.checkpoint.load import load_pretrained
 from internvit.checkpoint.save import save_pretrained
+from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.config import VARIANTS, InternViTConfig
 from internvit.model.vit import InternViT
-from internvit.upstream.state_dict import convert_state_dict
 from tests.checkpoint.models import QK_NORM, make_model
 
 MEASURE = """

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import internvit
+from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.numerics import relative_error
-from internvit.upstream.state_dict import convert_state_dict
 from tests.support.models import CONFIGS, images, random_weights, transformers_judge
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")

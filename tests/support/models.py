@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from internvit import InternViT, InternViTConfig, reference
+from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.upstream.patch import FusedBlock
-from internvit.upstream.state_dict import convert_state_dict
 
 _TINY: dict[str, Any] = {
     "image_size": 56,

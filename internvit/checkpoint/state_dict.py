@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from internvit.checkpoint.tower import adapter_message, find_tower
 from internvit.config import InternViTConfig
 from internvit.names import ADAPTERS, LAYOUTS, STATE_DICT_WRAPPERS, TOWER_EMBEDDINGS, listed, names_of
-from internvit.upstream.tower import adapter_message, find_tower
 
 logger = logging.getLogger(__name__)
 

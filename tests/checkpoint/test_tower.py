@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from internvit.checkpoint.state_dict import conversion_plan, convert_state_dict, detect_layout, infer_config
 from internvit.names import LAYOUTS
-from internvit.upstream.state_dict import conversion_plan, convert_state_dict, detect_layout, infer_config
+from tests.checkpoint.test_state_dict import PLAIN, QK_NORM, assert_same
 from tests.support.strategies import random_weights
-from tests.upstream.test_state_dict import PLAIN, QK_NORM, assert_same
 
 
 def beside(weights: dict[str, Tensor], **others: dict[str, Tensor]) -> dict[str, Tensor]:

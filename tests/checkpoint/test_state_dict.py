@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from internvit.checkpoint.state_dict import LAYOUTS, conversion_plan, convert_state_dict, detect_layout, infer_config
 from internvit.config import InternViTConfig
-from internvit.upstream.state_dict import LAYOUTS, conversion_plan, convert_state_dict, detect_layout, infer_config
 from tests.support.strategies import configs, random_weights
 
 QK_NORM = InternViTConfig(
