@@ -57,20 +57,16 @@ def add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_
 
 @triton.jit(do_not_specialize=["M", "rows_per_image"])
 def layer_scale_residual_kernel(
-    p_residual,  # [M, C]
-    p_branch,  # [M, C]
+    p_residual, p_branch,  # [M, C]
     p_gamma,  # [C] or None
     p_row_scale,  # [B] or None
     p_out,  # [M, C]
     M,
-    stride_residual,
-    stride_branch,
+    stride_residual, stride_branch,
     rows_per_image,
-    C: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     o_cols = columns(BLOCK_C, p_residual.dtype.element_ty, p_branch.dtype.element_ty)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
     b_residual = load_tile(p_residual, o_rows, in_elements(stride_residual, STRIDE_UNIT), o_cols, m_tile)
@@ -88,15 +84,11 @@ def layer_scale_residual_backward_kernel(
     p_grad_branch,  # [M, C] or None
     p_partials,  # [1, programs, C] float32
     M,
-    stride_grad,
-    stride_branch,
+    stride_grad, stride_branch,
     rows_per_image,
-    C: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    GAMMA_SUM: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, STRIDE_UNIT: tl.constexpr, GAMMA_SUM: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     o_cols = tl.arange(0, BLOCK_C)
     stride_grad = in_elements(stride_grad, STRIDE_UNIT)
     stride_branch = in_elements(stride_branch, STRIDE_UNIT)

@@ -27,29 +27,21 @@ OP = "layer_scale_residual_norm"
 
 @triton.jit(do_not_specialize=["M", "rows_per_image"])
 def layer_scale_residual_norm_kernel(
-    p_residual,  # [M, C]
-    p_branch,  # [M, C]
+    p_residual, p_branch,  # [M, C]
     p_gamma,  # [C] or None
     p_row_scale,  # [B] or None
     p_weight,  # [C]
     p_bias,  # [C] or None
-    p_residual_out,  # [M, C]
-    p_normed,  # [M, C]
+    p_residual_out, p_normed,  # [M, C]
     p_mean,  # [M] or None, LayerNorm
     p_rstd,  # [M]
     M,
-    stride_residual,
-    stride_branch,
+    stride_residual, stride_branch,
     rows_per_image,
     eps,
-    C: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    NORM_TYPE: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SMALL_EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, STRIDE_UNIT: tl.constexpr, NORM_TYPE: tl.constexpr, ROUNDING: tl.constexpr,
+    SMALL_EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     o_cols = columns(BLOCK_C, p_residual.dtype.element_ty, p_branch.dtype.element_ty)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
     b_residual = load_tile(p_residual, o_rows, in_elements(stride_residual, STRIDE_UNIT), o_cols, m_tile)
@@ -69,32 +61,22 @@ def layer_scale_residual_norm_kernel(
 @triton.jit(do_not_specialize=["M", "rows_per_image"])
 def layer_scale_residual_norm_backward_kernel(
     p_grad_residual_out,  # [M, C] or None
-    p_grad_normed,  # [M, C]
-    p_residual_out,  # [M, C]
+    p_grad_normed, p_residual_out,  # [M, C]
     p_branch,  # [M, C], for gamma's gradient
     p_gamma,  # [C] or None
     p_row_scale,  # [B] or None
     p_weight,  # [C]
     p_mean,  # [M] or None, LayerNorm
     p_rstd,  # [M]
-    p_grad_residual,  # [M, C] or None
-    p_grad_branch,  # [M, C] or None
+    p_grad_residual, p_grad_branch,  # [M, C] or None
     p_partials,  # [sums, programs, C] float32: gamma's, weight's, bias's
     M,
-    stride_grad_residual_out,
-    stride_grad_normed,
-    stride_residual_out,
-    stride_branch,
+    stride_grad_residual_out, stride_grad_normed, stride_residual_out, stride_branch,
     rows_per_image,
-    C: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    NORM_TYPE: tl.constexpr,
-    GAMMA_SUM: tl.constexpr,
-    WEIGHT_SUM: tl.constexpr,
-    BIAS_SUM: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, STRIDE_UNIT: tl.constexpr, NORM_TYPE: tl.constexpr,
+    GAMMA_SUM: tl.constexpr, WEIGHT_SUM: tl.constexpr, BIAS_SUM: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     o_cols = columns(BLOCK_C, p_residual_out.dtype.element_ty, p_grad_normed.dtype.element_ty)
     stride_grad_residual_out = in_elements(stride_grad_residual_out, STRIDE_UNIT)
     stride_grad_normed = in_elements(stride_grad_normed, STRIDE_UNIT)

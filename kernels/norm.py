@@ -99,14 +99,9 @@ def norm_kernel(
     M,
     stride_x,
     eps,
-    C: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    NORM_TYPE: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SMALL_EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, STRIDE_UNIT: tl.constexpr, NORM_TYPE: tl.constexpr, ROUNDING: tl.constexpr,
+    SMALL_EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     o_cols = tl.arange(0, BLOCK_C)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
     b_weight = load_vector(p_weight, o_cols, C)
@@ -121,24 +116,18 @@ def norm_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def norm_backward_kernel(
-    p_grad_y,  # [M, C]
-    p_x,  # [M, C]
+    p_grad_y, p_x,  # [M, C]
     p_weight,  # [C]
     p_mean,  # [M] or None, LayerNorm
     p_rstd,  # [M]
     p_grad_x,  # [M, C] or None
     p_partials,  # [sums, programs, C] float32: weight's, then bias's
     M,
-    stride_grad_y,
-    stride_x,
-    C: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr,
-    NORM_TYPE: tl.constexpr,
-    WEIGHT_SUM: tl.constexpr,
-    BIAS_SUM: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    stride_grad_y, stride_x,
+    C: tl.constexpr, STRIDE_UNIT: tl.constexpr, NORM_TYPE: tl.constexpr,
+    WEIGHT_SUM: tl.constexpr, BIAS_SUM: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     o_cols = tl.arange(0, BLOCK_C)
     stride_grad_y = in_elements(stride_grad_y, STRIDE_UNIT)
     stride_x = in_elements(stride_x, STRIDE_UNIT)

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.common import launch, rows
-from internvit.kernels.common.heads import dense_heads, head_constants, load_heads
+from internvit.kernels.common import rows
+from internvit.kernels.common.heads import dense_heads, load_heads, run_heads
 from internvit.kernels.common.rows import RowConfig, load_vector, row_tile, store_tile
-from internvit.kernels.common.strides import head_strides
 from internvit.kernels.norm import is_small, norm_gradients, scale_and_shift, standardize
 
 OP = "qk_norm"
@@ -42,14 +41,10 @@ def normalize_heads(
 
 @triton.jit(do_not_specialize=["M", "N"])
 def qk_norm_kernel(
-    p_q,  # [B, N, H, D]
-    p_k,  # [B, N, H, D]
-    p_q_weight,  # [C]
-    p_k_weight,  # [C]
-    p_q_normed,  # [B, N, C]
-    p_k_normed,  # [B, N, C]
-    p_rstd_q,  # [B, N]
-    p_rstd_k,  # [B, N]
+    p_q, p_k,  # [B, N, H, D]
+    p_q_weight, p_k_weight,  # [C]
+    p_q_normed, p_k_normed,  # [B, N, C]
+    p_rstd_q, p_rstd_k,  # [B, N]
     M, N,
     stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh,
@@ -71,20 +66,10 @@ def normalize_qk(
     config: RowConfig, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, rounding: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k = dense_heads(q), dense_heads(k)
-    B, N = q.shape[:2]
     q_normed, k_normed = q.new_empty(q.shape), k.new_empty(k.shape)
-    rstd_q, rstd_k = (q.new_empty((B, N), dtype=torch.float32) for _ in range(2))
-    strides, unit = head_strides(q, k)
-    launch.run(
-        qk_norm_kernel,
-        (triton.cdiv(B * N, config.rows),),
-        *(q, k, q_weight.contiguous(), k_weight.contiguous(), q_normed, k_normed, rstd_q, rstd_k),
-        *(B * N, N, *strides, eps),
-        STRIDE_UNIT=unit,
-        ROUNDING=rounding,
-        SMALL_EPS=is_small(eps),
-        **head_constants(config, q, k),
-    )
+    rstd_q, rstd_k = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
+    pointers = (q, k, q_weight.contiguous(), k_weight.contiguous(), q_normed, k_normed, rstd_q, rstd_k)
+    run_heads(qk_norm_kernel, config, pointers, (q, k), eps, ROUNDING=rounding, SMALL_EPS=is_small(eps))
     return q_normed, k_normed, rstd_q, rstd_k
 
 

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.common import launch, rows
-from internvit.kernels.common.heads import dense_heads, head_constants, head_offsets, load_heads
+from internvit.kernels.common import rows
+from internvit.kernels.common.heads import dense_heads, head_offsets, load_heads, run_heads
 from internvit.kernels.common.rows import RowConfig, row_tile
-from internvit.kernels.common.strides import head_strides
 from internvit.kernels.norm import is_small, standardize
 
 OP = "qk_norm_stats"
@@ -22,10 +21,8 @@ OP = "qk_norm_stats"
 
 @triton.jit(do_not_specialize=["M", "N"])
 def qk_norm_stats_kernel(
-    p_q,  # [B, N, H, D]
-    p_k,  # [B, N, H, D]
-    p_rstd_q,  # [B, N]
-    p_rstd_k,  # [B, N]
+    p_q, p_k,  # [B, N, H, D]
+    p_rstd_q, p_rstd_k,  # [B, N]
     M, N,
     stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh,
@@ -68,31 +65,15 @@ def qk_norm_stats_backward_kernel(
 
 def statistics(config: RowConfig, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     q, k = dense_heads(q), dense_heads(k)
-    B, N = q.shape[:2]
-    rstd_q, rstd_k = (q.new_empty((B, N), dtype=torch.float32) for _ in range(2))
-    strides, unit = head_strides(q, k)
-    launch.run(
-        qk_norm_stats_kernel,
-        (triton.cdiv(B * N, config.rows),),
-        *(q, k, rstd_q, rstd_k, B * N, N, *strides, eps),
-        STRIDE_UNIT=unit,
-        SMALL_EPS=is_small(eps),
-        **head_constants(config, q, k),
-    )
+    rstd_q, rstd_k = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
+    run_heads(qk_norm_stats_kernel, config, (q, k, rstd_q, rstd_k), (q, k), eps, SMALL_EPS=is_small(eps))
     return rstd_q, rstd_k
 
 
 def add_gradient(config: RowConfig, grad_rstd: Tensor, x: Tensor, rstd: Tensor, grad_x: Tensor) -> None:
     x = dense_heads(x)
-    B, N = x.shape[:2]
-    strides, unit = head_strides(x, grad_x)
-    launch.run(
-        qk_norm_stats_backward_kernel,
-        (triton.cdiv(B * N, config.rows),),
-        *(grad_rstd.contiguous(), x, rstd.contiguous(), grad_x, B * N, N, *strides),
-        STRIDE_UNIT=unit,
-        **head_constants(config, x, grad_x),
-    )
+    pointers = (grad_rstd.contiguous(), x, rstd.contiguous(), grad_x)
+    run_heads(qk_norm_stats_backward_kernel, config, pointers, (x, grad_x))
 
 
 def qk_norm_stats(q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:

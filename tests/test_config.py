@@ -152,17 +152,10 @@ def test_whole_internvl_with_stray_keys(tmp_path) -> None:
 
 def test_transformers_spelling() -> None:
     transformers = pytest.importorskip("transformers")
-    small = InternViTConfig(
-        image_size=448,
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        norm_type="layer_norm",
-        qk_normalization=False,
-        qk_norm_eps=1e-6,
+    small = InternViTConfig.from_name(
+        "internvit-300m-448px", qkv_bias=False, drop_path_rate=0.0, initializer_factor=0.1, qk_norm_eps=1e-6,
         pos_embed_mode="param_dtype",
-    )
+    )  # fmt: skip
     theirs = transformers.InternVLVisionConfig()
     assert InternViTConfig.from_dict(theirs.to_dict()) == small
     assert InternViTConfig.from_dict(theirs.to_diff_dict()) == small

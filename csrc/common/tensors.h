@@ -8,11 +8,19 @@
 #include <optional>
 #include <vector>
 
+#include "common/types.h"
+
 namespace internvit {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Of those that checks.h lets pass.
+inline DType dtype_of(ScalarType dtype) {
+  return dtype == ScalarType::Float ? kFloat32 : dtype == ScalarType::BFloat16 ? kBFloat16 : kFloat16;
+}
+inline DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
 inline Tensor empty_like_of(const Tensor& t, ScalarType dtype) { return torch::stable::new_empty(t, t.sizes(), dtype); }
 inline Tensor empty_floats(const Tensor& like, std::vector<int64_t> sizes) {
@@ -28,6 +36,7 @@ inline Tensor converted(const Tensor& t, ScalarType dtype) {
 struct Floats {
   Tensor kept;
   const float* data = nullptr;
+  Floats() = default;
   explicit Floats(const OptionalTensor& t) {
     if (!t) return;
     kept = torch::stable::contiguous(converted(*t, ScalarType::Float));

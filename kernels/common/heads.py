@@ -1,11 +1,15 @@
 """Tensors [B, N, H, D] by their strides: what QK-norm and attention share."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from internvit.kernels.common import launch
 from internvit.kernels.common.rows import RowConfig
-from internvit.kernels.common.strides import in_elements
+from internvit.kernels.common.strides import head_strides, in_elements
 
 
 @triton.jit
@@ -31,11 +35,33 @@ def load_heads(
     return tl.load(p_x + o, mask=m_tile, other=0.0).to(tl.float32)
 
 
-def head_constants(config: RowConfig, *tensors: Tensor) -> dict[str, int]:
-    """The constants of a kernel whose rows are the tokens of tensors [B, N, H, D]."""
-    _, _, H, D = tensors[0].shape
-    adjacent = all(t.stride(2) == D or H == 1 for t in tensors)
-    return {"D": D, "ADJACENT": adjacent, **config.constants(H * D)}
+def run_heads(
+    kernel: Any,
+    config: RowConfig,
+    pointers: Sequence[Tensor],
+    strided: Sequence[Tensor],
+    *scalars: float,
+    **constants: Any,
+) -> None:
+    """Starts `kernel`, whose rows are tokens of C = H * D channels.
+
+    Args:
+        pointers: the kernel's first arguments.
+        strided: those of them that are read and written by strides, each [B, N, H, D].
+        scalars: the kernel's last arguments.
+    """
+    B, N, H, D = strided[0].shape
+    strides, unit = head_strides(*strided)
+    launch.run(
+        kernel,
+        (triton.cdiv(B * N, config.rows),),
+        *(*pointers, B * N, N, *strides, *scalars),
+        D=D,
+        STRIDE_UNIT=unit,
+        ADJACENT=all(t.stride(2) == D or H == 1 for t in strided),
+        **config.constants(H * D),
+        **constants,
+    )
 
 
 def dense_heads(x: Tensor) -> Tensor:

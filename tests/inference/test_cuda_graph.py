@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import internvit
 from internvit.inference.cuda_graph import WARM_UPS, GraphedFunction
 from internvit.inference.optimize import OptimizedInternViT
+from tests.support.hooks import KINDS, count_calls
 
 CONFIG = internvit.InternViTConfig.from_name("internvit-6b-448px-v2.5").replace(
     num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=4, image_size=56, name=None
@@ -272,18 +273,13 @@ def test_a_graph_computes_with_the_model_as_it_is(change, kept, fake_cuda):
 
 
 @pytest.mark.parametrize("name", ["", "layers.0", "layers.1.attn", "layers.0.mlp.fc1", "layers.1.attn.q_norm"])
-@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_hooks_added_after_capture_run(name, kind, fake_cuda):
     network = model()
-    fast, pixels, calls = graphed(network), torch.randn(1, 3, 56, 56), []
+    fast, pixels = graphed(network), torch.randn(1, 3, 56, 56)
     expected = fast(pixels).last_hidden_state
     module = network.encoder.get_submodule(name)
-    if kind == "forward":
-        own = module.forward
-        module.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
-    else:
-        register = module.register_forward_hook if kind == "hook" else module.register_forward_pre_hook
-        register(lambda *_: calls.append(1))
+    calls = count_calls(module, kind)
     for count in (1, 2):
         assert torch.allclose(fast(pixels).last_hidden_state, expected, atol=1e-5)
         assert len(calls) == count

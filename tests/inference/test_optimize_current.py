@@ -14,6 +14,7 @@ from internvit.inference.linear import packed_linear_class
 from internvit.inference.packed_block import PackedBlock
 from internvit.numerics import relative_error
 from tests.inference.test_optimize import VARIANTS, small_model
+from tests.support.hooks import KINDS, count_calls
 
 DTYPES = [torch.float32, torch.bfloat16]
 packs = pytest.mark.skipif(
@@ -119,19 +120,13 @@ def test_inference_tensors_edited_in_place() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "encoder", "embeddings", "encoder.layers.1", "encoder.layers.0.mlp.fc1"])
-@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hooks_and_forwards_that_come_later(name, kind, dtype) -> None:
     model, fast, pixels = optimized(dtype)
     fast(pixels)
-    calls: list[int] = []
     module = model.get_submodule(name)
-    if kind == "forward":
-        own = module.forward
-        module.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
-    else:
-        register = module.register_forward_hook if kind == "hook" else module.register_forward_pre_hook
-        register(lambda *_: calls.append(1))
+    calls = count_calls(module, kind)
     fast(pixels)
     assert calls == [1]
     check(model, fast, pixels)

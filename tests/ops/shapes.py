@@ -37,6 +37,19 @@ def pooled_gradients(draw: Callable[[], Iterable[Sequence[Tensor]]]) -> Iterator
     return zip(*([torch.stack(t) for t in zip(*way, strict=True)] for way in ways), strict=True)
 
 
+def three_gradients(
+    op: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> tuple[Sequence[Tensor], ...]:
+    """The gradients of all `inputs`: the op's, those of the plain formula in float64, and eager's."""
+    inputs = [t.requires_grad_() for t in inputs]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    return (
+        torch.autograd.grad(op(*inputs), inputs, grad),
+        torch.autograd.grad(plain(*wide), wide, grad.double()),
+        torch.autograd.grad(plain(*inputs), inputs, grad),
+    )
+
+
 def mean_over_std(x: Tensor) -> float:
     """The largest |mean| / standard deviation of x's rows: how ill-conditioned LayerNorm is on it."""
     x = x.double()

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -5,7 +7,7 @@ from torch.nn import functional as F
 from internvit import ops
 from internvit.numerics import layer_norm_terms, norm_violations, relative_error, sample
 from tests.ops.cases import backends_here
-from tests.ops.shapes import in_draws, mean_over_std, norm_shapes, pooled, pooled_gradients
+from tests.ops.shapes import in_draws, mean_over_std, norm_shapes, pooled, pooled_gradients, three_gradients
 
 backends = pytest.mark.parametrize("backend", backends_here("layer_norm"))
 
@@ -37,13 +39,11 @@ def test_errors_are_roundings_of_the_terms(backend, distribution, generator) -> 
 @backends
 def test_gradients_at_true_width(backend, generator) -> None:
     def draw() -> tuple:
-        x = sample((2, 33, 1024), "massive", torch.float32, generator).requires_grad_()
-        weight, bias = (sample((1024,), "normal", torch.float32, generator).requires_grad_() for _ in range(2))
+        x = sample((2, 33, 1024), "massive", torch.float32, generator)
+        weight, bias = (sample((1024,), "normal", torch.float32, generator) for _ in range(2))
         grad = sample((2, 33, 1024), "normal", torch.float32, generator)
-        actual = torch.autograd.grad(ops.layer_norm(x, weight, bias, backend=backend), (x, weight, bias), grad)
-        wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-        truth = torch.autograd.grad(F.layer_norm(wide[0], (1024,), *wide[1:], 1e-6), wide, grad.double())
-        return actual, truth, torch.autograd.grad(F.layer_norm(x, (1024,), weight, bias, 1e-6), (x, weight, bias), grad)
+        op = functools.partial(ops.layer_norm, backend=backend)
+        return three_gradients(op, lambda x, *ab: F.layer_norm(x, (1024,), *ab, 1e-6), (x, weight, bias), grad)
 
     for a, t, e in pooled_gradients(draw):
         assert relative_error(a, t) <= max(2 * relative_error(e, t), 2.4e-7)

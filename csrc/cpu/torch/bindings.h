@@ -1,4 +1,4 @@
-// What the files of bindings share: the kernels in use, how they run in torch, and names of dtypes.
+// What the files of bindings share: the kernels in use, and how they run in torch.
 #pragma once
 
 #include "common/tensors.h"
@@ -8,6 +8,5 @@ namespace internvit {
 
 const Kernels& kernels();
 extern const Executor kExecutor;
-DType dtype_of(const Tensor& t);
 
 }  // namespace internvit

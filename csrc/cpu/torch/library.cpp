@@ -88,20 +88,6 @@ void torch_parallel_for(int64_t n, int64_t grain, void (*task)(void*, int64_t, i
 
 const Executor kExecutor = {torch_parallel_for, thread_scratch, shared_scratch};
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Half:
-      return kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "internvit_cpu: expected float32, bfloat16 or float16, got ", t.scalar_type());
-      return kFloat32;
-  }
-}
-
 namespace {
 
 // Multiplies from registers and L1 on so many threads; returns the flops done, for the caller's clock.

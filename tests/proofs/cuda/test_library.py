@@ -10,12 +10,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import internvit
-from internvit.ops import layer_norm, layer_scale_residual_norm, linear_gelu, qk_norm_attention_qkvpacked, rms_norm
 from internvit.ops.backends import native, registry, schemas
 from internvit.ops.backends.registry import implementation
 from internvit.ops.core import select as backends
 from tests.proofs.cuda.static_profile import LIBRARY
 from tests.support.choices import forget_choices
+from tests.support.graphs import FusedOps, backends_in, compiled_graphs
 
 OPS = schemas.schemas("internvit_cuda")
 
@@ -58,40 +58,15 @@ def test_it_needs_nothing_that_torch_does_not_bring() -> None:
     assert "RUNPATH" not in told
 
 
-class FusedAddNorm(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(48, device="cuda", dtype=torch.bfloat16))
-        self.fc = torch.nn.Linear(48, 96, device="cuda", dtype=torch.bfloat16)
-
-    def forward(self, x, branch):
-        x, normed = layer_scale_residual_norm(x, branch, self.weight, gamma=self.weight)
-        qkv = torch.stack([normed.unflatten(-1, (3, 16))] * 3, 2)
-        out = qk_norm_attention_qkvpacked(qkv, self.weight, self.weight).flatten(2)
-        out = rms_norm(out, self.weight) + layer_norm(x, self.weight)
-        return linear_gelu(out, self.fc.weight, self.fc.bias)
-
-
-def backends_in(graph):
-    return {n.args[-1] for n in graph.nodes if "internvit" in str(n.target)}
-
-
 def test_fake_cuda_tensors_forward_export_and_compile() -> None:
-    graphs = []
-
-    def keep(graph_module, example_inputs):
-        graphs.append(graph_module)
-        return graph_module.forward
-
     with FakeTensorMode(), torch.no_grad(), internvit.backend("cuda"):
         x = torch.empty(2, 17, 48, device="cuda", dtype=torch.bfloat16)
-        module = FusedAddNorm()
+        module = FusedOps()
         y = module(x, x)
         assert (y.shape, y.dtype, y.device.type) == ((2, 17, 96), torch.bfloat16, "cuda")
         assert backends_in(torch.export.export(module, (x, x)).graph) == {"cuda"}
-        torch._dynamo.reset()
-        torch.compile(module, fullgraph=True, backend=keep)(x, x)
-    assert [backends_in(g.graph) for g in graphs] == [{"cuda"}]
+        graphs, _ = compiled_graphs(module, x, x)
+    assert [backends_in(graph) for graph in graphs] == [{"cuda"}]
 
 
 def test_without_triton_auto_takes_it(monkeypatch) -> None:

@@ -10,9 +10,6 @@
 //
 // Buffers end at a page without access; reading or writing past them is a crash. Prints one line with a hash per
 // kernel.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -22,6 +19,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "guarded.h"
 
 using namespace internvit;
 
@@ -29,18 +27,6 @@ namespace {
 
 std::mt19937 random_bits(1), random_order(2);
 bool plant_race = false;
-
-// `bytes` that end where the page without access begins; filled with NaN of every type.
-char* guarded(int64_t bytes) {
-  const int64_t page = sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
-  char* base = static_cast<char*>(
-      mmap(nullptr, size_t(whole + 2 * page), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  mprotect(base, size_t(page), PROT_NONE);
-  mprotect(base + page + whole, size_t(page), PROT_NONE);
-  char* data = base + page + whole - bytes;
-  memset(data, 0xff, size_t(bytes));
-  return data;
-}
 
 void* guarded_scratch(int64_t bytes) { return guarded((bytes + 63) / 64 * 64); }  // never reused: races stay visible
 

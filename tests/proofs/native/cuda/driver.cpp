@@ -4,9 +4,6 @@
 //   bounds   tells a kernel of one row more than there is: the guard page must stop it
 //
 // Prints one line with a hash for each case; ends with status 1 and the reason where a launch or a comparison fails.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -16,6 +13,7 @@
 #include "cuda/device/launch.h"
 #include "cuda/kernels.h"
 #include "cuda_host.h"
+#include "../guarded.h"
 
 using namespace internvit;
 using namespace internvit::cuda;
@@ -23,18 +21,6 @@ using namespace internvit::cuda;
 namespace {
 
 std::mt19937 random_bits(1);
-
-// `bytes` that end where the page without access begins; filled with NaN of every type.
-void* guarded(int64_t bytes) {
-  const int64_t page = sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
-  char* base = static_cast<char*>(
-      mmap(nullptr, size_t(whole + 2 * page), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  mprotect(base, size_t(page), PROT_NONE);
-  mprotect(base + page + whole, size_t(page), PROT_NONE);
-  char* data = base + page + whole - bytes;
-  memset(data, 0xff, size_t(bytes));
-  return data;
-}
 
 // A tensor between guards, and its values as doubles.
 struct Tensor {
