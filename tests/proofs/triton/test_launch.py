@@ -35,8 +35,9 @@ def test_persistent_programs_are_those_that_a_gpu_holds():
     assert persistent_programs(0, choice, target) == 0
     assert persistent_programs(5, choice, target) == 5
     assert persistent_programs(100_000, choice, target) == 2 * 132
-    assert persistent_programs(100_000, RowConfig.rule(1024), target) == 3 * 132
-    assert persistent_programs(100_000, RowConfig.rule(8192), target) == 132
+    assert persistent_programs(2 * 3960, RowConfig.rule(1024), target) == 3 * 132
+    assert persistent_programs(1025, RowConfig.rule(1024), target) == 257
+    assert persistent_programs(7 * 132, RowConfig.rule(8192), target) == 132
 
 
 def test_persistent_programs_have_room_in_what_was_compiled():
@@ -51,7 +52,7 @@ def test_persistent_programs_have_room_in_what_was_compiled():
             continue
         target, channels, warps = TARGETS[found[1]], int(found[3]), int(found[4])
         assert RowConfig.rule(channels).warps == warps
-        started = persistent_programs(10**9, RowConfig.rule(channels), target) // target.multiprocessors
+        started = -(-persistent_programs(10**9, RowConfig.rule(channels), target) // target.multiprocessors)
         held = resident_programs(target, registers, shared, warps)
         assert started <= held, key
         if "layer_scale_residual_norm" in found[2]:
