@@ -13,6 +13,7 @@ from internvit.kernels.common.rows import row_config
 from internvit.kernels.common.strides import stride_unit
 from internvit.kernels.common.target import TARGETS
 from internvit.kernels.layer_scale_residual_norm import layer_scale_residual_norm, layer_scale_residual_norm_backward
+from internvit.kernels.linear import LinearConfig, linear
 from internvit.kernels.norm import layer_norm, norm_gradients, rms_norm
 from internvit.kernels.qk_norm import qk_norm
 from internvit.kernels.tools.compile_only import specializing
@@ -112,6 +113,43 @@ def test_rows_that_8_divides_load_16_bytes():
     q, k, _ = torch.empty(2, 577, 3, 5, 232, dtype=torch.bfloat16).unbind(2)
     rows = compiled_rows("sm_90", qk_norm, q, k, weight, weight, 1e-6, "fused")
     assert rows["qk_norm_kernel"]["global_16_byte_share"] > 0.4
+
+
+@pytest.mark.parametrize("gelu", [True, False])
+def test_two_gemm_programs_share_a_multiprocessor(gelu):
+    """One's epilogue runs during the other's products: of whole tiles it held 155 registers a thread."""
+    x, weight = torch.empty(2, 1025, 1024, dtype=torch.bfloat16), torch.empty(4096, 1024, dtype=torch.bfloat16)
+    vector, residual = torch.empty(4096, dtype=torch.bfloat16), torch.empty(2, 1025, 4096, dtype=torch.bfloat16)
+    args = (vector, None, None, True, True) if gelu else (vector, vector, residual)
+    row = compiled_rows("sm_90", linear, "linear_gelu", x, weight, *args)["linear_kernel"]
+    assert row["registers"] <= 128
+    assert row["occupancy"] == 2 * 8 / 64
+    assert row["loop"]["products"] == 1.0
+
+
+@pytest.mark.parametrize(("K", "N"), [(1001, 257), (1024, 257), (1160, 1160)])
+def test_gemms_of_rows_that_16_does_not_divide_do_not_spill(K, N):
+    x, weight = torch.empty(2, 1025, K, dtype=torch.bfloat16), torch.empty(N, K, dtype=torch.bfloat16)
+    row = compiled_rows("sm_90", linear, "linear_gelu", x, weight, None, None, None, True, True)["linear_kernel"]
+    assert row["spills"] == 0
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_gemm_tiles_in_flight_fit_half_the_shared_memory(arch):
+    config = LinearConfig.rule(1024, 4096, 2, TARGETS[arch])
+    held = config.stages - TARGETS[arch].is_amd  # mfma and wmma keep one stage in registers
+    assert 2 * held * config.shared_bytes(2) // config.stages <= TARGETS[arch].shared_bytes
+
+
+def test_gemms_are_not_specialised_on_the_number_of_rows():
+    weight = torch.empty(4096, 1024, dtype=torch.bfloat16)
+    one, many = (
+        specializations(
+            "sm_90", linear, "linear_gelu", torch.empty(batch, 1025, 1024, dtype=torch.bfloat16), weight, None
+        )
+        for batch in (1, 16)
+    )
+    assert one == many
 
 
 def test_kernels_are_not_specialised_on_the_number_of_rows():
