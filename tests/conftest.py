@@ -17,6 +17,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = torch.seed() % 2**31
+    if getattr(config.option, "hypothesis_seed", "") is None:
+        config.option.hypothesis_seed = str(config.option.seed)  # before hypothesis reads it: conftest's hooks go first
     with contextlib.suppress(ImportError):  # a GPU machine has its own packages, and may lack this one
         import hypothesis
 
