@@ -21,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # of pytest-xdist: a worker a core, so one thread a worker and what it starts
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if getattr(config.option, "hypothesis_seed", "") is None:
+        config.option.hypothesis_seed = str(config.option.seed)  # before hypothesis reads it: conftest's hooks go first
     with contextlib.suppress(ImportError):  # a GPU machine has its own packages, and may lack this one
         import hypothesis
 

@@ -223,11 +223,12 @@ def _violations(arguments: dict[str, Any], actual: tuple[Tensor, ...], truth: An
 
 def _example(make: Inputs) -> dict[str, Any]:
     hidden = make.size.hidden_size
+    weight, gamma = make.matrix(hidden, 4 * hidden), make.vector()
     return {
         "x": make.hidden_states(4 * hidden),
-        "weight": make.matrix(hidden, 4 * hidden),
-        # At least 1: no draw of a weight leaves float16's normal range.
-        "gamma": 1 + make.vector().abs(),
+        # gamma * weight is at least 1e-4 in magnitude: within float16's normal range, which begins at 6e-5.
+        "weight": torch.copysign(weight.abs().clamp_min(2e-3), weight),
+        "gamma": torch.copysign(0.05 + gamma.abs(), gamma),
         "bias": make.vector(),
     }
 

@@ -106,14 +106,14 @@ def _kernels(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Callable[..
     return _KERNELS.get(choice, _PLAIN)
 
 
-def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """Each [B, N, H, D] as [B, H, N, D] with D contiguous: the CPU kernel reads past its tensors otherwise."""
-    return [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors]
+def _heads_first(t: Tensor) -> Tensor:
+    """t [B, N, H, D] as [B, H, N, D] with D contiguous: the CPU kernel reads past its tensors otherwise."""
+    return (t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2)
 
 
 @implements("attention", "sdpa")
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None = None) -> tuple[Tensor, Tensor]:
-    heads_first = _heads_first(q, k, v)
+    heads_first = _heads_first(q), _heads_first(k), _heads_first(v)
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
     if q.device.type not in ("cpu", "cuda"):
@@ -134,12 +134,12 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
     q, k, v, out, lse, scale, _ = saved
     if q.numel() == 0:
         return
-    grad_out, *heads_first = _heads_first(grad_out, q, k, v)
+    heads_first = _heads_first(q), _heads_first(k), _heads_first(v)
     if lse.numel() == 0:  # a device whose kernels give none
         out, lse = _plain(*heads_first, scale)
         out, backward = out.transpose(1, 2), _plain_backward
     else:
         _, backward = _kernels(*heads_first, scale)
-    results = backward(grad_out, *heads_first, out.transpose(1, 2), lse, scale)
+    results = backward(_heads_first(grad_out), *heads_first, out.transpose(1, 2), lse, scale)
     for destination, grad in zip(grads, results, strict=True):
         destination.copy_(grad.transpose(1, 2))
