@@ -81,20 +81,7 @@ def transformers_model(config: InternViTConfig, weights: dict[str, Tensor]) -> A
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
     from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
-    settings: dict[str, Any] = dict(
-        num_hidden_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        image_size=list(config.image_hw),
-        patch_size=[config.patch_size] * 2,
-        attention_bias=config.qkv_bias,
-        use_qk_norm=config.qk_normalization,
-        norm_type=config.norm_type,
-        layer_norm_eps=config.layer_norm_eps,
-        attn_implementation="sdpa",
-    )
-    theirs = InternVLVisionConfig(**settings)
+    theirs = InternVLVisionConfig.from_dict(config.to_dict("transformers"), attn_implementation="sdpa")
     with torch.device("meta"):
         model = InternVLVisionModel(theirs)
     model.load_state_dict(convert_state_dict(weights, to="transformers"), strict=True, assign=True)
