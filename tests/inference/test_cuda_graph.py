@@ -98,7 +98,8 @@ def model(dtype=torch.float32):
 
 
 def graphed(network, **settings):
-    return OptimizedInternViT(network, pack=False, graphs=GraphedFunction(**settings)).eval()
+    graphs = GraphedFunction(**settings)
+    return OptimizedInternViT(network, pack=False, graphs=graphs, residual_dtype=None).eval()
 
 
 def test_replays_give_each_inputs_own_features(fake_cuda):
