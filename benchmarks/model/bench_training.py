@@ -31,7 +31,7 @@ from internvit.benchmarks.harness.cases import MissingPeerError
 from internvit.benchmarks.harness.memory import saved_units
 from internvit.benchmarks.harness.timing import Times, freed_pages_kept, seconds_of
 from internvit.benchmarks.model.bench_model import trained_like
-from internvit.benchmarks.reports.table import markdown, ms
+from internvit.benchmarks.reports.table import markdown, ms, replace_section
 from internvit.files import atomic_write
 from internvit.model.encoder import InternViTEncoder
 from internvit.numerics import relative_error
@@ -225,11 +225,7 @@ def section() -> str:
 
 def page(text: str) -> str:
     """The page with its tables replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE.name}: expected the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{section()}\n\n{END}{after}"
+    return replace_section(text, PAGE.name, BEGIN, END, section())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from internvit.benchmarks.harness.results import FOLDER, Results, Row, read
-from internvit.benchmarks.reports.table import markdown, ms
+from internvit.benchmarks.reports.table import markdown, ms, replace_section
 from internvit.files import atomic_write
 
 ROOT = FOLDER.parents[1]
@@ -112,11 +112,7 @@ def section() -> str:
 
 def with_section(readme: str) -> str:
     """README's text with its results replaced."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{section()}\n\n{END}{after}"
+    return replace_section(readme, "README.md", BEGIN, END, section())
 
 
 def main(arguments: list[str] | None = None) -> int:

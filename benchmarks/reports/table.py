@@ -56,6 +56,15 @@ def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def replace_section(text: str, name: str, begin: str, end: str, section: str) -> str:
+    """`text` of the page `name` with what stands between the markers replaced."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"{name}: expected the markers {begin} and {end}")
+    return f"{before}{begin}\n\n{section}\n\n{end}{after}"
+
+
 def changes_as_text(changes: list[Change]) -> str:
     """What got slower or faster beyond the spread, and how many rows did neither."""
     lines = []

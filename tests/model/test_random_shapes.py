@@ -53,8 +53,10 @@ PROBLEMS = given(
 )
 
 
-def examples(count: int) -> settings:
-    return settings(max_examples=count, suppress_health_check=list(HealthCheck))
+def problems(examples: int) -> Callable[[Callable], Callable]:
+    """Runs a test on `examples` random models and pixels of each kind, without gradients."""
+    several = settings(max_examples=examples, suppress_health_check=list(HealthCheck))
+    return lambda test: pytest.mark.parametrize("kind", KINDS)(several(PROBLEMS(torch.no_grad()(test))))
 
 
 def make(
@@ -80,10 +82,7 @@ def make(
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-@pytest.mark.parametrize("kind", KINDS)
-@examples(8)
-@PROBLEMS
-@torch.no_grad()
+@problems(8)
 def test_an_image_alone_in_a_batch_and_at_another_place(kind, **problem) -> None:
     tokens, pixels = make(kind, **problem)
     whole = tokens(pixels)
@@ -92,10 +91,7 @@ def test_an_image_alone_in_a_batch_and_at_another_place(kind, **problem) -> None
         assert torch.equal(tokens(pixels[order]), whole[order])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@examples(4)
-@PROBLEMS
-@torch.no_grad()
+@problems(4)
 def test_threads_and_pytorchs_kernels_within_rounding(kind, **problem) -> None:
     """MKL sums float32 products in another order for another number of threads: 10 x 1 patches of width 288 do."""
     tokens, pixels = make(kind, **problem)

@@ -54,9 +54,7 @@ def upstream(name: str, **changes) -> tuple[nn.Module, Tensor]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if lists:
-        return list(lists[0])
-    return list(model.blocks)  # timm's Sequential
+    return list(lists[0] if lists else model.blocks)  # timm's is a Sequential
 
 
 def gradients(model: nn.Module, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -94,6 +92,12 @@ def compare(model: nn.Module, pixels: Tensor) -> float:
     ratio = relative_error(patched, truth) / relative_error(unpatched, truth)
     assert ratio <= 1.02
     return ratio
+
+
+def patched(name: str) -> tuple[nn.Module, Tensor, PatchHandle, Tensor]:
+    """A patched upstream, pixels, its handle and its features of them."""
+    model, pixels = upstream(name)
+    return model, pixels, internvit.patch(model), features(model, pixels)
 
 
 @every_upstream
@@ -214,9 +218,7 @@ def test_a_block_with_something_inside_stands_aside_alone(name) -> None:
 
 @every_upstream
 def test_hooks_on_a_block_see_it_and_do_not_unfuse_it(name) -> None:
-    model, pixels = upstream(name)
-    handle = internvit.patch(model)
-    expected = features(model, pixels)
+    model, pixels, handle, expected = patched(name)
     seen = []
     for block in blocks_of(model):
         block.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -304,9 +306,7 @@ def test_copies_are_patched_and_apart(name) -> None:
 
 @every_upstream
 def test_moves_loads_and_modes(name) -> None:
-    model, pixels = upstream(name)
-    handle = internvit.patch(model)
-    expected = features(model, pixels)
+    model, pixels, handle, expected = patched(name)
     state = copy.deepcopy(model.state_dict())
     model.bfloat16().train().float().eval()
     assert not torch.equal(features(model, pixels), expected)

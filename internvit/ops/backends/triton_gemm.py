@@ -8,9 +8,8 @@ for x it would be computed again for each column tile of grad_x, 8 times at C = 
 instructions an element.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from internvit.kernels.linear import linear
@@ -36,17 +35,9 @@ def linear_layer_scale(
 
 
 @implements("linear_layer_scale_backward", "triton_gemm")
-def linear_layer_scale_backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor,
-    x_dtype: torch.dtype,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+def linear_layer_scale_backward(*args: Any) -> tuple[Tensor | None, ...]:
     """The reference's, but gamma multiplies the gradient: gamma * weight may leave float16's normal range."""
-    mask = (False, *output_mask[1:])
-    _, *grads = linear_layer_scale_backward_reference(grad_y, x, weight, bias, gamma, x_dtype, mask)
+    grad_y, _, weight, _, gamma, x_dtype, output_mask = args
+    _, *grads = linear_layer_scale_backward_reference(*args[:-1], (False, *output_mask[1:]))
     grad_x = (grad_y * gamma).to(x_dtype) @ weight.to(x_dtype) if output_mask[0] else None
     return grad_x, *grads

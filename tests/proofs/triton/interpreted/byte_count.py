@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
+from internvit.benchmarks.reports.table import replace_section
 from internvit.kernels.attention import config as attention_configs
 from internvit.kernels.attention.config import AttentionConfig
 from internvit.ops.backends.registry import has_implementation
@@ -276,8 +277,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def document(rows: dict[str, dict[str, float]]) -> str:
     """docs/lower-bounds.md with the table of `rows` in its place."""
-    before, _, rest = DOC.read_text().partition(START)
-    return f"{before}{START}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}"
+    return replace_section(DOC.read_text(), DOC.name, START, END, table(rows))
 
 
 def main() -> None:
