@@ -16,6 +16,7 @@ from torch import Tensor
 from internvit.numerics import relative_error
 from internvit.ops.backends.registry import backends_for
 from internvit.ops.core.spec import Arguments, Inputs, Size, batched
+from internvit.ops.linear import linear
 from tests.ops.cases import CASES_AND_BACKENDS, Case
 from tests.support.layouts import LAYOUTS, laid_out
 
@@ -123,3 +124,14 @@ def test_every_layout_has_the_results_of_the_contiguous_one(case: Case, backend:
         # Of one token the softmax is flat: gradients of q and k are 0 but for rounding.
         largest = max(g.double().norm().item() for g in results[1][1])
         assert (a.double() - b.double()).norm() <= 4 * torch.finfo(problem["dtype"]).eps * max(largest, 1.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linears_of_modules_under_autocast(layout: str, generator: torch.Generator) -> None:
+    x = laid_out(torch.randn(BATCH, 11, 96, generator=generator), layout)
+    weight, bias = torch.randn(80, 96, generator=generator), torch.randn(80, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = linear(x, weight, bias)
+        assert whole.dtype == torch.bfloat16
+        for image in (slice(0, 1), slice(2, 4)):
+            assert torch.equal(linear(x[image], weight, bias), whole[image])

@@ -124,6 +124,17 @@ def least_lucky(candidates, truth):
     return [max(c, key=lambda e: numerics.relative_error(e, t)) for *c, t in zip(*candidates, truth, strict=True)]
 
 
+def stored_lse_error(q, k, v, scale, q_weight, k_weight, rstd_q, rstd_k, grad_out, lse, grad_v):
+    """The relative error of grad_v = exp(S - lse)^T grad_out that rounding lse to float32 makes, and nothing else."""
+    q, k, grad_out = (t.double().transpose(1, 2) for t in (q, k, grad_out))
+    if q_weight is not None:
+        H, D = q.shape[1], q.shape[3]
+        q = q * rstd_q.double()[:, None, :, None] * q_weight.double().view(1, H, 1, D)
+        k = k * rstd_k.double()[:, None, :, None] * k_weight.double().view(1, H, 1, D)
+    p = (q @ k.transpose(-1, -2) * scale - lse.float().double().unsqueeze(-1)).exp()
+    return numerics.relative_error((p.transpose(-1, -2) @ grad_out).transpose(1, 2), grad_v)
+
+
 NAMES = ("grad_q", "grad_k", "grad_v", "grad_q_weight", "grad_k_weight", "row_dot_q", "row_dot_k")
 
 
@@ -154,8 +165,8 @@ def test_attention(case):
     # eager's P of one key is 1 to the bit; exp(S - lse) has the score, the stored lse and its way to base 2 rounded by
     # half a unit each
     one_key = 1.5 * unit if wide else 0.0
-    # with more keys too the kernels' P has the rounding of the stored lse, which eager's softmax does not
-    stored_lse = 0.5 * unit if wide else 0.0
+    # with more keys the kernels' P has the rounding of the stored lse, which eager's softmax does not: its effect alone
+    stored_lse = stored_lse_error(*inputs, grad_out, truth_lse, truth[2]) if wide and case["tokens"] > 1 else 0.0
     if case["tokens"] == 1:  # one key: the scores get no gradient, only rounding
         assert all((t.abs() <= 1e-3).all() for t in actual[:2] + actual[3:])
         judged = ("grad_v",)
@@ -168,8 +179,11 @@ def test_attention(case):
     else:
         expected = emulated[0] + emulated[1]
     for name, a, t, e in zip(NAMES, actual, truth, expected, strict=False):
-        rounding = one_key if case["tokens"] == 1 else stored_lse if name == "grad_v" else 0.0
-        if name in judged and not 0 < numerics.relative_error(a, t) <= rounding:
+        rounding = one_key if case["tokens"] == 1 else 0.0
+        error = numerics.relative_error(a, t)
+        if name == "grad_v" and stored_lse and error <= stored_lse + 2 * numerics.relative_error(e, t):
+            continue
+        if name in judged and not 0 < error <= rounding:
             failures += [f"{name}: {f}" for f in numerics.product_violations(a, t, e)]
     assert not failures, "; ".join(failures)
 
