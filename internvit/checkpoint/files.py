@@ -1,8 +1,7 @@
 """The files of a checkpoint and the tensors in them.
 
 A file is opened once and held: what is read comes from the file that was there at the start, whatever takes its name
-meanwhile. Its tensors are mapped. Mapped pages count as the process's memory until the mapping goes, so a mapping can
-be given back, and comes again by itself.
+meanwhile. Tensors are copied out of it, not mapped: a mapped file that somebody truncates ends its readers by SIGBUS.
 """
 
 import json
