@@ -3,6 +3,7 @@
 // write. An error names the op and the argument, what was expected and what came.
 #pragma once
 
+#include <cmath>
 #include <limits>
 #include <string>
 #include <vector>
@@ -102,6 +103,13 @@ class Checks {
   void parameter(const char* name, const OptionalTensor& t, int64_t length) const {
     floating(name, t, std::vector<int64_t>{length});
   }
+  // A norm's bias, of the dtype of its weight.
+  void bias(const OptionalTensor& t, const Tensor& weight) const {
+    if (!t) return;
+    parameter("bias", t, weight.size(0));
+    STD_TORCH_CHECK(t->scalar_type() == weight.scalar_type(), op_, ": bias must have weight's dtype ",
+                    weight.scalar_type(), ", got ", t->scalar_type());
+  }
   // One factor for each image of x [B, ..., C].
   void row_scale(const OptionalTensor& t) const {
     STD_TORCH_CHECK(!t || x_.dim() >= 2, op_, ": row_scale needs ", name_, " of shape [B, ..., C], got ",
@@ -113,6 +121,9 @@ class Checks {
   }
 
   void eps(double eps) const { STD_TORCH_CHECK(eps >= 0, op_, ": eps must be a number >= 0, got ", eps); }
+  void scale(double scale) const {
+    STD_TORCH_CHECK(std::isfinite(scale), op_, ": scale must be a finite number, got ", scale);
+  }
   void one_of(const char* name, const std::string& value, const char* first, const char* second) const {
     STD_TORCH_CHECK(value == first || value == second, op_, ": ", name, " must be '", first, "' or '", second,
                     "', got '", value, "'");

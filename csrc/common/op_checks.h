@@ -30,7 +30,7 @@ inline void layer_norm(const Tensor& x, const Tensor& weight, const OptionalTens
   const Checks check("layer_norm", "x", x);
   check.rows();
   check.parameter("weight", weight, channels_of(x));
-  check.parameter("bias", bias, channels_of(x));
+  check.bias(bias, weight);
   check.eps(eps);
 }
 
@@ -93,10 +93,12 @@ inline void layer_scale_residual_norm(const Tensor& residual, const Tensor& bran
   const Checks check("layer_scale_residual_norm", "branch", branch);
   fused_add(check, residual, branch, gamma, row_scale);
   check.parameter("weight", weight, channels_of(branch));
-  check.parameter("bias", bias, channels_of(branch));
   check.eps(eps);
   check.one_of("norm_type", norm_type, "rms_norm", "layer_norm");
   check.rounding(rounding);
+  check.bias(bias, weight);
+  STD_TORCH_CHECK(!bias || norm_type == "layer_norm", "layer_scale_residual_norm: bias must be None for norm_type ",
+                  "'rms_norm', got shape ", list_of(bias->sizes()));
 }
 
 inline void layer_scale_residual_norm_backward(const OptionalTensor& grad_residual_out, const Tensor& grad_normed,
@@ -179,9 +181,10 @@ struct QKNorm {
   const OptionalTensor &q_weight, &k_weight, &rstd_q, &rstd_k;
 };
 
-inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v,
+inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                              const QKNorm& norm) {
   check.heads();
+  check.scale(scale);
   check.like_x("k", k);
   check.like_x("v", v);
   if (norm.q_weight || norm.k_weight || norm.rstd_q || norm.rstd_k) {
@@ -197,15 +200,15 @@ inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor&
   check.floating("rstd_k", norm.rstd_k, leading_sizes(q, 2));
 }
 
-inline void attention(const Tensor& q, const Tensor& k, const Tensor& v, const QKNorm& norm) {
-  attention_inputs(Checks("attention", "q", q), q, k, v, norm);
+inline void attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const QKNorm& norm) {
+  attention_inputs(Checks("attention", "q", q), q, k, v, scale, norm);
 }
 
 inline void attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                               const Tensor& out, const Tensor& lse, const QKNorm& norm, const Tensor& grad_q,
-                               const Tensor& grad_k, const Tensor& grad_v) {
+                               const Tensor& out, const Tensor& lse, double scale, const QKNorm& norm,
+                               const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
   const Checks check("attention_backward", "q", q);
-  attention_inputs(check, q, k, v, norm);
+  attention_inputs(check, q, k, v, scale, norm);
   check.like_x("grad_out", grad_out);
   check.like_x("out", out);
   check.floating("lse", lse, std::vector<int64_t>{q.size(0), q.size(2), q.size(1)});

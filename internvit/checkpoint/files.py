@@ -1,8 +1,9 @@
 """The files of a checkpoint and the tensors in them.
 
 A file is opened once and held: what is read comes from the file that was there at the start, whatever takes its name
-meanwhile. Its tensors are mapped. Mapped pages count as the process's memory until the mapping goes, so a mapping can
-be given back, and comes again by itself.
+meanwhile. Tensors of safetensors are copied out of it, not mapped: a mapped file that somebody truncates ends its
+readers by SIGBUS. Those of torch.save are mapped by torch.load; mapped pages count as the process's memory until the
+mapping goes, so a mapping can be given back, and comes again by itself.
 """
 
 import json
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,10 +36,14 @@ _WEIGHT_FILES = (
     "*.pth",
     "*.pt",
 )
-# safetensors 0.8 gives tensors of its 4-bit and 6-bit types memory that it does not fill.
-_WHOLE_BYTES = frozenset(
-    ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64", "C64")
-) | frozenset(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"))
+# Not its types of 4 and 6 bits, which are no torch dtypes.
+_DTYPES = {
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16},
+    **{"U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "C64": torch.complex64},
+    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
+}
 
 
 @contextmanager
@@ -48,6 +53,15 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+class _Stored(NamedTuple):
+    """A tensor of safetensors: its dtype's name there, and its bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
 
 
 class TensorFile:
@@ -68,15 +82,15 @@ class TensorFile:
         self._file = open(path, "rb")  # noqa: SIM115 (closed by `close`)
         self._version = self._stat()
         self.nbytes = self._version[0]
-        self._mapping: Any = None
+        self._mapping: dict[str, Tensor] | None = None
         self._can_unmap = True
+        self._stored: dict[str, _Stored] = {}
         try:
-            opened = self._map()
-            if isinstance(opened, dict):  # a nested tensor has no shape
-                self.shapes = {key: () if t.is_nested else tuple(t.shape) for key, t in opened.items()}
-            else:
-                self._check_header()
-                self.shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+            if path.suffix == ".safetensors":
+                self._read_header()
+                self.shapes = {key: stored.shape for key, stored in self._stored.items()}
+            else:  # a nested tensor has no shape
+                self.shapes = {key: () if t.is_nested else tuple(t.shape) for key, t in self._map().items()}
         except BaseException:
             self.close()
             raise
@@ -94,51 +108,73 @@ class TensorFile:
             raise ValueError(f"{self.path}: was replaced while it was read; load it again")
         return str(self.path)
 
-    def _map(self) -> Any:
+    def _map(self) -> dict[str, Tensor]:
         if self._mapping is None:
-            if self.path.suffix == ".safetensors":
-                self._mapping = self._map_safetensors()
-            else:
-                self._mapping, self._can_unmap = load_pickle(self._place(), self.path)
+            self._mapping, self._can_unmap = load_pickle(self._place(), self.path)
         return self._mapping
 
-    def _map_safetensors(self) -> Any:
+    def _read_header(self) -> None:
+        """Where each tensor lies. The checks of the header are safetensors' own, and that no key is there twice."""
         try:
-            return safe_open(self._place(), framework="pt", device="cpu")
+            with safe_open(self._place(), framework="pt", device="cpu"):
+                pass
         except SafetensorError as error:
             raise ValueError(f"{self.path}: not a whole safetensors file: {error}") from error
-
-    def _check_header(self) -> None:
-        """Refuses a key that is there twice, of which safetensors takes the last."""
-        header = self._file.read(int.from_bytes(self._file.read(8), "little"))
+        length = int.from_bytes(self._file.read(8), "little")
         with naming(self.path):
-            json.loads(header, object_pairs_hook=_unique)
+            header = json.loads(self._file.read(length), object_pairs_hook=_unique)
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            begin, end = entry["data_offsets"]
+            self._stored[key] = _Stored(entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
 
-    def read(self, key: str) -> Tensor:
-        """The tensor as a view of the mapped file: it must be dropped before `unmap`.
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of a tensor.
 
         Raises:
             ValueError: a type of less than a byte, or a tensor that is not dense.
         """
-        with torch.device("cpu"):  # whatever the caller's default device is
-            opened = self._map()
-            if isinstance(opened, dict):
-                with naming(self.path):
-                    check_dense(key, opened[key])
-                return opened[key]
-            dtype = opened.get_slice(key).get_dtype()
-            if dtype not in _WHOLE_BYTES:
-                raise ValueError(f"{self.path}: expected {key} in floating point of 16 to 64 bits, got {dtype}")
-            return opened.get_tensor(key)
+        if key in self._stored:
+            name = self._stored[key].dtype
+            if name not in _DTYPES:
+                raise ValueError(f"{self.path}: expected {key} in floating point of 16 to 64 bits, got {name}")
+            return _DTYPES[name]
+        tensor = self._map()[key]
+        with naming(self.path):
+            check_dense(key, tensor)
+        return tensor.dtype
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start` to `stop` of a tensor; of a mapped file a view, which must be dropped before `unmap`.
+
+        Raises:
+            ValueError: as for `dtype`, or the file ends before the tensor does.
+        """
+        dtype = self.dtype(key)
+        if key not in self._stored:
+            return self._map()[key][start:stop]
+        _, shape, offset, nbytes = self._stored[key]
+        rows = shape[0] if shape else 1
+        row_bytes = nbytes // max(1, rows)
+        stop = rows if stop is None else min(stop, rows)
+        part = torch.empty((stop - start, *shape[1:]), dtype=dtype, device="cpu")
+        if part.nbytes != (stop - start) * row_bytes:
+            raise ValueError(f"{self.path}: expected {list(shape)} of {dtype} under {key}, got {nbytes} bytes")
+        if part.nbytes:
+            self._file.seek(offset + start * row_bytes)
+            got = self._file.readinto(memoryview(part.view(-1).view(torch.uint8).numpy()))
+            if got != part.nbytes:
+                raise ValueError(f"{self.path}: was cut short while it was read: it ends inside {key}; load it again")
+        return part
+
+    def unmap(self) -> None:
+        if self._can_unmap:
+            self._mapping = None
 
     def check_unchanged(self) -> None:
         """Raises a ValueError if somebody has written into the file since it was opened."""
         if self._stat() != self._version:
             raise ValueError(f"{self.path}: was written to while it was read; load it again")
-
-    def unmap(self) -> None:
-        if self._can_unmap:
-            self._mapping = None
 
     def close(self) -> None:
         self._mapping = None

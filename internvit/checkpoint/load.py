@@ -1,8 +1,8 @@
 """Reading InternViT checkpoints: streamed and strict.
 
 Find the files -> plan the conversion from their keys -> compare every shape -> only then allocate and copy, a few rows
-at a time. The files are mapped; mapped pages count as the process's memory until the mapping goes, so a file is mapped
-anew after each sixteenth of the checkpoint.
+at a time. Files of torch.save are mapped; mapped pages count as the process's memory until the mapping goes, so a file
+is mapped anew after each sixteenth of the checkpoint.
 """
 
 import logging
@@ -24,6 +24,8 @@ from internvit.names import SCALES, listed
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
+# Bytes that are read at once: few enough to stay in a cache on their way to the parameter.
+_PART = 4 * 2**20
 _Shapes = Mapping[str, tuple[int, ...]]
 _Device = torch.device | str | int | None
 
@@ -158,40 +160,40 @@ def _allocate(
     parameters: dict[str, Tensor], copy: _Copy, shape: tuple[int, ...], dtype: torch.dtype | None, device: _Device
 ) -> Tensor:
     """The parameter that a stored tensor goes to, made at its first piece."""
-    stored, place = copy.file.read(copy.piece.key), f"{copy.file.path}: expected {copy.piece.key} in"
-    if not stored.is_floating_point():
-        raise ValueError(f"{place} floating point, got {stored.dtype}")
+    stored, place = copy.file.dtype(copy.piece.key), f"{copy.file.path}: expected {copy.piece.key} in"
+    if not stored.is_floating_point:
+        raise ValueError(f"{place} floating point, got {stored}")
     if stored.itemsize == 1 and dtype is None:
-        raise ValueError(f"{place} floating point of 16 to 64 bits, got {stored.dtype}; pass dtype to convert it")
+        raise ValueError(f"{place} floating point of 16 to 64 bits, got {stored}; pass dtype to convert it")
     if copy.name not in parameters:
-        parameters[copy.name] = torch.empty(shape, dtype=dtype or stored.dtype, device=device)
-    elif dtype is None and parameters[copy.name].dtype != stored.dtype:
-        raise ValueError(f"{place} {parameters[copy.name].dtype}, got {stored.dtype}")
+        parameters[copy.name] = torch.empty(shape, dtype=dtype or stored, device=device)
+    elif dtype is None and parameters[copy.name].dtype != stored:
+        raise ValueError(f"{place} {parameters[copy.name].dtype}, got {stored}")
     return parameters[copy.name]
 
 
 def _copy(copy: _Copy, parameter: Tensor, window: int, mapped: int, advance: Any) -> tuple[int, str | None]:
-    """Copies one stored tensor, `window` bytes at a time.
+    """Copies one stored tensor, a part at a time.
 
     Returns:
         How many bytes of the file are mapped now, and what is not finite.
     """
-    stored = copy.file.read(copy.piece.key)
-    rows = len(stored)
+    key = copy.piece.key
+    shape = copy.file.shapes[key]
+    rows, numel = shape[0], torch.Size(shape).numel()
     problem = None
     if parameter.is_meta:
-        advance(stored.numel())
+        advance(numel)
         return mapped, None
-    step = max(1, window // max(1, stored.nbytes // max(1, rows)))
+    step = max(1, _PART // max(1, numel // max(1, rows) * copy.file.dtype(key).itemsize))
     for start in range(0, rows, step):
-        stored = copy.file.read(copy.piece.key)
-        part = stored[start : start + step]
+        part = copy.file.read(key, start, start + step)
         offset = copy.position * rows + start
         parameter[offset : offset + len(part)].copy_(part)
-        problem = problem or _not_finite(copy.piece.key, part, parameter.dtype)
+        problem = problem or _not_finite(key, part, parameter.dtype)
         mapped += part.nbytes
         advance(part.numel())
-        del stored, part
+        del part
         if mapped >= window:
             copy.file.unmap()
             mapped = 0

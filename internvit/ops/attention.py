@@ -151,13 +151,39 @@ def attention_flops(q: tuple[int, ...], products: int) -> int:
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, scale: float, *qk_norm: Tensor | None) -> None:
     check.heads(OP, q=q, k=k, v=v)
+    check.scale(OP, scale)
+    _validate_qk_norm(OP, q, *qk_norm)
+
+
+def _validate_qk_norm(op: str, q: Tensor, *qk_norm: Tensor | None) -> None:
     given = dict(zip(QKNorm._fields, qk_norm, strict=True))
     absent = [name for name, t in given.items() if t is None]
     if 0 < len(absent) < 4:
-        raise ValueError(f"{OP}: {', '.join(given)} go together, got None for {', '.join(absent)}")
+        raise ValueError(f"{op}: {', '.join(given)} go together, got None for {', '.join(absent)}")
     if not absent:
-        check.qk_weights(OP, q, q_weight=given["q_weight"], k_weight=given["k_weight"])
-        check.token_statistics(OP, q, rstd_q=given["rstd_q"], rstd_k=given["rstd_k"])
+        check.qk_weights(op, q, q_weight=given["q_weight"], k_weight=given["k_weight"])
+        check.token_statistics(op, q, rstd_q=given["rstd_q"], rstd_k=given["rstd_k"])
+
+
+def _validate_backward(*args: Any) -> None:
+    grad_out, q, k, v, out, lse, scale, *qk_norm, backend = args
+    op = f"{OP}_backward"
+    check.heads(op, q=q, k=k, v=v)
+    check.scale(op, scale)
+    check.like(op, "q", q, grad_out=grad_out, out=out)
+    check.lse(op, q, lse, backend)
+    _validate_qk_norm(op, q, *qk_norm)
+
+
+def _raw_fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    *saved, grad_q, grad_k, grad_v = args
+    _validate_backward(*saved, "cpu")
+    q, q_weight, k_weight = saved[1], saved[7], saved[8]
+    check.written(f"{OP}_backward", "q", q, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
+    if q_weight is None:
+        return tuple(empty_grad(q) for _ in range(4))
+    row_dots = (q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q)) for _ in range(2))
+    return (q_weight.new_empty(q_weight.shape), k_weight.new_empty(k_weight.shape), *row_dots)
 
 
 ATTENTION = define(
@@ -177,11 +203,13 @@ define_backward(
     " Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q, Tensor? rstd_k)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_weight, Tensor grad_k_weight,"
     " Tensor grad_rstd_q, Tensor grad_rstd_k)",
+    validate=_validate_backward,
     run=_run_backward,
     flops=lambda grad_out, q, *_, **__: attention_flops(q, 5),  # dv, dp, dq, dk, and the scores again
     raw_schema=f"{OP}_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
     " Tensor? q_weight, Tensor? k_weight, Tensor? rstd_q, Tensor? rstd_k, Tensor(a!) grad_q, Tensor(b!) grad_k,"
     " Tensor(c!) grad_v) -> (Tensor grad_q_weight, Tensor grad_k_weight, Tensor row_dot_q, Tensor row_dot_k)",
+    raw_fake=_raw_fake_backward,
 )
 
 

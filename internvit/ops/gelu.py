@@ -26,6 +26,11 @@ def gelu_backward_reference(grad_y: Tensor, pre_activation: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad_y.contiguous(), pre_activation.contiguous())
 
 
+def _validate_backward(grad_y: Tensor, pre_activation: Tensor, backend: str) -> None:
+    check.floating("gelu_backward", pre_activation=pre_activation)
+    check.like("gelu_backward", "pre_activation", pre_activation, grad_y=grad_y)
+
+
 GELU = define(
     "gelu(Tensor pre_activation) -> Tensor y",
     fake=lambda pre_activation, backend: pre_activation.new_empty(pre_activation.shape),
@@ -35,6 +40,7 @@ GELU = define(
 GELU_BACKWARD = define_backward(
     GELU,
     "gelu_backward(Tensor grad_y, Tensor pre_activation) -> Tensor grad_pre_activation",
+    validate=_validate_backward,
 )
 
 

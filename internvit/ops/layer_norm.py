@@ -41,9 +41,20 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Non
     check.device("layer_norm", "x", x, weight=weight, bias=bias)
     check.vector("layer_norm", "weight", weight, x.shape[-1], "x's last dimension")
     check.vector("layer_norm", "bias", bias, x.shape[-1], "x's last dimension")
-    if bias is not None:
-        check.same_dtype("layer_norm", "weight", weight, bias=bias)
+    check.bias("layer_norm", bias, weight)
     check.eps("layer_norm", eps)
+
+
+def _validate_backward(  # type: ignore[no-untyped-def]
+    grad_y, x, weight, mean, rstd, output_mask, backend
+) -> None:
+    op = "layer_norm_backward"
+    check.rows(op, "x", x)
+    check.floating(op, x=x)
+    check.like(op, "x", x, grad_y=grad_y)
+    check.parameters(op, "x", x, x.shape[-1], "x's last dimension", weight=weight)
+    check.leading(op, "x", x, x.dim() - 1, mean=mean, rstd=rstd)
+    check.output_mask(op, output_mask, 3)
 
 
 LAYER_NORM = define(
@@ -59,6 +70,7 @@ define_backward(
     LAYER_NORM,
     "layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool[3] output_mask)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    validate=_validate_backward,
     grads_like={"grad_bias": "weight"},
 )
 

@@ -61,12 +61,45 @@ def validate_residual(
     check.same_shape(op, "branch", branch, "residual", residual)
     check.floating(op, residual=residual, branch=branch, gamma=gamma)
     check.device(op, "residual", residual, branch=branch, gamma=gamma, row_scale=row_scale)
-    if residual.dtype not in (branch.dtype, torch.float32):
-        raise ValueError(
-            f"{op}: residual must have branch's dtype {branch.dtype} or be torch.float32, got {residual.dtype}"
-        )
+    validate_residual_dtype(op, "residual", residual, "branch", branch.dtype)
     check.vector(op, "gamma", gamma, residual.shape[-1], "residual's last dimension")
     check.row_scale(op, row_scale, residual)
+
+
+def validate_residual_dtype(op: str, name: str, t: Tensor, first: str, dtype: torch.dtype) -> None:
+    if t.dtype not in (dtype, torch.float32):
+        raise ValueError(f"{op}: {name} must have {first}'s dtype {dtype} or be torch.float32, got {t.dtype}")
+
+
+def validate_residual_backward(  # type: ignore[no-untyped-def]
+    op: str, first: str, x: Tensor, branch, gamma, row_scale, branch_dtype: torch.dtype, grad_gamma_asked: bool
+) -> None:
+    """The arguments that grad_branch and grad_gamma are made of; x is the residual stream or its gradient."""
+    check.rows(op, first, x)
+    check.floating(op, **{first: x})
+    validate_residual_dtype(op, first, x, "branch", branch_dtype)
+    check.device(op, first, x, branch=branch, row_scale=row_scale)
+    if branch is not None:
+        check.same_shape(op, "branch", branch, first, x)
+        if branch.dtype != branch_dtype:
+            raise ValueError(f"{op}: branch must have dtype {branch_dtype}, got {branch.dtype}")
+    check.parameters(op, first, x, x.shape[-1], f"{first}'s last dimension", gamma=gamma)
+    check.row_scale(op, row_scale, x)
+    for name, t in (("branch", branch), ("gamma", gamma)):
+        if grad_gamma_asked and t is None:
+            raise ValueError(f"{op}: {name} must be given where output_mask asks for grad_gamma, got None")
+
+
+def _validate_backward(  # type: ignore[no-untyped-def]
+    grad_residual_out, branch, gamma, row_scale, branch_dtype, output_mask, backend
+) -> None:
+    op = f"{OP}_backward"
+    check.output_mask(op, output_mask, 2)
+    if branch_dtype not in check.FLOATING:
+        raise ValueError(f"{op}: branch_dtype must be float32, bfloat16, float16 or float64, got {branch_dtype}")
+    validate_residual_backward(
+        op, "grad_residual_out", grad_residual_out, branch, gamma, row_scale, branch_dtype, output_mask[1]
+    )
 
 
 LAYER_SCALE_RESIDUAL = define(
@@ -79,6 +112,7 @@ define_backward(
     LAYER_SCALE_RESIDUAL,
     f"{OP}_backward(Tensor grad_residual_out, Tensor? branch, Tensor? gamma, Tensor? row_scale,"
     " ScalarType branch_dtype, bool[2] output_mask) -> (Tensor grad_branch, Tensor grad_gamma)",
+    validate=_validate_backward,
     grads_like={"grad_branch": lambda named: named["grad_residual_out"].to(named["branch_dtype"])},
     saved_for={"branch": ("gamma",)},
     passes_through="residual",

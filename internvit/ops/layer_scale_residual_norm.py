@@ -25,6 +25,7 @@ from internvit.ops.layer_scale_residual import (
     layer_scale_residual_reference,
     residual_violations,
     validate_residual,
+    validate_residual_backward,
 )
 
 OP = "layer_scale_residual_norm"
@@ -74,7 +75,35 @@ def _validate(*args: Any) -> None:
     if bias is not None:
         if norm_type == "rms_norm":
             raise ValueError(f"{OP}: bias must be None for norm_type='rms_norm', got shape {check.shape_of(bias)}")
-        check.same_dtype(OP, "weight", weight, bias=bias)
+        check.bias(OP, bias, weight)
+
+
+def _validate_backward(  # type: ignore[no-untyped-def]
+    grad_residual_out,
+    grad_normed,
+    residual_out,
+    branch,
+    gamma,
+    row_scale,
+    weight,
+    mean,
+    rstd,
+    norm_type,
+    output_mask,
+    backend,
+) -> None:
+    op, first = f"{OP}_backward", "residual_out"
+    check.output_mask(op, output_mask, 5)
+    check.choice(op, "norm_type", norm_type, check.NORM_TYPES)
+    check.rows(op, first, residual_out)
+    check.floating(op, grad_normed=grad_normed)
+    check.device(op, first, residual_out, grad_normed=grad_normed)
+    check.same_shape(op, "grad_normed", grad_normed, first, residual_out)
+    check.like(op, first, residual_out, grad_residual_out=grad_residual_out)
+    validate_residual_backward(op, first, residual_out, branch, gamma, row_scale, grad_normed.dtype, output_mask[2])
+    check.parameters(op, first, residual_out, residual_out.shape[-1], f"{first}'s last dimension", weight=weight)
+    statistics = {"mean": mean, "rstd": rstd} if norm_type == "layer_norm" else {"rstd": rstd}
+    check.leading(op, first, residual_out, residual_out.dim() - 1, **statistics)
 
 
 def _fake(  # type: ignore[no-untyped-def]
@@ -101,6 +130,7 @@ define_backward(
     f"{OP}_backward(Tensor? grad_residual_out, Tensor grad_normed, Tensor residual_out, Tensor? branch, Tensor? gamma,"
     " Tensor? row_scale, Tensor weight, Tensor mean, Tensor rstd, str norm_type, bool[5] output_mask)"
     " -> (Tensor grad_residual, Tensor grad_branch, Tensor grad_gamma, Tensor grad_weight, Tensor grad_bias)",
+    validate=_validate_backward,
     grads_like={"grad_residual": "residual_out", "grad_branch": "grad_normed", "grad_bias": "weight"},
     saved_for={"branch": ("gamma",)},
 )

@@ -79,6 +79,18 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, save_pre_activatio
     check.same_dtype(OP, "x", x, **{n: t for n, t in (("weight", weight), ("bias", bias)) if t is not None})
 
 
+def _validate_backward(  # type: ignore[no-untyped-def]
+    grad_y, x, weight, pre_activation, output_mask, backend
+) -> None:
+    op = f"{OP}_backward"
+    check.output_mask(op, output_mask, 3)
+    check.rows(op, "pre_activation", pre_activation)
+    check.floating(op, pre_activation=pre_activation)
+    check.like(op, "pre_activation", pre_activation, grad_y=grad_y)
+    check.linear_backward(op, "pre_activation", pre_activation, x, weight, output_mask[1], pre_activation.dtype)
+    check.same_dtype(op, "pre_activation", pre_activation, weight=weight)
+
+
 def _like_x(named: dict[str, Any]) -> Tensor:
     grad_y = named["grad_y"]
     return grad_y.new_empty((*grad_y.shape[:-1], named["weight"].shape[1]))
@@ -96,6 +108,7 @@ define_backward(
     LINEAR_GELU,
     f"{OP}_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor pre_activation, bool[3] output_mask)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    validate=_validate_backward,
     grads_like={"grad_x": _like_x, "grad_bias": lambda named: named["weight"][:, 0]},
     run=_run_backward,
     saved_for={"x": ("weight",)},

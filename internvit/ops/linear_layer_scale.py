@@ -124,14 +124,25 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, res
             raise ValueError(f"{OP}: {name} must have x's dtype {x.dtype} or be torch.float32, got {t.dtype}")
     check.vector(OP, "bias", bias, weight.shape[0], "weight's rows")
     check.vector(OP, "gamma", gamma, weight.shape[0], "weight's rows")
-    if bias is not None:
-        check.same_dtype(OP, "weight", weight, bias=bias)
+    check.bias(OP, bias, weight)
     if residual is not None:
         shape = [*x.shape[:-1], weight.shape[0]]
         if list(residual.shape) != shape:
             raise ValueError(f"{OP}: residual must have shape {shape}, got {list(residual.shape)}")
         if residual.dtype not in (x.dtype, torch.float32):
             raise ValueError(f"{OP}: residual must have x's dtype {x.dtype} or be torch.float32, got {residual.dtype}")
+
+
+def _validate_backward(  # type: ignore[no-untyped-def]
+    grad_y, x, weight, bias, gamma, x_dtype, output_mask, backend
+) -> None:
+    op = f"{OP}_backward"
+    check.output_mask(op, output_mask, 4)
+    check.rows(op, "grad_y", grad_y)
+    check.floating(op, grad_y=grad_y, weight=weight)
+    check.linear_backward(op, "grad_y", grad_y, x, weight, output_mask[1] or output_mask[3], x_dtype)
+    check.parameters(op, "grad_y", grad_y, weight.shape[0], "weight's rows", bias=bias, gamma=gamma)
+    check.bias(op, bias, weight)
 
 
 def _like_x(named: dict[str, Any]) -> Tensor:
@@ -155,6 +166,7 @@ define_backward(
     LINEAR_LAYER_SCALE,
     f"{OP}_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor? bias, Tensor gamma, ScalarType x_dtype,"
     " bool[4] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_gamma)",
+    validate=_validate_backward,
     grads_like={"grad_x": _like_x},
     run=_run_backward,
     saved_for={"x": ("weight", "gamma")},

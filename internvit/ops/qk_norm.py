@@ -51,6 +51,17 @@ def _validate(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: flo
     check.choice(OP, "rounding", rounding, check.ROUNDINGS)
 
 
+def _validate_backward(  # type: ignore[no-untyped-def]
+    grad_q_normed, grad_k_normed, q, k, q_weight, k_weight, rstd_q, rstd_k, output_mask, backend
+) -> None:
+    op = f"{OP}_backward"
+    check.heads(op, q=q, k=k)
+    check.like(op, "q", q, grad_q_normed=grad_q_normed, grad_k_normed=grad_k_normed)
+    check.qk_weights(op, q, q_weight=q_weight, k_weight=k_weight)
+    check.token_statistics(op, q, rstd_q=rstd_q, rstd_k=rstd_k)
+    check.output_mask(op, output_mask, 4)
+
+
 QK_NORM = define(
     f"{OP}(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, str rounding)"
     " -> (Tensor q_normed, Tensor k_normed, Tensor rstd_q, Tensor rstd_k)",
@@ -66,6 +77,7 @@ define_backward(
     f"{OP}_backward(Tensor grad_q_normed, Tensor grad_k_normed, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight,"
     " Tensor rstd_q, Tensor rstd_k, bool[4] output_mask)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_q_weight, Tensor grad_k_weight)",
+    validate=_validate_backward,
 )
 
 

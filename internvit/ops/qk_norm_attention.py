@@ -141,17 +141,31 @@ def _validate(
 ) -> None:
     check.heads(op, **heads)
     check.eps(op, eps)
+    check.scale(op, scale)
     check.choice(op, "rounding", rounding, check.ROUNDINGS)
     if (q_weight is None) != (k_weight is None):
         raise ValueError(f"{op}: q_weight and k_weight go together, got None for one of them")
     check.qk_weights(op, next(iter(heads.values())), q_weight=q_weight, k_weight=k_weight)
 
 
-def _validate_packed(qkv: Tensor, *rest: Any) -> None:
+def _validate_backward(op: str, grad_out: Tensor, qkv: dict[str, Tensor], *rest: Any) -> None:
+    q_weight, k_weight, out, lse, rstd_q, rstd_k, eps, scale, rounding, backend = rest
+    _validate(op, qkv, q_weight, k_weight, eps, scale, rounding)
+    first, q = next(iter(qkv.items()))
+    check.like(op, first, q, grad_out=grad_out, out=out)
+    check.lse(op, q, lse, backend)
+    if q_weight is not None:
+        check.token_statistics(op, q, rstd_q=rstd_q, rstd_k=rstd_k)
+
+
+def _check_packed(op: str, qkv: Tensor) -> dict[str, Tensor]:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"{PACKED}: qkv must have shape [B, N, 3, H, D], got {check.shape_of(qkv)}")
-    q, k, v = _unpack(qkv)
-    _validate(PACKED, {"qkv": q, "k": k, "v": v}, *rest)
+        raise ValueError(f"{op}: qkv must have shape [B, N, 3, H, D], got {check.shape_of(qkv)}")
+    return dict(zip(("qkv", "k", "v"), _unpack(qkv), strict=True))
+
+
+def _validate_packed(qkv: Tensor, *rest: Any) -> None:
+    _validate(PACKED, _check_packed(PACKED, qkv), *rest)
 
 
 _REST = "Tensor? q_weight, Tensor? k_weight, float eps, float scale, str rounding)"
@@ -175,6 +189,9 @@ define_backward(
     QK_NORM_ATTENTION,
     f"{OP}_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_SAVED}"
     f" -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, {_WEIGHT_GRADS}",
+    validate=lambda grad_out, q, k, v, *rest: _validate_backward(
+        f"{OP}_backward", grad_out, {"q": q, "k": k, "v": v}, *rest
+    ),
     run=_run_backward,
     flops=lambda grad_out, q, *_, **__: attention_flops(q, 5),
 )
@@ -190,6 +207,9 @@ QK_NORM_ATTENTION_QKVPACKED = define(
 define_backward(
     QK_NORM_ATTENTION_QKVPACKED,
     f"{PACKED}_backward(Tensor grad_out, Tensor qkv, {_SAVED} -> (Tensor grad_qkv, {_WEIGHT_GRADS}",
+    validate=lambda grad_out, qkv, *rest: _validate_backward(
+        f"{PACKED}_backward", grad_out, _check_packed(f"{PACKED}_backward", qkv), *rest
+    ),
     run=_run_packed_backward,
     flops=lambda grad_out, qkv, *_, **__: attention_flops(qkv, 5),
 )

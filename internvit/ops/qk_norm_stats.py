@@ -6,6 +6,8 @@ q, k [B, N, H, D], contiguous in D, any other strides (views of a packed qkv buf
 rstd_q, rstd_k [B, N] float32 (float64 for float64 input). With these, `attention` normalises q and k inside.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from internvit.ops.backends.registry import implementation, implements
@@ -49,6 +51,21 @@ def _validate(q: Tensor, k: Tensor, eps: float) -> None:
     check.eps(OP, eps)
 
 
+def _validate_backward(  # type: ignore[no-untyped-def]
+    grad_rstd_q, grad_rstd_k, q, k, rstd_q, rstd_k, backend
+) -> None:
+    op = f"{OP}_backward"
+    check.heads(op, q=q, k=k)
+    statistics = {"grad_rstd_q": grad_rstd_q, "grad_rstd_k": grad_rstd_k, "rstd_q": rstd_q, "rstd_k": rstd_k}
+    check.token_statistics(op, q, **statistics)
+
+
+def _raw_fake_backward(*args: Any) -> None:
+    grad_rstd_q, grad_rstd_k, q, k, rstd_q, rstd_k, grad_q, grad_k = args
+    _validate_backward(grad_rstd_q, grad_rstd_k, q, k, rstd_q, rstd_k, "cpu")
+    check.written(f"{OP}_backward", "q", q, grad_q=grad_q, grad_k=grad_k)
+
+
 QK_NORM_STATS = define(
     f"{OP}(Tensor q, Tensor k, float eps) -> (Tensor rstd_q, Tensor rstd_k)",
     fake=lambda q, k, *_: tuple(t.new_empty(t.shape[:2], dtype=accumulate_dtype(t)) for t in (q, k)),
@@ -59,9 +76,11 @@ define_backward(
     QK_NORM_STATS,
     f"{OP}_backward(Tensor grad_rstd_q, Tensor grad_rstd_k, Tensor q, Tensor k, Tensor rstd_q, Tensor rstd_k)"
     " -> (Tensor grad_q, Tensor grad_k)",
+    validate=_validate_backward,
     run=_run_backward,
     raw_schema=f"{OP}_backward(Tensor grad_rstd_q, Tensor grad_rstd_k, Tensor q, Tensor k, Tensor rstd_q,"
     " Tensor rstd_k, Tensor(a!) grad_q, Tensor(b!) grad_k) -> ()",
+    raw_fake=_raw_fake_backward,
 )
 
 

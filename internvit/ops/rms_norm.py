@@ -43,6 +43,18 @@ def _validate(x: Tensor, weight: Tensor, eps: float, rounding: str) -> None:
     check.choice("rms_norm", "rounding", rounding, check.ROUNDINGS)
 
 
+def _validate_backward(  # type: ignore[no-untyped-def]
+    grad_y, x, weight, rstd, output_mask, backend
+) -> None:
+    op = "rms_norm_backward"
+    check.rows(op, "x", x)
+    check.floating(op, x=x)
+    check.like(op, "x", x, grad_y=grad_y)
+    check.parameters(op, "x", x, x.shape[-1], "x's last dimension", weight=weight)
+    check.leading(op, "x", x, x.dim() - 1, rstd=rstd)
+    check.output_mask(op, output_mask, 2)
+
+
 RMS_NORM = define(
     "rms_norm(Tensor x, Tensor weight, float eps, str rounding) -> (Tensor y, Tensor rstd)",
     fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x))),
@@ -53,6 +65,7 @@ define_backward(
     RMS_NORM,
     "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, bool[2] output_mask)"
     " -> (Tensor grad_x, Tensor grad_weight)",
+    validate=_validate_backward,
 )
 
 

@@ -20,7 +20,7 @@ HeadsView view_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                      const OptionalTensor& q_weight, const OptionalTensor& k_weight,
                                      const OptionalTensor& rstd_q, const OptionalTensor& rstd_k) {
-  check::attention(q, k, v, {q_weight, k_weight, rstd_q, rstd_k});
+  check::attention(q, k, v, scale, {q_weight, k_weight, rstd_q, rstd_k});
   const Tensor dense_q = dense_heads(q), dense_k = dense_heads(k), dense_v = dense_heads(v);
   const Floats wq{q_weight}, wk{k_weight}, rq{rstd_q}, rk{rstd_k};
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
@@ -37,7 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     double scale, const OptionalTensor& q_weight, const OptionalTensor& k_weight, const OptionalTensor& rstd_q,
     const OptionalTensor& rstd_k, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
-  check::attention_backward(grad_out, q, k, v, out, lse, {q_weight, k_weight, rstd_q, rstd_k}, grad_q, grad_k, grad_v);
+  check::attention_backward(grad_out, q, k, v, out, lse, scale, {q_weight, k_weight, rstd_q, rstd_k}, grad_q, grad_k,
+                            grad_v);
   const Tensor inputs[] = {dense_heads(q),   dense_heads(k),      dense_heads(v),      dense_heads(grad_out),
                            dense_heads(out), dense_heads(grad_q), dense_heads(grad_k), dense_heads(grad_v)};
   const Floats dense_lse{OptionalTensor(lse)};

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from internvit.ops.attention import Heads, QKNorm, QKNormGrads, SavedAttention
 from internvit.ops.backends.registry import implements, implements_all
+from internvit.ops.core.raw_fakes import register_fakes
 from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
 
 _NO_QK_NORM = (None, None, None, None)
 
 implements_all(torch.ops.internvit_cpu, "cpu", OPS)
+register_fakes("cpu")
 implements("linear_gelu", "cpu")(functools.partial(linear_then_gelu, "cpu"))
 
 

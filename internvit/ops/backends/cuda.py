@@ -13,10 +13,12 @@ from torch import Tensor
 
 from internvit.ops.attention import Heads, QKNorm, SavedAttention
 from internvit.ops.backends.registry import BACKENDS, implementation, implements, implements_all
+from internvit.ops.core.raw_fakes import register_fakes
 from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
 
 implements_all(torch.ops.internvit_cuda, "cuda", OPS)
+register_fakes("cuda")
 implements("linear_gelu", "cuda")(functools.partial(linear_then_gelu, "cuda"))
 
 

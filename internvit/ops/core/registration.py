@@ -31,7 +31,7 @@ from internvit.ops.core.fallback import (
     pass_over,
 )
 from internvit.ops.core.flops import FORMULAS, register_when_counted
-from internvit.ops.core.select import forget_resolved, requested, resolve
+from internvit.ops.core.select import check_named, forget_resolved, requested, resolve
 
 Mask: TypeAlias = "tuple[bool, ...] | list[bool]"
 
@@ -60,11 +60,19 @@ class Op:
         raw_schema: that op's schema.
         run: the function behind the dispatcher; takes all arguments. Raises KernelStartError where a kernel cannot be
             compiled or started.
+        check: takes all arguments and raises a ValueError that names a wrong one. What the dispatcher calls, fake or
+            not, checks first; the direct calls of public functions, and of autograd, come with checked arguments.
         overload: the op as torch knows it.
+        fakes: backend -> the fake implementation of its library's op.
     """
 
     def __init__(
-        self, schema: str, run: Callable | None, compiled: Sequence[str] = (), raw_schema: str | None = None
+        self,
+        schema: str,
+        run: Callable | None,
+        check: Callable[..., None],
+        compiled: Sequence[str] = (),
+        raw_schema: str | None = None,
     ) -> None:
         self.schema = schema
         self.compiled = tuple(compiled)
@@ -74,8 +82,10 @@ class Op:
         LIBRARY.define(f"{arguments}, str backend) -> {returns}")
         self.overload = getattr(torch.ops.internvit, self.name).default
         self.run = guarded(self.name, run or self._run_in_backend)
+        self.check = check
+        self.fakes: dict[str, Callable] = {}
         self.function: Any = underivable(self, self.overload)
-        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        LIBRARY.impl(self.name, self._check_and_run, "CompositeExplicitAutograd")
         LIBRARY.impl(self.name, self._dispatch_autograd, "Autograd")
         OPS[self.name] = self
 
@@ -120,6 +130,21 @@ class Op:
     def forget_choices(self) -> None:
         """Backends are chosen anew: after a kernel did not start, and in tests that replace backends."""
 
+    def _check_and_run(self, *args: Any) -> Any:
+        self.check(*args)
+        return self.run(*args)
+
+    def register_fake(self, fake: Callable, raw_fake: Callable | None = None) -> None:
+        """`fake` takes all arguments; `raw_fake` those of `raw_schema`, and checks them itself."""
+
+        def checked(*args: Any) -> Any:
+            self.check(*args)
+            return fake(*args)
+
+        torch.library.register_fake(f"internvit::{self.name}", checked, lib=LIBRARY)
+        for backend in self.compiled:
+            self.fakes[backend] = raw_fake or (lambda *args, name=backend: checked(*args, name))
+
     def _run_in_backend(self, *args: Any) -> Any:
         outputs = implementation(self.name, args[-1])(*args[:-1])
         if type(outputs) is tuple and any(o is None for o in outputs):
@@ -131,8 +156,10 @@ class Op:
         if torch.jit.is_tracing():  # the graph holds the op, which is differentiated when the graph runs
             return below_autograd(self.overload, *args)
         if transformed(args):
+            self.check(*args)
             return self.run(*args[:-1], "reference")
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            self.check(*args)
             chosen = _chosen.get()
             return self.function.apply(*args[:-1], chosen if chosen == args[-1] else args[-1])
         return below_autograd(self.overload, *args)
@@ -156,7 +183,7 @@ class PublicOp(Op):
         choose: Callable[[tuple[Any, ...], str | None], str] | None = None,
         compiled: Sequence[str] = (),
     ) -> None:
-        super().__init__(schema, run, compiled)
+        super().__init__(schema, run, self._check_registered, compiled)
         names = [a.name for a in self.overload._schema.arguments[:-1]]
         self._tensor_names = [
             (i, a.name, "Optional" in str(a.type))
@@ -228,6 +255,11 @@ class PublicOp(Op):
         self._validate(*args)
         return self._choose(args, backend)
 
+    def _check_registered(self, *args: Any) -> None:
+        self._validate(*args[:-1])
+        check_named(args[-1])
+        self._choose(args[:-1], args[-1])
+
     def _autocast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not isinstance(args[0], Tensor):
             return args
@@ -266,7 +298,7 @@ def define(
     op = PublicOp(schema, run, validate, autocast, choose, compiled)
     if flops is not None:
         FORMULAS[op.name] = flops
-    torch.library.register_fake(f"internvit::{op.name}", fake, lib=LIBRARY)
+    op.register_fake(fake)
     return op
 
 
@@ -274,6 +306,7 @@ def define_backward(
     forward: PublicOp,
     schema: str,
     *,
+    validate: Callable[..., None],
     grads_like: Mapping[str, GradLike] | None = None,
     run: Callable | None = None,
     saved_for: Mapping[str, tuple[str, ...]] | None = None,
@@ -281,11 +314,13 @@ def define_backward(
     when_differentiated: Mapping[str, Any] | None = None,
     flops: Callable[..., int] | None = None,
     raw_schema: str | None = None,
+    raw_fake: Callable | None = None,
 ) -> Op:
     """Defines the backward of `forward`, and with it the autograd Function of `forward` (see `derivative`).
 
     Args:
         schema: `name_backward(arguments) -> (Tensor grad_x, ...)`.
+        validate: called with all arguments, `backend` too; raises ValueError.
         grads_like: output -> the argument whose shape and dtype it has, or a function of the named arguments; by
             default `grad_x` is like the argument `x`.
         saved_for: input -> the inputs of which one must need a gradient for it to be saved.
@@ -294,8 +329,14 @@ def define_backward(
         flops: as for `define`.
         raw_schema: that of the compiled libraries' op, where it is not `schema`: it may fill gradients that the caller
             made, so that several may be views of one packed buffer.
+        raw_fake: of that op; checks its arguments.
     """
-    op = Op(schema, run, forward.compiled, raw_schema)
+
+    def check(*args: Any) -> None:
+        check_named(args[-1], next(a for a in args if isinstance(a, Tensor)))
+        validate(*args)
+
+    op = Op(schema, run, check, forward.compiled, raw_schema)
     if flops is not None:
         FORMULAS[op.name] = flops
     names = [a.name for a in op.overload._schema.arguments]
@@ -312,7 +353,7 @@ def define_backward(
             grads.append(x.new_empty(x.shape) if needed and x is not None else empty_grad(args[0]))
         return grads[0] if len(grads) == 1 else tuple(grads)
 
-    torch.library.register_fake(f"internvit::{op.name}", fake, lib=LIBRARY)
+    op.register_fake(fake, raw_fake)
     schemas = forward.overload._schema, op.overload._schema
     plan = Plan(*schemas, saved_for or {}, passes_through, when_differentiated or {})
     forward.function = derive_function(forward, forward.overload, op, plan)

@@ -95,6 +95,14 @@ def requested() -> str:
     return entered[-1].name if entered else _process[0]
 
 
+def check_named(name: str, x: torch.Tensor | None = None) -> None:
+    """Refuses a registered op's `backend` that is none here, or one that does not take tensors like `x`."""
+    chosen = usable(name)
+    reason = None if x is None else chosen.unsupported_reason(x.device.type, x.dtype, 0)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot take this input: {reason}")
+
+
 def resolve(
     op: str,
     x: torch.Tensor,
@@ -121,7 +129,8 @@ def _channels(op: str, x: torch.Tensor) -> int:
 
 
 def _resolve(*key: Any) -> str:
-    return str(_resolve_once(*key))
+    # A size that a trace leaves open is 0, which every backend takes; it is checked when the program runs.
+    return str(_resolve_once(*(0 if isinstance(k, torch.SymInt) else k for k in key)))
 
 
 # What torch.compiler.assume_constant_result does; calling it would import torch._dynamo, 1.3 s of `import internvit`.

@@ -1,7 +1,15 @@
-"""The one validation of op arguments: each error names the op, the argument, what came and what was expected."""
+"""What ops require of their arguments: each error names the op, the argument, what came and what was expected.
+
+Each op has one function of these rules, which its public function, its fake implementation and the registered op call;
+csrc/common/op_checks.h has the same rules for callers without Python.
+"""
+
+from math import isfinite
 
 import torch
 from torch import Tensor
+
+from internvit.ops.backends.registry import BACKENDS
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROUNDINGS = ("fused", "reference")
@@ -18,7 +26,7 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
 
 
-def device(op: str, first: str, x: Tensor, **tensors: Tensor | None) -> None:
+def device(op: str, first: str, x: Tensor, /, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.device != x.device:
             raise ValueError(f"{op}: {name} must be on {first}'s device {x.device}, got {t.device}")
@@ -41,15 +49,73 @@ def linear_weight(op: str, x: Tensor, weight: Tensor) -> None:
         )
 
 
+def linear_backward(
+    op: str, first: str, grad_y: Tensor, x: Tensor | None, weight: Tensor, x_asked: bool, x_dtype: torch.dtype
+) -> None:
+    """x [..., K] of `x_dtype` and weight [M, K] beside the gradient [..., M] of a Linear's output."""
+    device(op, first, grad_y, x=x, weight=weight)
+    if weight.dim() != 2 or weight.shape[0] != grad_y.shape[-1]:
+        raise ValueError(
+            f"{op}: weight must have shape [{grad_y.shape[-1]}, K] ({first}'s last dimension), got {shape_of(weight)}"
+        )
+    if x is None:
+        if x_asked:
+            raise ValueError(f"{op}: x must be given where output_mask asks for the weight's gradient, got None")
+        return
+    expected = [*grad_y.shape[:-1], weight.shape[1]]
+    if list(x.shape) != expected:
+        raise ValueError(f"{op}: x must have shape {expected}, got {shape_of(x)}")
+    if x.dtype != x_dtype:
+        raise ValueError(f"{op}: x must have dtype {x_dtype}, got {x.dtype}")
+
+
 def same_shape(op: str, name: str, t: Tensor, first: str, x: Tensor) -> None:
     if t.shape != x.shape:
         raise ValueError(f"{op}: {name} must have {first}'s shape {shape_of(x)}, got {shape_of(t)}")
 
 
-def same_dtype(op: str, first: str, x: Tensor, **tensors: Tensor) -> None:
+def same_dtype(op: str, first: str, x: Tensor, /, **tensors: Tensor) -> None:
     for name, t in tensors.items():
         if t.dtype != x.dtype:
             raise ValueError(f"{op}: {name} must have {first}'s dtype {x.dtype}, got {t.dtype}")
+
+
+def like(op: str, first: str, x: Tensor, /, **tensors: Tensor | None) -> None:
+    """Tensors of x's shape, dtype and device."""
+    device(op, first, x, **tensors)
+    for name, t in tensors.items():
+        if t is not None:
+            same_shape(op, name, t, first, x)
+            same_dtype(op, first, x, **{name: t})
+
+
+def leading(op: str, first: str, x: Tensor, dims: int, /, **statistics: Tensor | None) -> None:
+    """Statistics, one number for each index of x's first `dims` dimensions."""
+    device(op, first, x, **statistics)
+    for name, t in statistics.items():
+        if t is not None and t.shape != x.shape[:dims]:
+            raise ValueError(
+                f"{op}: {name} must have shape {list(x.shape[:dims])} ({first}'s first dimensions), got {shape_of(t)}"
+            )
+    floating(op, **statistics)
+
+
+def parameters(op: str, first: str, x: Tensor, length: int, whose: str, /, **tensors: Tensor | None) -> None:
+    """Vectors [length] of any floating dtype on x's device."""
+    floating(op, **tensors)
+    device(op, first, x, **tensors)
+    for name, t in tensors.items():
+        vector(op, name, t, length, whose)
+
+
+def bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
+    if bias is not None:
+        same_dtype(op, "weight", weight, bias=bias)
+
+
+def output_mask(op: str, mask: tuple[bool, ...] | list[bool], length: int) -> None:
+    if len(mask) != length:
+        raise ValueError(f"{op}: output_mask must have {length} elements, got {len(mask)}")
 
 
 def choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -58,8 +124,17 @@ def choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def eps(op: str, eps: float) -> None:
+    if isinstance(eps, torch.SymFloat):  # known when the traced program runs, and checked then
+        return
     if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"{op}: eps must be a number >= 0, got {eps!r}")
+
+
+def scale(op: str, scale: float) -> None:
+    if isinstance(scale, torch.SymFloat):
+        return
+    if not isinstance(scale, (int, float)) or not isfinite(scale):
+        raise ValueError(f"{op}: scale must be a finite number, got {scale!r}")
 
 
 def row_scale(op: str, row_scale: Tensor | None, residual: Tensor) -> None:
@@ -67,6 +142,7 @@ def row_scale(op: str, row_scale: Tensor | None, residual: Tensor) -> None:
         return
     if residual.dim() < 2:
         raise ValueError(f"{op}: row_scale needs a residual of shape [B, ..., C], got {shape_of(residual)}")
+    floating(op, row_scale=row_scale)
     vector(op, "row_scale", row_scale, residual.shape[0], "one factor per image of residual")
     if row_scale.requires_grad:
         raise ValueError(f"{op}: row_scale is a random factor and gets no gradient, got requires_grad=True")
@@ -86,14 +162,28 @@ def heads(op: str, **tensors: Tensor) -> None:
 
 
 def qk_weights(op: str, q: Tensor, **weights: Tensor | None) -> None:
-    floating(op, **weights)
-    device(op, "q", q, **weights)
-    for name, weight in weights.items():
-        vector(op, name, weight, q.shape[2] * q.shape[3], "q's heads times head dimension")
+    parameters(op, "q", q, q.shape[2] * q.shape[3], "q's heads times head dimension", **weights)
 
 
 def token_statistics(op: str, q: Tensor, **statistics: Tensor | None) -> None:
-    device(op, "q", q, **statistics)
-    for name, t in statistics.items():
-        if t is not None and t.shape != q.shape[:2]:
-            raise ValueError(f"{op}: {name} must have shape {list(q.shape[:2])} (q's [B, N]), got {shape_of(t)}")
+    leading(op, "q", q, 2, **statistics)
+
+
+def written(op: str, first: str, x: Tensor, /, **tensors: Tensor) -> None:
+    """Outputs that the caller made, of x's shape, dtype and device, with an element for each index."""
+    like(op, first, x, **tensors)
+    for name, t in tensors.items():
+        if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+            raise ValueError(
+                f"{op}: {name} is written and must have an element for each index, got strides {list(t.stride())}"
+            )
+
+
+def lse(op: str, q: Tensor, lse: Tensor, backend: str) -> None:
+    """[B, H, N], or empty from a backend whose attention returns none."""
+    if BACKENDS[backend].exposes_lse_on(q.device.type):
+        expected = [q.shape[0], q.shape[2], q.shape[1]]
+        if list(lse.shape) != expected:
+            raise ValueError(f"{op}: lse must have shape {expected} (q's [B, H, N]), got {shape_of(lse)}")
+    device(op, "q", q, lse=lse)
+    floating(op, lse=lse)

@@ -1,0 +1,43 @@
+"""Fake implementations of the compiled libraries' ops: the checks and the output shapes of the public ops.
+
+They serve tensors without data as well: one argument on the meta device is refused by name.
+"""
+
+import torch
+from torch import Tensor
+
+from internvit.ops.core import validation as check
+from internvit.ops.core.registration import OPS
+
+_LIBRARIES: dict[str, torch.library.Library] = {}
+
+
+def register_fakes(backend: str) -> None:
+    """Gives each op of the loaded library `internvit_{backend}` its fake implementation."""
+    namespace = f"internvit_{backend}"
+    library = _LIBRARIES[backend] = torch.library.Library(namespace, "FRAGMENT")
+    fakes = {name: op.fakes[backend] for name, op in OPS.items() if backend in op.fakes}
+    if backend == "cpu":
+        fakes["linear_packed"] = _linear_packed
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+
+
+def _linear_packed(
+    x: Tensor, packed_weight: Tensor, out_features: int, bias: Tensor | None, residual: Tensor | None, gelu: bool
+) -> Tensor:
+    """Checks all but the layout of the packed weight, which its data hold."""
+    op = "linear_packed"
+    check.rows(op, "x", x)
+    for name, t in (("x", x), ("packed_weight", packed_weight)):
+        if t.dtype != torch.bfloat16:
+            raise ValueError(f"{op}: {name} must be torch.bfloat16, got {t.dtype}")
+    check.device(op, "x", x, packed_weight=packed_weight, residual=residual)
+    if packed_weight.dim() != 1:
+        raise ValueError(f"{op}: packed_weight must have one dimension, got shape {check.shape_of(packed_weight)}")
+    if out_features < 1:
+        raise ValueError(f"{op}: out_features must be at least 1, got {out_features}")
+    check.parameters(op, "x", x, out_features, "out_features", bias=bias)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    check.like(op, "the output", y, residual=residual)
+    return y
