@@ -62,7 +62,7 @@ def linear_backward(op: str, first: str, grad_y: Tensor, x: Tensor | None, weigh
         return
     expected = [*grad_y.shape[:-1], weight.shape[1]]
     if list(x.shape) != expected:
-        raise ValueError(f"{op}: x must have shape {expected}, got {shape_of(x)}")
+        raise ValueError(f"{op}: x must have shape {expected} (weight's columns), got {shape_of(x)}")
     same_dtype(op, first, grad_y, x=x)
 
 
