@@ -106,7 +106,7 @@ def _validate_backward(  # type: ignore[no-untyped-def]
     )
     check.parameters(op, first, residual_out, residual_out.shape[-1], f"{first}'s last dimension", weight=weight)
     statistics = {"mean": mean, "rstd": rstd} if norm_type == "layer_norm" else {"rstd": rstd}
-    check.leading(op, first, residual_out, residual_out.dim() - 1, **statistics)
+    check.leading(op, first, residual_out, residual_out.dim() - 1, "rows", **statistics)
 
 
 def _fake(  # type: ignore[no-untyped-def]
