@@ -162,8 +162,8 @@ class TensorFile:
             raise ValueError(f"{self.path}: expected {list(shape)} of {dtype} under {key}, got {nbytes} bytes")
         if part.nbytes:
             self._file.seek(offset + start * row_bytes)
-            got = self._file.readinto(memoryview(part.view(-1).view(torch.uint8).numpy()))
-            if got != part.nbytes:
+            memory: Any = part.view(-1).view(torch.uint8).numpy()
+            if self._file.readinto(memory) != part.nbytes:
                 raise ValueError(f"{self.path}: was cut short while it was read: it ends inside {key}; load it again")
         return part
 

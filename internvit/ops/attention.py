@@ -61,7 +61,7 @@ def heads_first(x: Tensor, weight: Tensor | None = None, rstd: Tensor | None = N
     """x, or x * rstd * weight, as [B, H, N, D] in the accumulation dtype."""
     x = x.to(accumulate_dtype(x))
     if weight is not None and rstd is not None:
-        x = x * rstd[:, :, None, None] * weight.to(x.dtype).view(x.shape[2], x.shape[3])
+        x = x * rstd.to(x.dtype)[:, :, None, None] * weight.to(x.dtype).view(x.shape[2], x.shape[3])
     return x.transpose(1, 2)
 
 
@@ -105,7 +105,7 @@ def attention_backward_reference(grad_out: Tensor, saved: SavedAttention, grads:
 
 def _unfold(grad_x_hat: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, grad_x: Tensor) -> Tensor:
     """Fills grad_x, rstd held fixed; returns the weight's gradient."""
-    by_token = grad_x_hat.transpose(1, 2) * rstd[:, :, None, None]
+    by_token = grad_x_hat.transpose(1, 2) * rstd.to(grad_x_hat.dtype)[:, :, None, None]
     grad_x.copy_(by_token * weight.to(grad_x_hat.dtype).view(x.shape[2], x.shape[3]))
     return (by_token * x).sum((0, 1)).flatten().to(weight.dtype)
 

@@ -53,7 +53,7 @@ def _validate_backward(  # type: ignore[no-untyped-def]
     check.floating(op, x=x)
     check.like(op, "x", x, grad_y=grad_y)
     check.parameters(op, "x", x, x.shape[-1], "x's last dimension", weight=weight)
-    check.leading(op, "x", x, x.dim() - 1, mean=mean, rstd=rstd)
+    check.leading(op, "x", x, x.dim() - 1, "rows", mean=mean, rstd=rstd)
     check.output_mask(op, output_mask, 3)
 
 

@@ -17,6 +17,7 @@ from internvit.ops.backends.registry import implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype, sum_rows
 from internvit.ops.core.registration import define, define_backward
+from internvit.ops.core.select import resolve
 from internvit.ops.core.spec import Inputs, OpSpec, register_spec, widened
 
 OP = "layer_scale_residual"
@@ -61,28 +62,31 @@ def validate_residual(
     check.same_shape(op, "branch", branch, "residual", residual)
     check.floating(op, residual=residual, branch=branch, gamma=gamma)
     check.device(op, "residual", residual, branch=branch, gamma=gamma, row_scale=row_scale)
-    validate_residual_dtype(op, "residual", residual, "branch", branch.dtype)
+    validate_residual_dtype(op, "residual", residual, "branch's dtype", branch.dtype)
     check.vector(op, "gamma", gamma, residual.shape[-1], "residual's last dimension")
     check.row_scale(op, row_scale, residual)
 
 
 def validate_residual_dtype(op: str, name: str, t: Tensor, first: str, dtype: torch.dtype) -> None:
     if t.dtype not in (dtype, torch.float32):
-        raise ValueError(f"{op}: {name} must have {first}'s dtype {dtype} or be torch.float32, got {t.dtype}")
+        raise ValueError(f"{op}: {name} must have {first} {dtype} or be torch.float32, got {t.dtype}")
 
 
 def validate_residual_backward(  # type: ignore[no-untyped-def]
-    op: str, first: str, x: Tensor, branch, gamma, row_scale, branch_dtype: torch.dtype, grad_gamma_asked: bool
+    op: str, first: str, x: Tensor, branch, gamma, row_scale, source: str, branch_dtype, grad_gamma_asked: bool
 ) -> None:
-    """The arguments that grad_branch and grad_gamma are made of; x is the residual stream or its gradient."""
+    """The arguments that grad_branch and grad_gamma are made of; x is the residual stream or its gradient.
+
+    `source` is where the branch's dtype comes from.
+    """
     check.rows(op, first, x)
     check.floating(op, **{first: x})
-    validate_residual_dtype(op, first, x, "branch", branch_dtype)
+    validate_residual_dtype(op, first, x, source, branch_dtype)
     check.device(op, first, x, branch=branch, row_scale=row_scale)
     if branch is not None:
         check.same_shape(op, "branch", branch, first, x)
         if branch.dtype != branch_dtype:
-            raise ValueError(f"{op}: branch must have dtype {branch_dtype}, got {branch.dtype}")
+            raise ValueError(f"{op}: branch must have {source} {branch_dtype}, got {branch.dtype}")
     check.parameters(op, first, x, x.shape[-1], f"{first}'s last dimension", gamma=gamma)
     check.row_scale(op, row_scale, x)
     for name, t in (("branch", branch), ("gamma", gamma)):
@@ -98,7 +102,15 @@ def _validate_backward(  # type: ignore[no-untyped-def]
     if branch_dtype not in check.FLOATING:
         raise ValueError(f"{op}: branch_dtype must be float32, bfloat16, float16 or float64, got {branch_dtype}")
     validate_residual_backward(
-        op, "grad_residual_out", grad_residual_out, branch, gamma, row_scale, branch_dtype, output_mask[1]
+        op,
+        "grad_residual_out",
+        grad_residual_out,
+        branch,
+        gamma,
+        row_scale,
+        "branch_dtype",
+        branch_dtype,
+        output_mask[1],
     )
 
 
@@ -106,6 +118,7 @@ LAYER_SCALE_RESIDUAL = define(
     f"{OP}(Tensor residual, Tensor branch, Tensor? gamma, Tensor? row_scale) -> Tensor residual_out",
     fake=lambda residual, *_: residual.new_empty(residual.shape),
     validate=lambda *args: validate_residual(OP, *args),
+    choose=lambda args, asked: resolve(OP, args[1], asked),
     compiled=("cpu", "cuda"),
 )
 define_backward(

@@ -18,6 +18,7 @@ from internvit.ops.backends.registry import implements
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype, norm_backward, scale_and_shift, standardize, statistics
 from internvit.ops.core.registration import define, define_backward
+from internvit.ops.core.select import resolve
 from internvit.ops.core.spec import Inputs, OpSpec, register_spec
 from internvit.ops.layer_scale_residual import formula as residual_formula
 from internvit.ops.layer_scale_residual import (
@@ -100,10 +101,12 @@ def _validate_backward(  # type: ignore[no-untyped-def]
     check.device(op, first, residual_out, grad_normed=grad_normed)
     check.same_shape(op, "grad_normed", grad_normed, first, residual_out)
     check.like(op, first, residual_out, grad_residual_out=grad_residual_out)
-    validate_residual_backward(op, first, residual_out, branch, gamma, row_scale, grad_normed.dtype, output_mask[2])
+    validate_residual_backward(
+        op, first, residual_out, branch, gamma, row_scale, "grad_normed's dtype", grad_normed.dtype, output_mask[2]
+    )
     check.parameters(op, first, residual_out, residual_out.shape[-1], f"{first}'s last dimension", weight=weight)
     statistics = {"mean": mean, "rstd": rstd} if norm_type == "layer_norm" else {"rstd": rstd}
-    check.leading(op, first, residual_out, residual_out.dim() - 1, **statistics)
+    check.leading(op, first, residual_out, residual_out.dim() - 1, "rows", **statistics)
 
 
 def _fake(  # type: ignore[no-untyped-def]
@@ -123,6 +126,7 @@ LAYER_SCALE_RESIDUAL_NORM = define(
     " str norm_type, str rounding) -> (Tensor residual_out, Tensor normed, Tensor mean, Tensor rstd)",
     fake=_fake,
     validate=_validate,
+    choose=lambda args, asked: resolve(OP, args[1], asked),
     compiled=("cpu", "cuda"),
 )
 define_backward(

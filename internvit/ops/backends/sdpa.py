@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from internvit.ops.attention import Heads, QKNorm, SavedAttention, attention_backward_reference, attention_reference
 from internvit.ops.backends.registry import implements
+from internvit.ops.core.norm_math import accumulate_dtype
 
 Grads = tuple[Tensor, Tensor, Tensor]
 aten = torch.ops.aten
@@ -140,6 +141,6 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
         out, backward = out.transpose(1, 2), _plain_backward
     else:
         _, backward = _kernels(*heads_first, scale)
-    results = backward(_heads_first(grad_out), *heads_first, out.transpose(1, 2), lse, scale)
+    results = backward(_heads_first(grad_out), *heads_first, out.transpose(1, 2), lse.to(accumulate_dtype(q)), scale)
     for destination, grad in zip(grads, results, strict=True):
         destination.copy_(grad.transpose(1, 2))

@@ -333,7 +333,8 @@ def define_backward(
     """
 
     def check(*args: Any) -> None:
-        check_named(args[-1], next(a for a in args if isinstance(a, Tensor)))
+        dtypes = [a for a in args if isinstance(a, torch.dtype)]
+        check_named(args[-1], next(a for a in args if isinstance(a, Tensor)), *dtypes)
         validate(*args)
 
     op = Op(schema, run, check, forward.compiled, raw_schema)
@@ -347,10 +348,11 @@ def define_backward(
         named = dict(zip(names, args, strict=True))
         mask = named.get("output_mask", [True] * len(returns))
         grads = []
+        first = next(a for a in args if isinstance(a, Tensor))
         for name, needed in zip(returns, mask, strict=True):
             like = likes[name]
             x = named.get(like) if isinstance(like, str) else like(named) if needed else None
-            grads.append(x.new_empty(x.shape) if needed and x is not None else empty_grad(args[0]))
+            grads.append(x.new_empty(x.shape) if needed and x is not None else empty_grad(first))
         return grads[0] if len(grads) == 1 else tuple(grads)
 
     op.register_fake(fake, raw_fake)

@@ -95,12 +95,15 @@ def requested() -> str:
     return entered[-1].name if entered else _process[0]
 
 
-def check_named(name: str, x: torch.Tensor | None = None) -> None:
-    """Refuses a registered op's `backend` that is none here, or one that does not take tensors like `x`."""
+def check_named(name: str, x: torch.Tensor | None = None, *dtypes: torch.dtype) -> None:
+    """Refuses a registered op's `backend` that is none here, or one that does not take tensors like `x` or `dtypes`."""
     chosen = usable(name)
-    reason = None if x is None else chosen.unsupported_reason(x.device.type, x.dtype, 0)
-    if reason is not None:
-        raise ValueError(f"backend {name!r} cannot take this input: {reason}")
+    if x is None:
+        return
+    for dtype in (x.dtype, *dtypes):
+        reason = chosen.unsupported_reason(x.device.type, dtype, 0)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot take this input: {reason}")
 
 
 def resolve(

@@ -64,7 +64,7 @@ def linear_backward(
         return
     expected = [*grad_y.shape[:-1], weight.shape[1]]
     if list(x.shape) != expected:
-        raise ValueError(f"{op}: x must have shape {expected}, got {shape_of(x)}")
+        raise ValueError(f"{op}: x must have shape {expected} (weight's columns), got {shape_of(x)}")
     if x.dtype != x_dtype:
         raise ValueError(f"{op}: x must have dtype {x_dtype}, got {x.dtype}")
 
@@ -89,13 +89,13 @@ def like(op: str, first: str, x: Tensor, /, **tensors: Tensor | None) -> None:
             same_dtype(op, first, x, **{name: t})
 
 
-def leading(op: str, first: str, x: Tensor, dims: int, /, **statistics: Tensor | None) -> None:
+def leading(op: str, first: str, x: Tensor, dims: int, whose: str, /, **statistics: Tensor | None) -> None:
     """Statistics, one number for each index of x's first `dims` dimensions."""
     device(op, first, x, **statistics)
     for name, t in statistics.items():
         if t is not None and t.shape != x.shape[:dims]:
             raise ValueError(
-                f"{op}: {name} must have shape {list(x.shape[:dims])} ({first}'s first dimensions), got {shape_of(t)}"
+                f"{op}: {name} must have shape {list(x.shape[:dims])} ({first}'s {whose}), got {shape_of(t)}"
             )
     floating(op, **statistics)
 
@@ -166,7 +166,7 @@ def qk_weights(op: str, q: Tensor, **weights: Tensor | None) -> None:
 
 
 def token_statistics(op: str, q: Tensor, **statistics: Tensor | None) -> None:
-    leading(op, "q", q, 2, **statistics)
+    leading(op, "q", q, 2, "[B, N]", **statistics)
 
 
 def written(op: str, first: str, x: Tensor, /, **tensors: Tensor) -> None:

@@ -2,7 +2,8 @@
 
     python -m tests.proofs.native.bad_arguments NAMESPACE LIBRARY SEED
 
-Each call must raise an error that names the argument, or give the reference's result. A line is printed before each
+Each call must raise an error that names the argument, or give the reference's result; and the op's fake implementation
+must accept what the op accepts, and refuse what it refuses. A line is printed before each
 call: after a crash the last one says which call it was. Ends with status 1 and the calls that were accepted wrongly.
 """
 
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from internvit.numerics import relative_error
+from internvit.ops.core.registration import OPS
 from tests.support.implementations import call
 
 BATCH, TOKENS, HEADS, HEAD_DIM, OUT = 2, 5, 2, 8, 6
@@ -111,6 +114,8 @@ def wrong_tensors(t: Tensor, optional: bool, written: bool) -> Iterator[tuple[st
 def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if name == "eps":
         yield from (("negative", -1e-6), ("NaN", float("nan")))
+    elif name == "scale":
+        yield from (("infinite", float("-inf")), ("NaN", float("nan")))
     elif isinstance(value, str):
         yield from (("another word", "centred"), ("empty text", ""))
     elif isinstance(value, list):
@@ -178,6 +183,40 @@ def written_names(made: Made) -> list[str]:
     return [a.name for a in made.schema.arguments if a.alias_info is not None]
 
 
+class Fakes:
+    """The fake implementations: of what is no public op's there is none to compare with here."""
+
+    def __init__(self, namespace: str) -> None:
+        backend = namespace.removeprefix("internvit_").removesuffix("_host")
+        self.of = {name: op.fakes[backend] for name, op in OPS.items() if backend in op.fakes}
+
+    def complaint(self, made: Made, arguments: Arguments, refused: str | None) -> str | None:
+        """Where the fake disagrees with the op, which raised an error of the text `refused` or none."""
+        if made.op not in self.of:
+            return None
+        if any(isinstance(v, Tensor) and v.device.type == "meta" for v in arguments.values()) and refused is None:
+            return None
+        told = None
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments.values()]
+            try:
+                self.of[made.op](*fake)
+            except (RuntimeError, ValueError) as error:
+                told = str(error)
+        if (told is None) == (refused is None):
+            return None
+        return f"the op says {refused!r}, its fake {told!r}"
+
+
+def refusal(made: Made, arguments: Arguments) -> str | None:
+    """The text of the op's error, None without one."""
+    try:
+        getattr(made.raw, made.op)(*copied(arguments).values())
+    except (RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def complaint(made: Made, name: str, arguments: Arguments) -> str | None:
     """What is wrong with how the op takes these arguments."""
     given = copied(arguments)
@@ -200,7 +239,8 @@ def complaint(made: Made, name: str, arguments: Arguments) -> str | None:
             continue
         if actual.shape != right.shape:
             return f"returns shape {list(actual.shape)}, expected {list(right.shape)}"
-        if right.numel() and not relative_error(actual, right) < 0.02:
+        # lse in bfloat16 alone is off by 0.02; a wrong read by 1.
+        if right.numel() and not relative_error(actual, right) < 0.05:
             return f"returns another result: off by {relative_error(actual, right)}"
     return None
 
@@ -216,7 +256,8 @@ def main() -> None:
     namespace, library, seed = sys.argv[1:]
     torch.ops.load_library(library)
     raw, generator = getattr(torch.ops, namespace), torch.Generator().manual_seed(int(seed))
-    calls, complaints = 0, []
+    calls, complaints, fakes = 0, [], Fakes(namespace)
+    outcomes: list[tuple[str, Made, Arguments, str | None]] = []
     for op in ops_of(raw, namespace):
         for dtype in (torch.bfloat16,) if "pack" in op else (torch.float32, torch.bfloat16):
             made = Made(raw, op, dtype, generator)
@@ -227,8 +268,13 @@ def main() -> None:
                 label = f"{op} {dtype}, {name} {what}"
                 print(label, flush=True)
                 told = complaint(made, name, arguments)
+                outcomes.append((label, made, arguments, refusal(made, arguments)))
                 complaints += [f"{label}: {told}"] if told else []
                 calls += 1
+    # Last: they load the backend, whose fakes take the calls on the meta device from the library.
+    for label, *outcome in outcomes:
+        told = fakes.complaint(*outcome)
+        complaints += [f"{label}: {told}"] if told else []
     print(f"{calls} calls", *complaints, sep="\n")
     sys.exit(bool(complaints))
 
