@@ -53,6 +53,8 @@ def linear_backward(
     op: str, first: str, grad_y: Tensor, x: Tensor | None, weight: Tensor, x_asked: bool, x_dtype: torch.dtype
 ) -> None:
     """x [..., K] of `x_dtype` and weight [M, K] beside the gradient [..., M] of a Linear's output."""
+    if x_dtype not in FLOATING:
+        raise ValueError(f"{op}: x_dtype must be float32, bfloat16, float16 or float64, got {x_dtype}")
     device(op, first, grad_y, x=x, weight=weight)
     if weight.dim() != 2 or weight.shape[0] != grad_y.shape[-1]:
         raise ValueError(
@@ -66,7 +68,7 @@ def linear_backward(
     if list(x.shape) != expected:
         raise ValueError(f"{op}: x must have shape {expected} (weight's columns), got {shape_of(x)}")
     if x.dtype != x_dtype:
-        raise ValueError(f"{op}: x must have dtype {x_dtype}, got {x.dtype}")
+        raise ValueError(f"{op}: x must have x_dtype {x_dtype}, got {x.dtype}")
 
 
 def same_shape(op: str, name: str, t: Tensor, first: str, x: Tensor) -> None:

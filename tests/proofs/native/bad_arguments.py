@@ -35,18 +35,28 @@ class Made:
         self.schema = getattr(raw, op).default._schema
         self.names = [a.name for a in self.schema.arguments]
         self.weight = self.random(OUT, CHANNELS)
-        self.arguments: Arguments = {a.name: self.value(a.name, str(a.type)) for a in self.schema.arguments}
+        self.arguments: Arguments = {a.name: self.value(a) for a in self.schema.arguments}
         self.arguments = with_forward(self, self.arguments)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
 
-    def value(self, name: str, kind: str) -> Any:
-        if "Tensor" in kind:
+    def value(self, argument: Any) -> Any:
+        name = argument.name
+        if "Tensor" in str(argument.type):
             return self.tensor(name)
+        if name == "output_mask":
+            return [True] * argument.N
         plain = {"eps": 1e-6, "scale": 0.3, "rounding": "fused", "branch_dtype": self.dtype, "dtype": self.dtype}
-        plain |= {"kind": "layer_norm", "norm_type": "layer_norm", "output_mask": [True] * OUTPUTS.get(self.op, 0)}
-        plain |= {"gelu": False, "out_features": OUT, "name": "generic", "rounds": 1, "threads": 1}
+        plain |= {
+            "kind": "layer_norm",
+            "norm_type": "layer_norm",
+            "gelu": False,
+            "out_features": OUT,
+            "name": "generic",
+            "rounds": 1,
+            "threads": 1,
+        }
         return plain[name]
 
     def tensor(self, name: str) -> Tensor:
@@ -68,16 +78,6 @@ class Made:
         return (
             self.random(BATCH, TOKENS, HEADS, HEAD_DIM) if "q" in self.names else self.random(BATCH, TOKENS, CHANNELS)
         )
-
-
-OUTPUTS = {
-    "rms_norm_backward": 2,
-    "layer_norm_backward": 3,
-    "layer_scale_residual_backward": 2,
-    "layer_scale_residual_norm_backward": 5,
-    "qk_norm_backward": 4,
-}
-"""The length of each op's output_mask."""
 
 
 def wrong_tensors(t: Tensor, optional: bool, written: bool) -> Iterator[tuple[str, Any]]:
