@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,21 +144,7 @@ class InternViTBackbone(nn.Module):
         gradient_checkpointing: str = "none",
         out_dtype: torch.dtype | None = None,
         rounding: str = "fused",
-        *,
-        config: InternViTConfig | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        strict: bool = True,
-        image_size: int | tuple[int, int] | None = None,
-        patch_size: int | None = None,
-        patch_resampling: str = "bicubic",
-        prefix: str | None = None,
-        residual_dtype: torch.dtype | None = None,
-        fold_layer_scale: bool = False,
+        **loading: Any,
     ) -> "InternViTBackbone":
         """A backbone with a checkpoint's weights, in eval mode; any layout that `InternViT.from_pretrained` reads.
 
@@ -166,24 +153,17 @@ class InternViTBackbone(nn.Module):
 
         Args:
             out_indices to rounding: as in the constructor.
-            name_or_path and all others: see `InternViT.from_pretrained`.
+            name_or_path and **loading: see `InternViT.from_pretrained`.
         """
         from internvit.checkpoint.hub import locate
 
-        path = locate(name_or_path, revision, cache_dir, token, local_files_only, prefix)
-        model = InternViT.from_pretrained(
-            path,
-            residual_dtype=residual_dtype,
-            fold_layer_scale=fold_layer_scale,
-            config=config,
-            dtype=dtype,
-            device=device,
-            strict=strict,
-            image_size=image_size,
-            patch_size=patch_size,
-            patch_resampling=patch_resampling,
-            prefix=prefix,
-        )
+        hub = {
+            name: loading.pop(name)
+            for name in ("revision", "cache_dir", "token", "local_files_only")
+            if name in loading
+        }
+        path = locate(name_or_path, **hub, prefix=loading.get("prefix"))
+        model = InternViT.from_pretrained(path, **loading)
         return cls.from_model(
             model, path, out_indices, fpn, final_norm, freeze, gradient_checkpointing, out_dtype, rounding
         )

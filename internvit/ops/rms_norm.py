@@ -47,11 +47,7 @@ def _validate_backward(  # type: ignore[no-untyped-def]
     grad_y, x, weight, rstd, output_mask, backend
 ) -> None:
     op = "rms_norm_backward"
-    check.rows(op, "x", x)
-    check.floating(op, x=x)
-    check.like(op, "x", x, grad_y=grad_y)
-    check.parameters(op, "x", x, x.shape[-1], "x's last dimension", weight=weight)
-    check.leading(op, "x", x, x.dim() - 1, "rows", rstd=rstd)
+    check.norm_backward(op, grad_y, x, weight, rstd=rstd)
     check.output_mask(op, output_mask, 2)
 
 

@@ -166,9 +166,9 @@ def test_mmseg_checkpoints_load_with_their_pyramid(tmp_path, wrapper) -> None:
 def test_a_hub_checkpoint_is_located_once_with_its_revision_and_token(tmp_path, monkeypatch) -> None:
     InternViT(config(4)).save_pretrained(tmp_path)
     asked: list[tuple] = []
-    monkeypatch.setattr(hub, "locate", lambda *args: asked.append(args) or tmp_path)
+    monkeypatch.setattr(hub, "locate", lambda *args, **settings: asked.append((*args, settings)) or tmp_path)
     InternViTBackbone.from_pretrained("some/model", (0, 1, 2, 3), fpn=True, revision="abc", token="secret")
-    assert asked == [("some/model", "abc", None, "secret", False, None)]
+    assert asked == [("some/model", {"revision": "abc", "token": "secret", "prefix": None})]
 
 
 def test_a_backbone_is_built_once(monkeypatch) -> None:

@@ -8,19 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import internvit
-from internvit.config import InternViTConfig
 from internvit.dense.backbone import InternViTBackbone
 from internvit.model.vit import InternViT
+from tests.support.models import CONFIGS
 
-CONFIG = InternViTConfig(
-    norm_type="layer_norm",
-    hidden_size=64,
-    num_attention_heads=2,
-    num_hidden_layers=2,
-    intermediate_size=128,
-    image_size=56,
-    patch_size=14,
-)
+CONFIG = CONFIGS["tiny-layer_norm"]
 
 
 class Features(nn.Module):
@@ -38,7 +30,7 @@ def saved(request, tmp_path_factory) -> Path:
     module = Features() if request.param == "model" else InternViTBackbone(CONFIG, out_indices=(0, 1)).eval()
     path = tmp_path_factory.mktemp("programs") / f"{request.param}.pt2"
     with torch.no_grad(), internvit.backend("cpu"):
-        torch.export.save(torch.export.export(module, (torch.randn(1, 3, 56, 56),)), path)
+        torch.export.save(torch.export.export(module, (torch.randn(1, 3, *CONFIG.image_hw),)), path)
     return path
 
 
@@ -75,9 +67,9 @@ PARTS = ["norm1.weight", "norm2.bias", "ls1"]
 def test_shorter_weights_end_in_an_error(saved: Path, part: str, how: str) -> None:
     with (
         torch.no_grad(),
-        pytest.raises((RuntimeError, ValueError), match=r"(weight|bias|gamma) must have shape \[64\]"),
+        pytest.raises((RuntimeError, ValueError), match=r"(weight|bias|gamma) must have shape \[96\]"),
     ):
-        replaced(saved, shorter, part, how)(torch.randn(1, 3, 56, 56))
+        replaced(saved, shorter, part, how)(torch.randn(1, 3, *CONFIG.image_hw))
 
 
 @pytest.mark.parametrize("how", ["state_dict", "attribute"])
@@ -85,13 +77,13 @@ def test_shorter_weights_end_in_an_error(saved: Path, part: str, how: str) -> No
 def test_weights_of_another_kind_end_in_an_error(saved: Path, part: str, how: str) -> None:
     program = replaced(saved, Tensor.int, part, how)
     with torch.no_grad(), pytest.raises(ValueError, match=r"(weight|bias|gamma) must be float32"):
-        program(torch.randn(1, 3, 56, 56))
+        program(torch.randn(1, 3, *CONFIG.image_hw))
 
 
 @pytest.mark.parametrize("change", [strided, Tensor.double], ids=["strided", "float64"])
 @pytest.mark.parametrize("part", ["norm1", "ls1"])
 def test_strided_and_wider_weights_compute_the_same(saved: Path, part: str, change: Callable[[Tensor], Tensor]) -> None:
-    pixels = torch.randn(1, 3, 56, 56)
+    pixels = torch.randn(1, 3, *CONFIG.image_hw)
     with torch.no_grad():
         expected = torch.export.load(saved).module()(pixels)
         actual = replaced(saved, change, part, "attribute")(pixels)

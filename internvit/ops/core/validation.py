@@ -189,3 +189,12 @@ def lse(op: str, q: Tensor, lse: Tensor, backend: str) -> None:
             raise ValueError(f"{op}: lse must have shape {expected} (q's [B, H, N]), got {shape_of(lse)}")
     device(op, "q", q, lse=lse)
     floating(op, lse=lse)
+
+
+def norm_backward(op: str, grad_y: Tensor, x: Tensor, weight: Tensor, **statistics: Tensor) -> None:
+    """The backward of a norm over x's last dimension; `statistics` of each row."""
+    rows(op, "x", x)
+    floating(op, x=x)
+    like(op, "x", x, grad_y=grad_y)
+    parameters(op, "x", x, x.shape[-1], "x's last dimension", weight=weight)
+    leading(op, "x", x, x.dim() - 1, "rows", **statistics)

@@ -156,6 +156,13 @@ struct Driver {
   void attention(DType dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, bool normed) {
     const int64_t width = heads * head_dim, n = batch * tokens * width, bytes = n * size_of(dtype);
     const auto view = [&](const void* data) { return HeadsView{data, tokens * width, width, head_dim}; };
+    const auto set_sizes = [&](auto& params) {
+      params.batch = batch;
+      params.tokens = tokens;
+      params.heads = heads;
+      params.head_dim = head_dim;
+      params.scale = 0.125f;
+    };
     AttentionParams p = {};
     p.dtype = dtype;
     p.q = view(filled(dtype, n));
@@ -169,11 +176,7 @@ struct Driver {
     }
     p.out = guarded(bytes);
     p.lse = empty_floats(batch * heads * tokens);
-    p.batch = batch;
-    p.tokens = tokens;
-    p.heads = heads;
-    p.head_dim = head_dim;
-    p.scale = 0.125f;
+    set_sizes(p);
     kernels.attention(p, executor);
     add(p.out, bytes);
     add(p.lse, batch * heads * tokens * 4);
@@ -196,11 +199,7 @@ struct Driver {
     b.grad_k_weight_partial = empty_floats(batch * width);
     b.row_dot_q = empty_floats(batch * heads * tokens);
     b.row_dot_k = empty_floats(batch * heads * tokens);
-    b.batch = batch;
-    b.tokens = tokens;
-    b.heads = heads;
-    b.head_dim = head_dim;
-    b.scale = 0.125f;
+    set_sizes(b);
     kernels.attention_backward(b, executor);
     for (const HeadsView& grad : {b.grad_q, b.grad_k, b.grad_v}) add(grad.data, bytes);
     if (normed) add(b.grad_q_weight_partial, batch * width * 4);
