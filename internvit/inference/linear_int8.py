@@ -1,0 +1,41 @@
+"""Linears of the CPU in int8: each token and each output channel has a scale of its own, taken from it."""
+
+import torch
+from torch import Tensor
+
+from internvit.ops.backends import native
+
+
+def unavailable_reason() -> str | None:
+    """Why this machine has no int8 Linear that is faster than a bfloat16 one; None when it has."""
+    reason = native.unavailable_reason("internvit_cpu")
+    if reason is None and not torch.ops.internvit_cpu.multiplies_int8():
+        sets = torch.ops.internvit_cpu.instruction_sets()
+        reason = f"int8 Linears need a CPU with AVX-512 VNNI and BF16, this one has {sets}"
+    return reason
+
+
+class Int8Linear:
+    """gamma * Linear in int8, by the CPU library.
+
+        y = x_scale * weight_scale * ((x_q - x_zero) weight_q^T) + gamma * bias,  or gelu of that
+
+    x is quantised at each call, a token at a time, with a zero point: a GELU's output has hardly anything below 0.
+    gamma rides in weight_scale, where it costs no rounding of the weight.
+    """
+
+    one_image = False
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> None:
+        cpu = torch.ops.internvit_cpu
+        weight_q, scale, _ = cpu.quantize_rows_int8(weight, True)
+        factor = 1.0 if gamma is None else gamma.double()
+        self.packed = cpu.pack_weight_int8(weight_q)
+        self.weight_scale = (scale.double() * factor).float()
+        self.bias = None if bias is None else (bias.double() * factor).float()
+
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+        cpu = torch.ops.internvit_cpu
+        x_q, x_scale, x_zero = cpu.quantize_rows_int8(x, False)
+        scales = self.weight_scale, self.bias, x_zero
+        return cpu.linear_int8_packed(x_q, x_scale, self.packed, *scales, gelu, x.dtype)
