@@ -178,7 +178,7 @@ def test_tokens_of_a_trained_network(name: str) -> None:
 
 @multiplies
 def test_a_tower_of_the_300ms_width_with_massive_channels(seed: int) -> None:
-    """Two channels of a few thousand, as published InternViTs have; the norms damp them, or int8 would hold no other."""
+    """Two channels of a few thousand, as published InternViTs have; the norms damp them, or int8 holds no other."""
     torch.manual_seed(seed)
     config = internvit.InternViTConfig.from_name("internvit-300m-448px", num_hidden_layers=2, image_size=112)
     model = internvit.InternViT(config).eval()
