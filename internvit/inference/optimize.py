@@ -73,15 +73,15 @@ class OptimizedInternViT(nn.Module):
         layer = self.model.encoder.layers[index]
         if not self.pack or not can_pack(layer):
             return None
-        block = self._packed.get(index)
-        if block is None or not block.is_current(layer):
-            block = self._packed[index] = PackedBlock(layer, self._int8_of(index))
+        block, int8 = self._packed.get(index), self._int8_of(index)
+        if block is None or block.int8 != int8 or not block.is_current(layer):
+            block = self._packed[index] = PackedBlock(layer, int8)
         return block
 
-    def _int8_of(self, index: int) -> list[str]:
+    def _int8_of(self, index: int) -> tuple[str, ...]:
         """The layer's Linears in int8; none on a machine without it, to which a pickled model may come."""
-        names = [name for name in LINEARS if f"encoder.layers.{index}.{name}" in self.int8]
-        return names if names and linear_int8.unavailable_reason() is None else []
+        names = tuple(name for name in LINEARS if f"encoder.layers.{index}.{name}" in self.int8)
+        return names if names and linear_int8.unavailable_reason() is None else ()
 
     @torch.no_grad()
     def forward(
