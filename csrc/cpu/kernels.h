@@ -89,9 +89,10 @@ struct QuantizeRowsParams {
 
 // y = epilogue(x_scale * weight_scale * ((x_q - x_zero) W_q^T) + bias), W_q packed once by pack_weight_int8.
 struct LinearInt8Params {
+  const void* x;      // [rows, K] of x_dtype, quantised while it is packed; null with x_q
   const int8_t* x_q;  // [rows, K]
   int64_t x_stride;
-  const float* x_scale;   // [rows]
+  const float* x_scale;   // [rows], with x_q
   const int32_t* x_zero;  // [rows] or null for zeros
   const int8_t* packed_weight;
   const float* weight_scale;  // [M]
@@ -99,6 +100,7 @@ struct LinearInt8Params {
   void* y;                    // [rows, M] contiguous, bf16 or float32
   int64_t rows, in_features, out_features;
   DType dtype;  // of y
+  DType x_dtype;
   bool gelu;
 };
 

@@ -20,7 +20,8 @@ class Int8Linear:
 
         y = x_scale * weight_scale * ((x_q - x_zero) weight_q^T) + gamma * bias,  or gelu of that
 
-    x is quantised at each call, a token at a time, with a zero point: a GELU's output has hardly anything below 0.
+    x is quantised at each call, a token at a time, in the pass that packs it for the product; with a zero point, as a
+    GELU's output has hardly anything below 0.
     gamma rides in weight_scale, where it costs no rounding of the weight.
     """
 
@@ -35,7 +36,5 @@ class Int8Linear:
         self.bias = None if bias is None else (bias.double() * factor).float()
 
     def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
-        cpu = torch.ops.internvit_cpu
-        x_q, x_scale, x_zero = cpu.quantize_rows_int8(x, False)
-        scales = self.weight_scale, self.bias, x_zero
-        return cpu.linear_int8_packed(x_q, x_scale, self.packed, *scales, gelu, x.dtype)
+        dynamic = torch.ops.internvit_cpu.linear_int8_dynamic
+        return dynamic(x, self.packed, self.weight_scale, self.bias, gelu)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import internvit
+from internvit import ops
 from internvit.inference import linear_int8
 from internvit.inference.linear_int8 import Int8Linear
 from internvit.numerics import relative_error
@@ -53,6 +54,26 @@ def test_a_linear_errs_as_float64_with_its_operands_rounded(gelu: bool, gamma: b
     truth, emulated = linear(x, weight), linear(with_zero_point(x), nearest(weight)).bfloat16()
     y = Int8Linear(weight, bias, scale if gamma else None)(x, gelu)
     assert relative_error(y, truth) <= 1.1 * relative_error(emulated, truth)
+
+
+@multiplies
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "depth"), [(1, 1), (12, 64), (13, 63), (70, 513), (25, 1100)])
+def test_rows_quantised_on_the_way_have_the_bits_of_the_ops(rows: int, depth: int, dtype, generator) -> None:
+    x = F.gelu(torch.randn((2, rows, depth), generator=generator)).to(dtype)
+    x[0, 0] = 0
+    x[-1, -1, depth // 2] = float("nan")
+    weight = torch.randn((37, depth), generator=generator)
+    weight_q, scale, _ = ops.per_token_quant_int8(weight)
+    x_q, x_scale, x_zero = ops.per_token_quant_int8(x, symmetric=False)
+    for strided in (x, x.repeat_interleave(2, -1)[..., ::2], torch.cat([x, x], -1)[..., :depth]):
+        y = Int8Linear(weight, None)(strided)
+        expected = ops.linear_int8(x_q, x_scale, weight_q, scale, x_zero=x_zero, dtype=dtype)
+        assert y.dtype == dtype
+        assert torch.equal(y.nan_to_num(1e9), expected.nan_to_num(1e9))
+        assert y[-1, -1].isnan().all()
+        assert y.isnan().sum() == 37
+    assert Int8Linear(weight, None)(x[:0]).shape == (0, rows, 37)
 
 
 @multiplies

@@ -3,10 +3,12 @@
 // Laid out as linear_bf16.h, with four depths of a byte where it has two of a bf16. VPDPBUSD multiplies unsigned bytes
 // by signed ones: x_q + 128 is packed, and sums begin at -128 times the sum of a column's weights, which is packed
 // behind the weights. Sums are exact (int32, up to a depth of 2^31 / (255 * 128) = 65,793), so that their order does
-// not matter. The epilogue runs before the only store.
+// not matter. The epilogue runs before the only store. x may come unquantised: the pass that packs it finds each row's
+// scale and zero point, so that x_q has no memory of its own.
 #pragma once
 
 #include "cpu/ops/gelu.h"
+#include "cpu/ops/quantize_rows.h"
 #include "cpu/simd/bf16.h"
 
 namespace internvit::INTERNVIT_ISA {
@@ -138,12 +140,39 @@ struct PackedInt8Rows {
   const LinearInt8Params& p;
   uint8_t* data;
   int64_t strips;
+  float* scale;  // [rows] each, written where x comes unquantised
+  int32_t* zero;
 
   uint8_t* step_of(int64_t strip, int64_t k) const {
     return data + (k / kInt8DepthStep * strips + strip) * kInt8Rows * kInt8DepthStep;
   }
 
+  // Bytes behind the end of a row stay as they are: the weights there are 0.
+  template <class X>
+  void quantize(int64_t strip) const {
+    const __m512i offset = _mm512_set1_epi8(char(0x80));
+    for (int64_t i = 0; i < min_of(kInt8Rows, p.rows - strip * kInt8Rows); ++i) {
+      const int64_t row = strip * kInt8Rows + i;
+      const X* x = static_cast<const X*>(p.x) + row * p.x_stride;
+      const RowQuantization quantization = quantization_of(x, p.in_features, false);
+      scale[row] = quantization.scale;
+      zero[row] = quantization.zero;
+      for (int64_t k = 0; k < p.in_features; k += kInt8DepthStep) {
+        uint8_t* out = step_of(strip, k) + i * kInt8DepthStep;
+        const int64_t n = min_of(kInt8DepthStep, p.in_features - k);
+        quantize_row(x + k, n, quantization, reinterpret_cast<int8_t*>(out));
+        for (int64_t c = 0; c < n; c += 64)
+          _mm512_store_si512(out + c, _mm512_xor_si512(_mm512_load_si512(out + c), offset));
+      }
+    }
+  }
+
   void pack(int64_t strip) const {
+    if (p.x_q) return copy(strip);
+    INTERNVIT_DISPATCH(p.x_dtype, X, quantize<X>(strip));
+  }
+
+  void copy(int64_t strip) const {
     const __m512i offset = _mm512_set1_epi8(char(0x80));
     for (int64_t k = 0; k < p.in_features; k += kInt8DepthStep) {
       uint8_t* out = step_of(strip, k);
@@ -160,12 +189,19 @@ struct PackedInt8Rows {
 };
 
 template <class T>
-void linear_int8_as(const LinearInt8Params& p, const Executor& executor) {
+void linear_int8_as(LinearInt8Params p, const Executor& executor) {
   const int64_t strips = (p.rows + kInt8Rows - 1) / kInt8Rows, depth = (p.in_features + 63) / 64;
   const int64_t panels = (p.out_features + kInt8Panel - 1) / kInt8Panel;
   const int64_t row_blocks = (strips + kInt8RowBlock - 1) / kInt8RowBlock, strip_sums = kInt8Rows * kInt8Panel;
   const int64_t packed_bytes = strips * kInt8Rows * round_up(p.in_features, kInt8DepthStep);
-  const PackedInt8Rows x{p, static_cast<uint8_t*>(executor.shared(packed_bytes)), strips};
+  uint8_t* shared = static_cast<uint8_t*>(executor.shared(packed_bytes + (p.x_q ? 0 : p.rows * 8)));
+  float* scale = reinterpret_cast<float*>(shared + packed_bytes);
+  int32_t* zero = reinterpret_cast<int32_t*>(scale + p.rows);
+  const PackedInt8Rows x{p, shared, strips, scale, zero};
+  if (!p.x_q) {
+    p.x_scale = scale;
+    p.x_zero = zero;
+  }
   const int32_t* starts = first_sums(const_cast<int8_t*>(p.packed_weight), panels, depth);
   parallel(executor, strips, 4, [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; ++strip) x.pack(strip);

@@ -92,23 +92,50 @@ PackedShape shape_of_packed(const char* op, const Tensor& packed) {
   return shape;
 }
 
+// What both Linears have beside x: checked, and laid out as the kernel reads it.
+struct PackedLinear {
+  PackedShape shape;
+  Floats scale, bias;
+
+  PackedLinear(const char* op, const char* name, const Tensor& x, const Tensor& packed_weight,
+               const Tensor& weight_scale, const OptionalTensor& b)
+      : shape(shape_of_packed(op, packed_weight)), scale(OptionalTensor(weight_scale)), bias(b) {
+    STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == shape.in_features, op, ": ", name, " must have packed_weight's ",
+                    shape.in_features, " input features, got shape ", list_of(x.sizes()));
+    check_tensor(op, "weight_scale", weight_scale, ScalarType::Float);
+    check_sizes(op, "weight_scale", weight_scale, {shape.out_features});
+    if (!b) return;
+    check_tensor(op, "bias", *b, ScalarType::Float);
+    check_sizes(op, "bias", *b, {shape.out_features});
+  }
+};
+
+Tensor run_linear(LinearInt8Params p, const PackedLinear& linear, const Tensor& x, const Tensor& packed_weight,
+                  bool gelu, ScalarType dtype) {
+  std::vector<int64_t> sizes = leading_sizes(x);
+  sizes.push_back(linear.shape.out_features);
+  Tensor y = torch::stable::new_empty(x, sizes, dtype);
+  p.packed_weight = static_cast<const int8_t*>(packed_weight.data_ptr());
+  p.weight_scale = linear.scale.data;
+  p.bias = linear.bias.data;
+  p.y = y.data_ptr();
+  p.in_features = linear.shape.in_features;
+  p.out_features = linear.shape.out_features;
+  p.dtype = dtype_of(y);
+  p.gelu = gelu;
+  if (p.rows > 0) kernels().linear_int8(p, kExecutor);
+  return y;
+}
+
 Tensor linear_int8_packed(const Tensor& x_q, const Tensor& x_scale, const Tensor& packed_weight,
-                          const Tensor& weight_scale, const OptionalTensor& bias, const OptionalTensor& x_zero, bool gelu,
-                          ScalarType dtype) {
+                          const Tensor& weight_scale, const OptionalTensor& bias, const OptionalTensor& x_zero,
+                          bool gelu, ScalarType dtype) {
   const char* op = "linear_int8_packed";
   check_int8(op);
   check_tensor(op, "x_q", x_q, ScalarType::Char);
-  const PackedShape shape = shape_of_packed(op, packed_weight);
-  STD_TORCH_CHECK(x_q.dim() > 0 && x_q.size(x_q.dim() - 1) == shape.in_features, op, ": x_q must have packed_weight's ",
-                  shape.in_features, " input features, got shape ", list_of(x_q.sizes()));
+  const PackedLinear linear(op, "x_q", x_q, packed_weight, weight_scale, bias);
   check_tensor(op, "x_scale", x_scale, ScalarType::Float);
   check_sizes(op, "x_scale", x_scale, leading_sizes(x_q));
-  check_tensor(op, "weight_scale", weight_scale, ScalarType::Float);
-  check_sizes(op, "weight_scale", weight_scale, {shape.out_features});
-  if (bias) {
-    check_tensor(op, "bias", *bias, ScalarType::Float);
-    check_sizes(op, "bias", *bias, {shape.out_features});
-  }
   if (x_zero) {
     check_tensor(op, "x_zero", *x_zero, ScalarType::Int);
     check_sizes(op, "x_zero", *x_zero, leading_sizes(x_q));
@@ -116,27 +143,32 @@ Tensor linear_int8_packed(const Tensor& x_q, const Tensor& x_scale, const Tensor
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
                   ": dtype must be Float or BFloat16, got ", dtype);
   const Rows in(x_q);
-  const Floats row_scale{OptionalTensor(x_scale)}, scale{OptionalTensor(weight_scale)}, b{bias};
+  const Floats row_scale{OptionalTensor(x_scale)};
   const Tensor zero = x_zero ? torch::stable::contiguous(*x_zero) : Tensor();
-  std::vector<int64_t> sizes = leading_sizes(x_q);
-  sizes.push_back(shape.out_features);
-  Tensor y = torch::stable::new_empty(x_q, sizes, dtype);
   LinearInt8Params p = {};
   p.x_q = static_cast<const int8_t*>(in.data);
   p.x_stride = in.stride;
   p.x_scale = row_scale.data;
   p.x_zero = x_zero ? static_cast<const int32_t*>(zero.data_ptr()) : nullptr;
-  p.packed_weight = static_cast<const int8_t*>(packed_weight.data_ptr());
-  p.weight_scale = scale.data;
-  p.bias = b.data;
-  p.y = y.data_ptr();
   p.rows = in.rows;
-  p.in_features = shape.in_features;
-  p.out_features = shape.out_features;
-  p.dtype = dtype_of(y);
-  p.gelu = gelu;
-  if (p.rows > 0) kernels().linear_int8(p, kExecutor);
-  return y;
+  return run_linear(p, linear, x_q, packed_weight, gelu, dtype);
+}
+
+// x is quantised on the way, as by quantize_rows_int8 without symmetry.
+Tensor linear_int8_dynamic(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
+                           const OptionalTensor& bias, bool gelu) {
+  const char* op = "linear_int8_dynamic";
+  check_int8(op);
+  STD_TORCH_CHECK(x.is_cpu() && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16), op,
+                  ": x must be Float or BFloat16 on cpu, got ", x.scalar_type(), " on ", device_of(x));
+  const PackedLinear linear(op, "x", x, packed_weight, weight_scale, bias);
+  const Rows in(x);
+  LinearInt8Params p = {};
+  p.x = in.data;
+  p.x_dtype = dtype_of(x);
+  p.x_stride = in.stride;
+  p.rows = in.rows;
+  return run_linear(p, linear, x, packed_weight, gelu, x.scalar_type());
 }
 
 }  // namespace
@@ -150,4 +182,5 @@ STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CPU, m) {
   m.impl("quantize_rows_int8", TORCH_BOX(&internvit::quantize_rows_int8));
   m.impl("pack_weight_int8", TORCH_BOX(&internvit::pack_weight_int8));
   m.impl("linear_int8_packed", TORCH_BOX(&internvit::linear_int8_packed));
+  m.impl("linear_int8_dynamic", TORCH_BOX(&internvit::linear_int8_dynamic));
 }

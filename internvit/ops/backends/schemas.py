@@ -14,6 +14,7 @@ _CPU_OPS = (
     "pack_weight_int8(Tensor weight_q) -> Tensor",
     "linear_int8_packed(Tensor x_q, Tensor x_scale, Tensor packed_weight, Tensor weight_scale, Tensor? bias,"
     " Tensor? x_zero, bool gelu, ScalarType dtype) -> Tensor",
+    "linear_int8_dynamic(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias, bool gelu) -> Tensor",
     # The instruction set in use, for tests and benchmarks.
     "instruction_sets() -> str",
     "use_instruction_set(str name) -> str",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internvit.numerics import relative_error
-from internvit.ops import linear_int8
+from internvit.ops import linear_int8, per_token_quant_int8
 from tests.support.implementations import call
 
 BATCH, TOKENS, HEADS, HEAD_DIM, OUT = 2, 5, 2, 8, 6
@@ -179,7 +179,7 @@ def expected(made: Made, arguments: Arguments) -> list[Tensor]:
         return [made.raw.pack_weight_int8(arguments["weight_q"].contiguous().clone())]
     if made.op == "quantize_rows_int8":
         return list(call("per_token_quant_int8", "reference", *arguments.values()))
-    if made.op == "linear_int8_packed":
+    if made.op in ("linear_int8_packed", "linear_int8_dynamic"):
         return [int8_product(made, arguments)]
     wide = copied(arguments, lambda t: t.double())
     wide |= {"branch_dtype": torch.float64} if "branch_dtype" in wide else {}
@@ -198,8 +198,12 @@ def int8_product(made: Made, arguments: Arguments) -> Tensor:
         raise ValueError("another weight")
     weight_q, _, _ = made.raw.quantize_rows_int8(made.weight, True)
     given = {n: v for n, v in arguments.items() if n != "packed_weight"}
-    operands = {"x_q": given.pop("x_q"), "x_scale": given.pop("x_scale"), "weight_q": weight_q, **given}
-    return linear_int8(**operands, backend="reference")
+    if "x" in given:
+        x = given.pop("x")
+        names = ("x_q", "x_scale", "x_zero")
+        given |= dict(zip(names, per_token_quant_int8(x, symmetric=False, backend="reference"), strict=True))
+        given["dtype"] = x.dtype
+    return linear_int8(weight_q=weight_q, **given, backend="reference")
 
 
 def written_names(made: Made) -> list[str]:

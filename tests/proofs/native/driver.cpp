@@ -288,6 +288,14 @@ struct Driver {
       kernels.linear_int8(p, executor);
       add(p.y, rows * out * size_of(of));
     }
+    p.x = x.x;
+    p.x_dtype = dtype;
+    p.x_q = nullptr;
+    p.x_scale = nullptr;
+    p.x_zero = nullptr;
+    p.y = guarded(rows * out * size_of(p.dtype));
+    kernels.linear_int8(p, executor);
+    add(p.y, rows * out * size_of(p.dtype));
     report("linear_int8", dtype);
   }
 
