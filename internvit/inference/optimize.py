@@ -277,8 +277,8 @@ def optimize_for_inference(
             torch.float32 returns a float32 stream as it is.
         precision: of the blocks' Linears. None or "bf16": the model's dtype. "int8" (bfloat16 models on CPUs): weights
             in int8 with a scale for each output channel; their inputs, quantised at each call, with a scale for each
-            token. Attention stays bfloat16. Needs AVX-512 VNNI and BF16; elsewhere the Linears stay bfloat16 and a
-            warning says why.
+            token. Attention stays bfloat16. Needs AVX-512 VNNI and BF16, without AMX; elsewhere the Linears stay
+            bfloat16 and a warning says why.
         skip: names or patterns of Linears, or of modules around them, that stay bfloat16 with precision="int8":
             "encoder.layers.0", "*.mlp.fc2". None: the first and the last block, which make nearly half of the error of
             a trained ViT-S; () for none.

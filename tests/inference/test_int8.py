@@ -3,7 +3,9 @@
 import copy
 import logging
 import pickle
+import re
 import sys
+import types
 
 import pytest
 import torch
@@ -132,6 +134,22 @@ def test_weights_hooks_and_dtypes_that_change_later() -> None:
             assert relative_error(fast(inputs).last_hidden_state, model(inputs).last_hidden_state) < 0.03
     assert seen
     assert relative_error(fast(pixels.float()).last_hidden_state, before) > 0.03
+
+
+@pytest.mark.parametrize(
+    ("sets", "has", "message"),
+    [
+        ("generic avx2 avx512", False, "need a CPU with AVX-512 VNNI and BF16, this one has generic avx2 avx512$"),
+        ("generic avx512_bf16 amx", True, "multiplies bfloat16 by AMX faster than int8 by VNNI"),
+        ("generic avx512 avx512_bf16", True, None),
+    ],
+)
+def test_which_machines_have_int8_linears(sets: str, has: bool, message: str | None, monkeypatch) -> None:
+    library = types.SimpleNamespace(instruction_sets=lambda: sets, multiplies_int8=lambda: has)
+    monkeypatch.setattr(torch.ops, "internvit_cpu", library)
+    monkeypatch.setattr(linear_int8.native, "unavailable_reason", lambda name: None)
+    reason = linear_int8.unavailable_reason()
+    assert (reason is None) if message is None else re.search(message, reason)
 
 
 def test_machines_without_int8_instructions_say_so_and_stay_in_bfloat16(monkeypatch, caplog) -> None:
