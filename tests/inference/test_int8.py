@@ -15,6 +15,7 @@ import internvit
 from internvit import ops
 from internvit.inference import linear_int8
 from internvit.inference.linear_int8 import Int8Linear
+from internvit.inference.packed_block import PackedBlock
 from internvit.numerics import relative_error
 from tests.inference.test_optimize import VARIANTS, small_model, truth_of
 from tests.support import ROOT
@@ -243,3 +244,19 @@ def test_a_tower_of_the_300ms_width_with_massive_channels(seed: int) -> None:
         assert relative_error(features, truth) < 0.005
     print(f"{errors[0]:.2%} in bfloat16, {errors[1]:.2%} in int8, massive channels left out")
     assert errors[0] < errors[1] < 0.02
+
+
+@multiplies
+def test_only_layers_whose_linears_change_are_packed_again(monkeypatch) -> None:
+    model = small_model(VARIANTS[0], torch.bfloat16, 0)
+    fast, pixels = quantised(model), torch.randn(1, 3, 112, 112, dtype=torch.bfloat16)
+    packed, make = [], PackedBlock.__init__
+    monkeypatch.setattr(
+        PackedBlock, "__init__", lambda self, layer, int8: packed.append((layer, int8)) or make(self, layer, int8)
+    )
+    fast.int8 = fast.int8 - {"encoder.layers.1.mlp.fc2"}
+    expected = quantised(model, skip=["encoder.layers.1.mlp.fc2"])
+    packed.clear()
+    for _ in range(2):
+        assert torch.equal(fast(pixels).last_hidden_state, expected(pixels).last_hidden_state)
+    assert packed == [(model.encoder.layers[1], ("attn.qkv", "attn.proj", "mlp.fc1"))]
