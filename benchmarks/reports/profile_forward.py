@@ -25,7 +25,13 @@ from internvit.benchmarks.model.bench_model import trained_like
 from internvit.files import atomic_write
 
 FAMILIES = (
-    ("Linears", ("linear_pointwise", "linear_packed", "mkldnn_linear", "addmm", "linear_gelu", "aten::linear", "mm")),
+    (
+        "Linears",
+        (
+            *("linear_pointwise", "linear_packed", "linear_int8", "mkldnn_linear", "addmm", "linear_gelu"),
+            *("aten::linear", "mm"),
+        ),
+    ),
     ("attention", ("attention",)),
     ("norms, residuals", ("norm", "layer_scale")),
     ("patch embedding", ("conv",)),

@@ -75,6 +75,41 @@ struct PackWeightParams {
   int64_t in_features, out_features;
 };
 
+// Rows of x as int8 with one scale each, and one zero point: x = x_scale * (x_q - x_zero); see quantize_rows.h.
+struct QuantizeRowsParams {
+  const void* x;  // [rows, K]
+  int64_t x_stride;
+  int8_t* x_q;     // [rows, K] contiguous
+  float* x_scale;  // [rows]
+  int32_t* x_zero;  // [rows]
+  int64_t rows, channels;
+  DType dtype;
+  bool symmetric;
+};
+
+// y = epilogue(x_scale * weight_scale * ((x_q - x_zero) W_q^T) + bias), W_q packed once by pack_weight_int8.
+struct LinearInt8Params {
+  const void* x;      // [rows, K] of x_dtype, quantised while it is packed; null with x_q
+  const int8_t* x_q;  // [rows, K]
+  int64_t x_stride;
+  const float* x_scale;   // [rows], with x_q
+  const int32_t* x_zero;  // [rows] or null for zeros
+  const int8_t* packed_weight;
+  const float* weight_scale;  // [M]
+  const float* bias;          // [M] or null
+  void* y;                    // [rows, M] contiguous, bf16 or float32
+  int64_t rows, in_features, out_features;
+  DType dtype;  // of y
+  DType x_dtype;
+  bool gelu;
+};
+
+struct PackWeightInt8Params {
+  const int8_t* weight_q;  // [M, K] contiguous
+  int8_t* packed;          // packed_weight_int8_size(M, K) bytes
+  int64_t in_features, out_features;
+};
+
 // What the machine could do at most, for benchmarks.
 struct PeakParams {
   DType dtype;  // of the operands; float32 for what the unit multiplies in float32
@@ -94,6 +129,10 @@ struct Kernels {
   // Null where the unit has no GEMM of its own; torch's is used then.
   void (*pack_weight)(const PackWeightParams&, const Executor&);
   void (*linear)(const LinearParams&, const Executor&);
+  // Null without AVX512-VNNI.
+  void (*quantize_rows)(const QuantizeRowsParams&, const Executor&);
+  void (*pack_weight_int8)(const PackWeightInt8Params&, const Executor&);
+  void (*linear_int8)(const LinearInt8Params&, const Executor&);
   void (*peak)(const PeakParams&, const Executor&);
 };
 
@@ -110,5 +149,6 @@ const Kernels* const* supported_kernels();
 
 int64_t norm_backward_chunks(int64_t rows);
 int64_t packed_weight_size(int64_t out_features, int64_t in_features);
+int64_t packed_weight_int8_size(int64_t out_features, int64_t in_features);
 
 }  // namespace internvit

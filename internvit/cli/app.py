@@ -1,4 +1,4 @@
-"""The command line: features, info, check, plan and convert; bench is in bench.py.
+"""The command line: features, info, check, plan and convert; bench and precision are in files of their own.
 
 A wrong argument or file ends in one line and exit code 2, a check that fails in exit code 1, Ctrl-C in 130.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
@@ -23,30 +22,18 @@ from tqdm import tqdm
 
 from internvit.cli.bench import bench
 from internvit.cli.environment import usable_device
-from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
+from internvit.cli.network import DTYPES, Size, load_network
+from internvit.cli.precision import precision
+from internvit.config import VARIANTS
 from internvit.cost import TASKS
 from internvit.names import LAYOUTS
 
 if TYPE_CHECKING:
     from internvit.model.vit import InternViT
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 
 out, err = Console(soft_wrap=False), Console(stderr=True)
-
-
-class Size(click.ParamType):
-    """N or HxW, in pixels."""
-
-    name = "N|HxW"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
-        if match is None:
-            self.fail(f"expected N or HxW in pixels, got {value!r}", param, ctx)
-        height = int(match[1])
-        return height, int(match[2] or height)
 
 
 class Layers(click.ParamType):
@@ -140,7 +127,7 @@ def features(
     _check_outputs(target, pca, overwrite)
     usable_device(device)
     how = {"layers": layers, "batch": batch, "strict": strict, "overwrite": overwrite}
-    _write_features(images, lambda: _load(model, weights, prefix, dtype, device), size, target, pca, how)
+    _write_features(images, lambda: load_network(model, weights, prefix, dtype, device), size, target, pca, how)
 
 
 def _write_features(
@@ -183,20 +170,6 @@ def _check_outputs(target: Path, pca: Path | None, overwrite: bool) -> None:
         if pca.absolute() == target.absolute():
             raise ValueError(f"--pca: expected another file than --out, got {pca} for both")
         check_picture_name(pca)
-
-
-def _load(
-    model: str | None, weights: str | None, prefix: str | None, dtype: str, device: str
-) -> "tuple[InternViT, str]":
-    """The network in eval mode, and where its weights come from."""
-    from internvit.model.vit import InternViT
-
-    config = None
-    if weights and model and not (Path(weights) / "config.json").exists():
-        config = InternViTConfig.from_name(model)
-    source = weights or HUB_IDS[model or ""]
-    network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device, prefix=prefix)
-    return network.eval(), source
 
 
 @cli.command()
@@ -327,6 +300,7 @@ def convert(source: str, target: Path, layout: str, prefix: str | None, overwrit
 
 
 cli.add_command(bench)
+cli.add_command(precision)
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -13,15 +13,17 @@ become stale, or is verified at each call, is derived from them:
   are those of the capture; if not, the graphs are captured again, or the blocks run without.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from internvit.config import InternViTConfig
+from internvit.inference import linear_int8
 from internvit.inference.cuda_graph import LIMIT, CaptureGuard, GraphedFunction
-from internvit.inference.packed_block import PackedBlock, can_pack
+from internvit.inference.packed_block import LINEARS, PackedBlock, can_pack
+from internvit.inference.precision import int8_linears
 from internvit.model import recompute
 from internvit.model.block import is_unmodified
 from internvit.model.embeddings import embed
@@ -39,6 +41,7 @@ class OptimizedInternViT(nn.Module):
     Attributes:
         model: the `InternViT`. What is done to it is done to this one.
         residual_dtype, out_dtype: as in `optimize_for_inference`.
+        int8: the names of the Linears that are computed in int8 wherever their layer is packed.
     """
 
     def __init__(
@@ -48,12 +51,14 @@ class OptimizedInternViT(nn.Module):
         graphs: GraphedFunction | None = None,
         residual_dtype: torch.dtype | str | None = "auto",
         out_dtype: torch.dtype | None = None,
+        int8: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.pack = pack
         self.residual_dtype = residual_dtype
         self.out_dtype = out_dtype
+        self.int8 = frozenset(int8)
         self._graphs = graphs
         self._guard: CaptureGuard | None = None
         self._packed: dict[int, PackedBlock] = {}
@@ -68,10 +73,15 @@ class OptimizedInternViT(nn.Module):
         layer = self.model.encoder.layers[index]
         if not self.pack or not can_pack(layer):
             return None
-        block = self._packed.get(index)
-        if block is None or not block.is_current(layer):
-            block = self._packed[index] = PackedBlock(layer)
+        block, int8 = self._packed.get(index), self._int8_of(index)
+        if block is None or block.int8 != int8 or not block.is_current(layer):
+            block = self._packed[index] = PackedBlock(layer, int8)
         return block
+
+    def _int8_of(self, index: int) -> tuple[str, ...]:
+        """The layer's Linears in int8; none on a machine without it, to which a pickled model may come."""
+        names = tuple(name for name in LINEARS if f"encoder.layers.{index}.{name}" in self.int8)
+        return names if names and linear_int8.unavailable_reason() is None else ()
 
     @torch.no_grad()
     def forward(
@@ -192,8 +202,10 @@ class OptimizedInternViT(nn.Module):
     def extra_repr(self) -> str:
         layers = self.model.encoder.layers
         packed = sum(can_pack(layer) for index, layer in enumerate(layers) if index in self._packed)
+        int8 = sum(len(block.int8) for block in self._packed.values())
+        quantised = f", {int8} Linears in int8" if int8 else ""
         graphs = "" if self._graphs is None else ", CUDA graph by shape"
-        return f"{packed} of {len(layers)} layers packed{graphs}"
+        return f"{packed} of {len(layers)} layers packed{quantised}{graphs}"
 
 
 class _Run:
@@ -241,6 +253,8 @@ def optimize_for_inference(
     graph_batches: Sequence[int] = (),
     residual_dtype: torch.dtype | str | None = "auto",
     out_dtype: torch.dtype | None = None,
+    precision: str | None = None,
+    skip: Iterable[str] | None = None,
 ) -> OptimizedInternViT:
     """Prepares a model for inference on this machine: the same forward, faster, without gradients.
 
@@ -268,12 +282,20 @@ def optimize_for_inference(
             the weights' dtype unless that was set.
         out_dtype: of last_hidden_state, pooler_output and hidden_states; by default the dtype that the model returns.
             torch.float32 returns a float32 stream as it is.
+        precision: of the blocks' Linears. None or "bf16": the model's dtype. "int8" (bfloat16 models on CPUs): weights
+            in int8 with a scale for each output channel; their inputs, quantised at each call, with a scale for each
+            token. Attention stays bfloat16. Needs AVX-512 VNNI and BF16, without AMX; elsewhere the Linears stay
+            bfloat16 and a warning says why.
+        skip: names or patterns of Linears, or of modules around them, that stay bfloat16 with precision="int8":
+            "encoder.layers.0", "*.mlp.fc2". None: the first and the last block, which make nearly half of the error of
+            a trained ViT-S; () for none.
 
     Returns:
         A module with the model's forward and state_dict, which can be copied and pickled; `.undo()` gives the model.
 
     Raises:
-        ValueError: not an `InternViT`, or in training mode; another residual_dtype or out_dtype; `cuda_graph` for a
+        ValueError: not an `InternViT`, or in training mode; another residual_dtype, out_dtype or precision, or one that
+            the model's dtype or device does not go with; a name in skip that no Linear has; `cuda_graph` for a
             model that is not on a GPU, or with hooks, adapters or replaced parts, whose Python a graph would run at
             capture only; a limit or batch size below 1.
     """
@@ -299,5 +321,8 @@ def optimize_for_inference(
             f"optimize_for_inference: cuda_graph=True cannot take layers {modified}: their hooks, adapters or replaced "
             "parts would run at capture only; remove them, or leave cuda_graph out"
         )
+    int8 = int8_linears(model, precision, skip)
+    if int8 and not pack:
+        raise ValueError("optimize_for_inference: precision='int8' packs weights, got pack=False")
     graphs = GraphedFunction(graph_limit, graph_batches)
-    return OptimizedInternViT(model, pack, graphs if cuda_graph else None, residual_dtype, out_dtype).eval()
+    return OptimizedInternViT(model, pack, graphs if cuda_graph else None, residual_dtype, out_dtype, int8).eval()

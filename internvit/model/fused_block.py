@@ -212,7 +212,9 @@ def linear_or_folded(
     if fold and torch.is_grad_enabled() and is_plain_linear(module):
         return BranchOutput(partial(_folded_linear, module, gamma), None, row_scale)
     linear_residual = None
-    if row_scale is None and not torch.is_grad_enabled() and is_plain_linear(module) and adds_residual(module.weight):
+    # torch.jit.trace checks a graph with gradients against one without.
+    plain = row_scale is None and is_plain_linear(module) and not torch.jit.is_tracing()
+    if plain and not torch.is_grad_enabled() and adds_residual(module.weight):
         linear_residual = partial(_folded_linear, module, gamma)
     return BranchOutput(partial(linear_per_image, module), gamma, row_scale, linear_residual)
 

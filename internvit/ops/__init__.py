@@ -7,7 +7,9 @@ from internvit.ops.layer_norm import layer_norm
 from internvit.ops.layer_scale_residual import layer_scale_residual
 from internvit.ops.layer_scale_residual_norm import layer_scale_residual_norm
 from internvit.ops.linear_gelu import linear_gelu
+from internvit.ops.linear_int8 import linear_int8
 from internvit.ops.linear_layer_scale import linear_layer_scale
+from internvit.ops.per_token_quant_int8 import per_token_quant_int8
 from internvit.ops.qk_norm import qk_norm
 from internvit.ops.qk_norm_attention import qk_norm_attention, qk_norm_attention_qkvpacked
 from internvit.ops.qk_norm_stats import qk_norm_stats
@@ -21,7 +23,9 @@ __all__ = [
     "layer_scale_residual",
     "layer_scale_residual_norm",
     "linear_gelu",
+    "linear_int8",
     "linear_layer_scale",
+    "per_token_quant_int8",
     "qk_norm",
     "qk_norm_attention",
     "qk_norm_attention_qkvpacked",

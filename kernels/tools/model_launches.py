@@ -56,7 +56,8 @@ def _evaluate(model: nn.Module, images: Tensor) -> None:
 
 
 def _optimize(model: InternViT, images: Tensor) -> None:
-    _evaluate(internvit.optimize_for_inference(model.eval(), pack=False), images)  # packed weights are for CPUs
+    # As on a GPU: packed weights and a float32 stream by default are for CPUs, which these tensors lie on.
+    _evaluate(internvit.optimize_for_inference(model.eval(), pack=False, residual_dtype=None), images)
 
 
 @dataclass(frozen=True)

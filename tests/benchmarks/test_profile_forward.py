@@ -9,6 +9,7 @@ def test_families_of_ops() -> None:
     names = {
         "mkldnn::_linear_pointwise": "Linears",
         "internvit_cpu::linear_packed": "Linears",
+        "internvit_cpu::linear_int8_dynamic": "Linears",
         "internvit::qk_norm_attention_qkvpacked": "attention",
         "internvit::layer_scale_residual_norm": "norms, residuals",
         "aten::mkldnn_convolution": "patch embedding",

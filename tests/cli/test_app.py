@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 
 import internvit.cli.app
@@ -195,6 +196,7 @@ def test_convert_round_trip(weights, tmp_path, capsys) -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_info_and_plan_fit_the_terminal(width, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(internvit.cli.app, "out", Console(soft_wrap=False))  # which reads the width when it is made
     for arguments in (("info",), ("plan", "--task", "segmentation", "--train", "--memory", "80GB", "--batch", 2)):
         stdout, stderr = call(capsys, *arguments)
         longest = max(map(len, stdout.splitlines()))

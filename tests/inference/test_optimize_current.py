@@ -101,7 +101,9 @@ def test_weights_changed_by_any_way(change, dtype) -> None:
 def test_only_what_has_changed_is_packed_again(monkeypatch) -> None:
     model, fast, pixels = optimized()
     packed, make = [], PackedBlock.__init__
-    monkeypatch.setattr(PackedBlock, "__init__", lambda self, layer: packed.append(layer) or make(self, layer))
+    monkeypatch.setattr(
+        PackedBlock, "__init__", lambda self, layer, int8: packed.append(layer) or make(self, layer, int8)
+    )
     fast(pixels)
     assert not packed
     model.encoder.layers[1].mlp.fc1.weight.data[0, 0] += 1

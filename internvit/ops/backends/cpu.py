@@ -1,6 +1,7 @@
 """Backend `cpu`: the compiled library `internvit_cpu` (csrc/cpu), with PyTorch's Linear before its GELU."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,3 +29,22 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
     *kept, qk_norm = saved
     outputs = torch.ops.internvit_cpu.attention_backward.default(grad_out, *kept, *(qk_norm or _NO_QK_NORM), *grads)
     return None if qk_norm is None else QKNormGrads(*outputs)
+
+
+def _multiplies_int8() -> bool:
+    """Asked outside of a trace: torch.jit.trace records ops, and knows none that returns a bool."""
+    trace = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return torch.ops.internvit_cpu.multiplies_int8()
+    finally:
+        torch._C._set_tracing_state(trace)
+
+
+if _multiplies_int8():
+    implements("per_token_quant_int8", "cpu")(torch.ops.internvit_cpu.quantize_rows_int8.default)
+
+    @implements("linear_int8", "cpu")
+    def linear_int8(x_q: Tensor, x_scale: Tensor, weight_q: Tensor, *others: Any) -> Tensor:
+        packed = torch.ops.internvit_cpu.pack_weight_int8.default(weight_q)
+        return torch.ops.internvit_cpu.linear_int8_packed.default(x_q, x_scale, packed, *others)

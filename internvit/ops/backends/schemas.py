@@ -8,6 +8,13 @@ _CPU_OPS = (
     "pack_weight(Tensor weight) -> Tensor",
     "linear_packed(Tensor x, Tensor packed_weight, int out_features, Tensor? bias, Tensor? residual, bool gelu)"
     " -> Tensor",
+    # int8 Linears; packed_weight is as pack_weight_int8 returns it.
+    "multiplies_int8() -> bool",
+    "quantize_rows_int8(Tensor x, bool symmetric) -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
+    "pack_weight_int8(Tensor weight_q) -> Tensor",
+    "linear_int8_packed(Tensor x_q, Tensor x_scale, Tensor packed_weight, Tensor weight_scale, Tensor? bias,"
+    " Tensor? x_zero, bool gelu, ScalarType dtype) -> Tensor",
+    "linear_int8_dynamic(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias, bool gelu) -> Tensor",
     # The instruction set in use, for tests and benchmarks.
     "instruction_sets() -> str",
     "use_instruction_set(str name) -> str",

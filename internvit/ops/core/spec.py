@@ -159,10 +159,17 @@ class OpSpec:
 
 
 SPECS: dict[str, OpSpec] = {}
+INFERENCE_SPECS: dict[str, OpSpec] = {}
+"""Ops of integers, which have no backward."""
 
 
 def register_spec(spec: OpSpec) -> OpSpec:
     SPECS[spec.name] = spec
+    return spec
+
+
+def register_inference_spec(spec: OpSpec) -> OpSpec:
+    INFERENCE_SPECS[spec.name] = spec
     return spec
 
 

@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from internvit.numerics import relative_error
+from internvit.ops import linear_int8, per_token_quant_int8
 from internvit.ops.core.registration import OPS
 from tests.support.implementations import call
 
 BATCH, TOKENS, HEADS, HEAD_DIM, OUT = 2, 5, 2, 8, 6
 CHANNELS = HEADS * HEAD_DIM
-UNCHECKED = ("instruction_sets", "packs_linear")  # no argument can be wrong
+UNCHECKED = ("instruction_sets", "packs_linear", "multiplies_int8")  # no argument can be wrong
 
 Arguments = dict[str, Any]
 
@@ -52,12 +53,22 @@ class Made:
             "kind": "layer_norm",
             "norm_type": "layer_norm",
             "gelu": False,
+            "symmetric": False,
             "out_features": OUT,
             "name": "generic",
             "rounds": 1,
             "threads": 1,
         }
         return plain[name]
+
+    def int8_operand(self, name: str) -> Tensor:
+        weight_q, weight_scale, _ = self.raw.quantize_rows_int8(self.weight, True)
+        if name in ("x_q", "x_scale", "x_zero"):
+            x = torch.randn((BATCH, TOKENS, CHANNELS), generator=torch.Generator().manual_seed(0))
+            return self.raw.quantize_rows_int8(x, False)[("x_q", "x_scale", "x_zero").index(name)]
+        packed = {"weight_q": lambda: weight_q, "packed_weight": lambda: self.raw.pack_weight_int8(weight_q)}
+        packed |= {"weight_scale": lambda: weight_scale, "bias": lambda: self.random(OUT, dtype=torch.float32)}
+        return packed[name]()
 
     def tensor(self, name: str) -> Tensor:
         if self.op == "pack_weight":
@@ -67,6 +78,8 @@ class Made:
             made["residual"] = lambda: self.random(BATCH, TOKENS, OUT)
             if name in made:
                 return made[name]()
+        if "int8" in self.op and name != "x":
+            return self.int8_operand(name)
         if name in ("weight", "bias", "gamma", "q_weight", "k_weight"):
             return self.random(CHANNELS)
         if name == "row_scale":
@@ -167,6 +180,12 @@ def expected(made: Made, arguments: Arguments) -> list[Tensor]:
     """What the op must return, and have written, in float64; raises where no result is right."""
     if made.op == "pack_weight":
         return [made.raw.pack_weight(arguments["weight"].contiguous().clone())]
+    if made.op == "pack_weight_int8":
+        return [made.raw.pack_weight_int8(arguments["weight_q"].contiguous().clone())]
+    if made.op == "quantize_rows_int8":
+        return list(call("per_token_quant_int8", "reference", *arguments.values()))
+    if made.op in ("linear_int8_packed", "linear_int8_dynamic"):
+        return [int8_product(made, arguments)]
     wide = copied(arguments, lambda t: t.double())
     wide |= {"branch_dtype": torch.float64} if "branch_dtype" in wide else {}
     if made.op == "linear_packed":
@@ -177,6 +196,19 @@ def expected(made: Made, arguments: Arguments) -> list[Tensor]:
     outputs = call(made.op, "reference", *wide.values())
     outputs = () if outputs is None else outputs if isinstance(outputs, tuple) else (outputs,)
     return [*outputs, *(wide[n] for n in written_names(made))]
+
+
+def int8_product(made: Made, arguments: Arguments) -> Tensor:
+    if not torch.equal(arguments["packed_weight"], made.arguments["packed_weight"]):
+        raise ValueError("another weight")
+    weight_q, _, _ = made.raw.quantize_rows_int8(made.weight, True)
+    given = {n: v for n, v in arguments.items() if n != "packed_weight"}
+    if "x" in given:
+        x = given.pop("x")
+        names = ("x_q", "x_scale", "x_zero")
+        given |= dict(zip(names, per_token_quant_int8(x, symmetric=False, backend="reference"), strict=True))
+        given["dtype"] = x.dtype
+    return linear_int8(weight_q=weight_q, **given, backend="reference")
 
 
 def written_names(made: Made) -> list[str]:
@@ -249,7 +281,9 @@ def ops_of(raw: Any, namespace: str) -> list[str]:
     names = (n.split("::") for n in torch._C._dispatch_get_all_op_names())
     ops = sorted({n[1].split(".")[0] for n in names if n[0] == namespace})
     no_linear = hasattr(raw, "packs_linear") and not raw.packs_linear(torch.bfloat16)
-    return [op for op in ops if not (op in UNCHECKED or (no_linear and op in ("pack_weight", "linear_packed")))]
+    no_int8 = hasattr(raw, "multiplies_int8") and not raw.multiplies_int8()
+    absent = [*(("pack_weight", "linear_packed") if no_linear else ()), *(op for op in ops if no_int8 and "int8" in op)]
+    return [op for op in ops if op not in UNCHECKED and op not in absent]
 
 
 def main() -> None:

@@ -230,6 +230,60 @@ struct Driver {
     report("linear", kBFloat16);
   }
 
+  QuantizeRowsParams quantized(DType dtype, int64_t rows, int64_t channels, bool symmetric) {
+    QuantizeRowsParams q = {};
+    q.x = filled(dtype, rows * channels);
+    q.x_stride = q.channels = channels;
+    q.x_q = reinterpret_cast<int8_t*>(guarded(rows * channels));
+    q.x_scale = empty_floats(rows);
+    q.x_zero = reinterpret_cast<int32_t*>(guarded(rows * 4));
+    q.rows = rows;
+    q.dtype = dtype;
+    q.symmetric = symmetric;
+    kernels.quantize_rows(q, executor);
+    add(q.x_q, rows * channels);
+    add(q.x_scale, rows * 4);
+    add(q.x_zero, rows * 4);
+    report("quantize_rows", dtype);
+    return q;
+  }
+
+  void linear_int8(DType dtype, int64_t rows, int64_t in, int64_t out) {
+    const QuantizeRowsParams x = quantized(dtype, rows, in, false), weight = quantized(kFloat32, out, in, true);
+    PackWeightInt8Params w = {};
+    w.weight_q = weight.x_q;
+    w.packed = reinterpret_cast<int8_t*>(guarded(packed_weight_int8_size(out, in)));
+    w.in_features = in;
+    w.out_features = out;
+    kernels.pack_weight_int8(w, executor);
+    LinearInt8Params p = {};
+    p.x_q = x.x_q;
+    p.x_stride = p.in_features = in;
+    p.x_scale = x.x_scale;
+    p.x_zero = x.x_zero;
+    p.packed_weight = w.packed;
+    p.weight_scale = weight.x_scale;
+    p.bias = floats(out);
+    p.rows = rows;
+    p.out_features = out;
+    for (DType of : {kFloat32, kBFloat16}) {
+      p.dtype = of;
+      p.gelu = of == kBFloat16;
+      p.y = guarded(rows * out * size_of(of));
+      kernels.linear_int8(p, executor);
+      add(p.y, rows * out * size_of(of));
+    }
+    p.x = x.x;
+    p.x_dtype = dtype;
+    p.x_q = nullptr;
+    p.x_scale = nullptr;
+    p.x_zero = nullptr;
+    p.y = guarded(rows * out * size_of(p.dtype));
+    kernels.linear_int8(p, executor);
+    add(p.y, rows * out * size_of(p.dtype));
+    report("linear_int8", dtype);
+  }
+
   void counted(DType dtype) {
     norms(dtype, 64, 1024);
     gelu(dtype, 16384);
@@ -252,6 +306,10 @@ struct Driver {
     linear(1, 8, 1);
     linear(33, 40, 56);
     linear(70, 1088, 33);
+    if (!kernels.linear_int8) return;
+    linear_int8(kBFloat16, 1, 7, 1);
+    linear_int8(kFloat32, 33, 40, 56);
+    linear_int8(kFloat16, 70, 2113, 33);
   }
 };
 

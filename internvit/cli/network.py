@@ -1,0 +1,44 @@
+"""What several commands ask for: a network and a size."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+
+from internvit.config import HUB_IDS, InternViTConfig
+
+if TYPE_CHECKING:
+    from internvit.model.vit import InternViT
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Size(click.ParamType):
+    """N or HxW, in pixels."""
+
+    name = "N|HxW"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+        if match is None:
+            self.fail(f"expected N or HxW in pixels, got {value!r}", param, ctx)
+        height = int(match[1])
+        return height, int(match[2] or height)
+
+
+def load_network(
+    model: str | None, weights: str | None, prefix: str | None, dtype: str, device: str
+) -> "tuple[InternViT, str]":
+    """The network in eval mode, and where its weights come from."""
+    from internvit.model.vit import InternViT
+
+    if not (model or weights):
+        raise click.UsageError("name the network: --model NAME, --weights PATH, or both")
+    config = None
+    if weights and model and not (Path(weights) / "config.json").exists():
+        config = InternViTConfig.from_name(model)
+    source = weights or HUB_IDS[model or ""]
+    network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device, prefix=prefix)
+    return network.eval(), source
