@@ -213,8 +213,8 @@ def linear_or_folded(
         return BranchOutput(partial(_folded_linear, module, gamma), None, row_scale)
     linear_residual = None
     # torch.jit.trace checks a graph with gradients against one without.
-    plain = row_scale is None and is_plain_linear(module) and not torch.jit.is_tracing()
-    if plain and not torch.is_grad_enabled() and adds_residual(module.weight):
+    asked = row_scale is None and not torch.is_grad_enabled() and not torch.jit.is_tracing()
+    if asked and is_plain_linear(module) and adds_residual(module.weight):
         linear_residual = partial(_folded_linear, module, gamma)
     return BranchOutput(partial(linear_per_image, module), gamma, row_scale, linear_residual)
 

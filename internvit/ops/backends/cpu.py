@@ -34,11 +34,11 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
 def _multiplies_int8() -> bool:
     """Asked outside of a trace: torch.jit.trace records ops, and knows none that returns a bool."""
     trace = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         return torch.ops.internvit_cpu.multiplies_int8()
     finally:
-        torch._C._set_tracing_state(trace)
+        torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]
 
 
 if _multiplies_int8():

@@ -128,12 +128,13 @@ def _channels(op: str, x: torch.Tensor) -> int:
     """The channels of the rows that `op` normalises or scales; 0 where their number does not matter."""
     if op in ("attention", "gelu", "linear_gelu") or x.dim() == 0:
         return 0
-    return x.shape[-1] * x.shape[-2] if op.startswith("qk_norm") else x.shape[-1]
+    width = x.shape[-1] * x.shape[-2] if op.startswith("qk_norm") else x.shape[-1]
+    # A size that a trace leaves open is 0, which every backend takes; it is checked when the program runs.
+    return 0 if isinstance(width, torch.SymInt) else width
 
 
 def _resolve(*key: Any) -> str:
-    # A size that a trace leaves open is 0, which every backend takes; it is checked when the program runs.
-    return str(_resolve_once(*(0 if isinstance(k, torch.SymInt) else k for k in key)))
+    return str(_resolve_once(*key))
 
 
 # What torch.compiler.assume_constant_result does; calling it would import torch._dynamo, 1.3 s of `import internvit`.
