@@ -47,6 +47,10 @@ class LinearConfig:
     stages: int
     group: int = 8
 
+    def constants(self) -> dict[str, int]:
+        tile = {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth, "GROUP": self.group}
+        return tile | {"num_warps": self.warps, "num_stages": self.stages}
+
     @classmethod
     def rule(cls, K: int, N: int, itemsize: int, target: Target) -> "LinearConfig":
         """Tiles of which two programs fit a multiprocessor, so that one's epilogue runs during the other's products.
@@ -215,12 +219,7 @@ def multiply(
         *(M, N, K, x_rows.stride(0), weight_rows.stride(0), stride_residual),
         GELU=gelu,
         WHOLE_K=K % config.depth == 0,
-        BLOCK_M=config.rows,
-        BLOCK_N=config.columns,
-        BLOCK_K=config.depth,
-        GROUP=config.group,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.constants(),
     )
     return y, z
 

@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from internvit.cli.bench import bench
 from internvit.cli.environment import usable_device
-from internvit.cli.network import DTYPES, Size, load_network
+from internvit.cli.network import DTYPES, Size, load_network, network_options
 from internvit.cli.precision import precision
-from internvit.config import VARIANTS
 from internvit.cost import TASKS
 from internvit.names import LAYOUTS
 
@@ -82,11 +81,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("images", nargs=-1, required=True)
-@click.option("--model", type=click.Choice(list(VARIANTS)), help="A published variant; its weights come from the hub.")
-@click.option("--weights", help="A checkpoint folder, a .safetensors or .pth file, or a hub id.")
-@click.option("--prefix", help="Before the tower's names in --weights, if it holds several towers.")
-@click.option("--size", type=Size(), help="Height and width in pixels, multiples of the patch size; native by default.")
+@network_options
 @click.option(
     "--layers", type=Layers(), help="Blocks whose output to keep, 0 the first; the last hidden state if none."
 )

@@ -1,13 +1,14 @@
 """What several commands ask for: a network and a size."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import torch
 
-from internvit.config import HUB_IDS, InternViTConfig
+from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 
 if TYPE_CHECKING:
     from internvit.model.vit import InternViT
@@ -26,6 +27,20 @@ class Size(click.ParamType):
             self.fail(f"expected N or HxW in pixels, got {value!r}", param, ctx)
         height = int(match[1])
         return height, int(match[2] or height)
+
+
+def network_options(command: Callable) -> Callable:
+    """IMAGES, --model, --weights, --prefix and --size, as `features` and `precision` have them."""
+    images = click.argument("images", nargs=-1, required=True)
+    options = (
+        click.option("--model", type=click.Choice(list(VARIANTS)), help="A published variant; weights from the hub."),
+        click.option("--weights", help="A checkpoint folder, a .safetensors or .pth file, or a hub id."),
+        click.option("--prefix", help="Before the tower's names in --weights, if it holds several towers."),
+        click.option("--size", type=Size(), help="Height and width in pixels, multiples of the patch; native if none."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return images(command)
 
 
 def load_network(

@@ -7,16 +7,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from internvit.cli.network import Size, load_network
-from internvit.config import VARIANTS
+from internvit.cli.network import load_network, network_options
 
 
 @click.command()
-@click.argument("images", nargs=-1, required=True)
-@click.option("--model", type=click.Choice(list(VARIANTS)), help="A published variant; its weights come from the hub.")
-@click.option("--weights", help="A checkpoint folder, a .safetensors or .pth file, or a hub id.")
-@click.option("--prefix", help="Before the tower's names in --weights, if it holds several towers.")
-@click.option("--size", type=Size(), help="Height and width in pixels, multiples of the patch size; native by default.")
+@network_options
 @click.option("--skip", multiple=True, help="Linears that stay bfloat16; the first and the last block by default.")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def precision(

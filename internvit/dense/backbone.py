@@ -153,7 +153,7 @@ class InternViTBackbone(nn.Module):
 
         Args:
             out_indices to rounding: as in the constructor.
-            name_or_path and **loading: see `InternViT.from_pretrained`.
+            name_or_path, loading: those of `InternViT.from_pretrained`.
         """
         from internvit.checkpoint.hub import locate
 

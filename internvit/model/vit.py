@@ -188,43 +188,18 @@ class InternViT(nn.Module):
         *,
         residual_dtype: torch.dtype | None = None,
         fold_layer_scale: bool = False,
-        config: InternViTConfig | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        strict: bool = True,
-        image_size: int | tuple[int, int] | None = None,
-        patch_size: int | None = None,
-        patch_resampling: str = "bicubic",
-        prefix: str | None = None,
+        **loading: Any,
     ) -> "InternViT":
         """Loads a checkpoint of any upstream, in eval mode.
 
         Args:
             residual_dtype, fold_layer_scale: as in the constructor.
-            name_or_path and all others: see `internvit.checkpoint.load.load_pretrained`.
+            name_or_path, loading: config, dtype, device, revision, cache_dir, token, local_files_only, strict,
+                image_size, patch_size, patch_resampling and prefix, of `internvit.checkpoint.load.load_pretrained`.
         """
         from internvit.checkpoint.load import load_pretrained
 
-        model = load_pretrained(
-            cls,
-            name_or_path,
-            config=config,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            strict=strict,
-            image_size=image_size,
-            patch_size=patch_size,
-            patch_resampling=patch_resampling,
-            prefix=prefix,
-        )
+        model = load_pretrained(cls, name_or_path, **loading)
         model.residual_dtype = residual_dtype
         model.set_layer_scale_folding(fold_layer_scale)
         return model

@@ -134,16 +134,7 @@ def linear_int8(
     return LINEAR_INT8.call((x_q, x_scale, weight_q, weight_scale, bias, x_zero, gelu, dtype), backend)
 
 
-def _formula(
-    x_q: Tensor,
-    x_scale: Tensor,
-    weight_q: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    x_zero: Tensor | None = None,
-    gelu: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
+def _formula(x_q, x_scale, weight_q, weight_scale, bias=None, x_zero=None, gelu=False, dtype=None):  # type: ignore[no-untyped-def]
     x = x_q if x_zero is None else x_q - x_zero.unsqueeze(-1)
     y = F.linear(x * x_scale.unsqueeze(-1), weight_q * weight_scale.unsqueeze(-1), bias)
     return F.gelu(y) if gelu else y

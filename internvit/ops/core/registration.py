@@ -179,8 +179,8 @@ class PublicOp(Op):
         schema: str,
         run: Callable | None,
         validate: Callable[..., None],
+        choose: Callable[[tuple[Any, ...], str | None], str] | None,
         autocast: Sequence[str] = (),
-        choose: Callable[[tuple[Any, ...], str | None], str] | None = None,
         compiled: Sequence[str] = (),
     ) -> None:
         super().__init__(schema, run, self._check_registered, compiled)
@@ -295,7 +295,7 @@ def define(
         flops: FLOPs from the arguments, tensors given as their shapes, as in torch.utils.flop_counter.
         compiled: the backends ("cpu", "cuda") whose library has this op and its backward.
     """
-    op = PublicOp(schema, run, validate, autocast, choose, compiled)
+    op = PublicOp(schema, run, validate, choose, autocast, compiled)
     if flops is not None:
         FORMULAS[op.name] = flops
     op.register_fake(fake)

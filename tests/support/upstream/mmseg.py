@@ -5,7 +5,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.upstream.opengvlab import InternRMSNorm
+from tests.support.upstream.opengvlab import InternRMSNorm, attend
 
 
 class RMSNorm(InternRMSNorm):
@@ -40,13 +40,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim) if qk_normalization else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.qk_normalization:
-            q = self.q_norm(q.transpose(1, 2).flatten(-2, -1)).view(B, N, self.num_heads, -1).transpose(1, 2)
-            k = self.k_norm(k.transpose(1, 2).flatten(-2, -1)).view(B, N, self.num_heads, -1).transpose(1, 2)
-        attention = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1))
-        return self.proj_drop(self.proj((attention @ v).transpose(1, 2).reshape(B, N, C)))
+        return attend(self, x)
 
 
 class Mlp(nn.Module):

@@ -50,6 +50,18 @@ class InternVisionEmbeddings(nn.Module):
         return tokens + position.to(dtype)
 
 
+def attend(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Attention with QK-norm over all heads, by the parts of `module`."""
+    B, N, C = hidden_states.shape
+    qkv = module.qkv(hidden_states).reshape(B, N, 3, module.num_heads, C // module.num_heads).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    if module.qk_normalization:
+        q = module.q_norm(q.transpose(1, 2).flatten(-2, -1)).view(B, N, module.num_heads, -1).transpose(1, 2)
+        k = module.k_norm(k.transpose(1, 2).flatten(-2, -1)).view(B, N, module.num_heads, -1).transpose(1, 2)
+    attention = module.attn_drop(((q * module.scale) @ k.transpose(-2, -1)).softmax(dim=-1))
+    return module.proj_drop(module.proj((attention @ v).transpose(1, 2).reshape(B, N, C)))
+
+
 class InternAttention(nn.Module):
     def __init__(self, config: InternViTConfig) -> None:
         super().__init__()
@@ -70,14 +82,7 @@ class InternAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        B, N, C = hidden_states.shape
-        qkv = self.qkv(hidden_states).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        if self.qk_normalization:
-            q = self.q_norm(q.transpose(1, 2).flatten(-2, -1)).view(B, N, self.num_heads, -1).transpose(1, 2)
-            k = self.k_norm(k.transpose(1, 2).flatten(-2, -1)).view(B, N, self.num_heads, -1).transpose(1, 2)
-        attention = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1))
-        return self.proj_drop(self.proj((attention @ v).transpose(1, 2).reshape(B, N, C)))
+        return attend(self, hidden_states)
 
 
 class InternMLP(nn.Module):
