@@ -119,7 +119,8 @@ def resolve(
     `folded` asks for an attention that takes QK-norm's weights and statistics; `caller` is the op that errors name
     where it is another one that the user called. A name that `auto` chose is an `AutoBackend`, outside of traces.
     """
-    channels = _channels(caller or op, x)
+    # A size that a trace leaves open is 0, which every backend takes; it is checked when the program runs.
+    head_dim, channels = (0 if isinstance(n, torch.SymInt) else n for n in (head_dim, _channels(caller or op, x)))
     key = op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested(), channels
     return _resolve(*key) if torch.compiler.is_compiling() else _resolve_once(*key)
 
@@ -128,9 +129,7 @@ def _channels(op: str, x: torch.Tensor) -> int:
     """The channels of the rows that `op` normalises or scales; 0 where their number does not matter."""
     if op in ("attention", "gelu", "linear_gelu") or x.dim() == 0:
         return 0
-    width = x.shape[-1] * x.shape[-2] if op.startswith("qk_norm") else x.shape[-1]
-    # A size that a trace leaves open is 0, which every backend takes; it is checked when the program runs.
-    return 0 if isinstance(width, torch.SymInt) else width
+    return x.shape[-1] * x.shape[-2] if op.startswith("qk_norm") else x.shape[-1]
 
 
 def _resolve(*key: Any) -> str:
