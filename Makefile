@@ -57,6 +57,7 @@ test-all: setup ## the rest as well
 budgets: setup ## rewrite the five committed budgets; read the differences before you commit them
 	$(BIN)/python -m tests.proofs.native.instructions --update
 	$(BIN)/python -m tests.proofs.triton.test_models_compile
+	$(PIP) --no-deps liger-kernel
 	TRITON_INTERPRET=1 $(BIN)/python -m tests.proofs.triton.interpreted.byte_count --update
 	$(BIN)/python -m tests.proofs.cuda.static_profile --update
 	$(BIN)/python -m internvit.benchmarks.reports.memory_passes --update

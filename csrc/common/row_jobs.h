@@ -166,8 +166,9 @@ struct QKNormStatsBackwardJob {
         grad_rows(grad_x, 2),
         grad_rstd(OptionalTensor(grad_rstd_given)),
         rstd(OptionalTensor(rstd_given)),
-        params{grad_rstd.data,   rstd.data,   x_rows.data,         x_rows.stride, grad_rows.data,
-               grad_rows.stride, x_rows.rows, int32_t(x_rows.channels), dtype_of(x)} {}
+        params{grad_rstd.data, rstd.data,        x_rows.data, x_rows.stride,
+               grad_rows.data, grad_rows.stride, x_rows.rows, int32_t(x_rows.channels),
+               dtype_of(x)} {}
 
   // What the kernel wrote where grad_x's rows have more than one stride.
   void copy_back() const {

@@ -86,12 +86,9 @@ struct RowOps {
     return {job.grad_residual, job.grad(kWeight), job.grad(kBias)};
   }
 
-  static std::tuple<Tensor, Tensor> layer_scale_residual_backward(const Tensor& grad_residual_out,
-                                                                  const OptionalTensor& branch,
-                                                                  const OptionalTensor& gamma,
-                                                                  const OptionalTensor& row_scale,
-                                                                  ScalarType branch_dtype,
-                                                                  const std::vector<bool>& mask) {
+  static std::tuple<Tensor, Tensor> layer_scale_residual_backward(
+      const Tensor& grad_residual_out, const OptionalTensor& branch, const OptionalTensor& gamma,
+      const OptionalTensor& row_scale, ScalarType branch_dtype, const std::vector<bool>& mask) {
     check::layer_scale_residual_backward(grad_residual_out, branch, gamma, row_scale, branch_dtype, mask);
     NormBackwardInputs in;
     in.grad_residual_out = grad_residual_out;
@@ -150,10 +147,12 @@ struct RowOps {
     return {for_q.normed, for_k.normed, for_q.rstd, for_k.rstd};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_backward(
-      const Tensor& grad_q_normed, const Tensor& grad_k_normed, const Tensor& q, const Tensor& k,
-      const Tensor& q_weight, const Tensor& k_weight, const Tensor& rstd_q, const Tensor& rstd_k,
-      const std::vector<bool>& mask) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_backward(const Tensor& grad_q_normed,
+                                                                     const Tensor& grad_k_normed, const Tensor& q,
+                                                                     const Tensor& k, const Tensor& q_weight,
+                                                                     const Tensor& k_weight, const Tensor& rstd_q,
+                                                                     const Tensor& rstd_k,
+                                                                     const std::vector<bool>& mask) {
     check::qk_norm_backward(grad_q_normed, grad_k_normed, q, k, q_weight, k_weight, rstd_q, rstd_k, mask);
     NormBackward for_q(of_rms_norm(grad_q_normed, q, q_weight, rstd_q, mask[0], mask[2], 2));
     NormBackward for_k(of_rms_norm(grad_k_normed, k, k_weight, rstd_k, mask[1], mask[3], 2));

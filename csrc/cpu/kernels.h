@@ -79,8 +79,8 @@ struct PackWeightParams {
 struct QuantizeRowsParams {
   const void* x;  // [rows, K]
   int64_t x_stride;
-  int8_t* x_q;     // [rows, K] contiguous
-  float* x_scale;  // [rows]
+  int8_t* x_q;      // [rows, K] contiguous
+  float* x_scale;   // [rows]
   int32_t* x_zero;  // [rows]
   int64_t rows, channels;
   DType dtype;

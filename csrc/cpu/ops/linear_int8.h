@@ -225,8 +225,7 @@ void linear_int8_as(LinearInt8Params p, const Executor& executor) {
               int32_t* sums = panel_sums + (strip - first_strip) * strip_sums;
               const int64_t rows = min_of(kInt8Rows, p.rows - strip * kInt8Rows);
               const bool last = step_end == depth;
-              for (int64_t i = 0; last && i < rows; ++i)
-                __builtin_prefetch(epilogue.row_of(strip * kInt8Rows + i), 1);
+              for (int64_t i = 0; last && i < rows; ++i) __builtin_prefetch(epilogue.row_of(strip * kInt8Rows + i), 1);
               VnniBlock product;
               if (d == 0) {
                 product.start(starts + panel * kInt8Panel);

@@ -3,9 +3,9 @@
 //   symmetric: scale = max |x| / 127, zero = 0;  else with low = min(x, 0), high = max(x, 0):
 //   scale = (high - low) / 255, zero = round(-low / scale) - 128;  x_q = round(x / scale) + zero, to nearest even
 //
-// Divisions by the scale are products with its inverse, steps / range. A row with a value that is not finite has a scale
-// of NaN, so that what is computed from it is not finite either. A row of a range below kLeast is zero: its inverse
-// would not be finite.
+// Divisions by the scale are products with its inverse, steps / range. A row with a value that is not finite has a
+// scale of NaN, so that what is computed from it is not finite either. A row of a range below kLeast is zero: its
+// inverse would not be finite.
 #pragma once
 
 #include "cpu/simd/simd.h"

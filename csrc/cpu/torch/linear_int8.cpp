@@ -100,8 +100,9 @@ struct PackedLinear {
   PackedLinear(const char* op, const char* name, const Tensor& x, const Tensor& packed_weight,
                const Tensor& weight_scale, const OptionalTensor& b)
       : shape(shape_of_packed(op, packed_weight)), scale(OptionalTensor(weight_scale)), bias(b) {
-    STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == shape.in_features, op, ": ", name, " must have packed_weight's ",
-                    shape.in_features, " input features, got shape ", list_of(x.sizes()));
+    STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == shape.in_features, op, ": ", name,
+                    " must have packed_weight's ", shape.in_features, " input features, got shape ",
+                    list_of(x.sizes()));
     check_tensor(op, "weight_scale", weight_scale, ScalarType::Float);
     check_sizes(op, "weight_scale", weight_scale, {shape.out_features});
     if (!b) return;

@@ -2,10 +2,11 @@
 // the width and the residual's dtype, never on the number of rows, so that a row has the same bits in any batch; nor on
 // the branch's dtype, so that a float32 residual beside a 16-bit branch is summed in the order of the norm of float32.
 //
-// A thread holds `vectors` vectors, 16 bytes of the residual each, `lanes` threads a row. Reductions go through groups of 16 or 32 lanes,
-// so lanes is a multiple of 16: 3200 bf16 channels are 400 vectors, 80 threads of 5, two rows in five whole warps, no
-// lane idle; a power of two would idle 22 % of them. 1024 are 128 vectors: one warp of 4, four rows a block, and no
-// shared memory at all. No GPU has run this rule: it minimises idle lanes, then the number of threads that must meet.
+// A thread holds `vectors` vectors, 16 bytes of the residual each, `lanes` threads a row. Reductions go through groups
+// of 16 or 32 lanes, so lanes is a multiple of 16: 3200 bf16 channels are 400 vectors, 80 threads of 5, two rows in
+// five whole warps, no lane idle; a power of two would idle 22 % of them. 1024 are 128 vectors: one warp of 4, four
+// rows a block, and no shared memory at all. No GPU has run this rule: it minimises idle lanes, then the number of
+// threads that must meet.
 #pragma once
 
 #include <cstdint>

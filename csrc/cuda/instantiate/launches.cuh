@@ -93,8 +93,8 @@ struct Launches {
     int least = kMaxThreads;
     with_vectors(rule.vectors, [&](auto vectors) -> const char* {
       constexpr int V = decltype(vectors)::value;
-      for (const auto kernel : {backward_kernel<V>(false, true), backward_kernel<V>(true, false),
-                                backward_kernel<V>(true, true)}) {
+      for (const auto kernel :
+           {backward_kernel<V>(false, true), backward_kernel<V>(true, false), backward_kernel<V>(true, true)}) {
         const int blocks = resident_blocks_of(kernel, rule.lanes * rule.rows);
         least = blocks < least ? blocks : least;
       }

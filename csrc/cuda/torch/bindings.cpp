@@ -73,8 +73,7 @@ struct Cuda {
     const DType residual_dtype = first.params.residual_dtype;
     const CurrentStream stream(first.like);
     const RowLaunch rule = row_launch(first.shape.channels, residual_dtype == kFloat32 ? 4 : 8);
-    const int64_t resident =
-        stream.multiprocessors() * int64_t(resident_blocks(residual_dtype, first.shape.channels));
+    const int64_t resident = stream.multiprocessors() * int64_t(resident_blocks(residual_dtype, first.shape.channels));
     for (auto* job : given) job->sum_through(backward_programs(job->shape.rows, rule, resident));
     const auto jobs = launched_together<NormBackwardParams>(given);
     check_launched(op, kernels_of(first.params.dtype, residual_dtype).norm_backward(jobs, stream.get()));

@@ -10,10 +10,10 @@
 #include <string>
 #include <vector>
 
+#include "../guarded.h"
 #include "cuda/device/launch.h"
 #include "cuda/kernels.h"
 #include "cuda_host.h"
-#include "../guarded.h"
 
 using namespace internvit;
 using namespace internvit::cuda;
@@ -248,8 +248,8 @@ int main(int argc, char** argv) {
 #endif
     Driver driver{kernels, dtype, residual_dtype, plant_bounds, ""};
     for (const bool layer_norm : {false, true}) {
-      const std::pair<int64_t, int64_t> shapes[] = {{1, 1},    {3, 7},    {21, 40},  {17, 384},
-                                                    {9, 1024}, {9, 1028}, {3, 1025}, {9, 3200}, {3, 4104}};
+      const std::pair<int64_t, int64_t> shapes[] = {{1, 1},    {3, 7},    {21, 40},  {17, 384}, {9, 1024},
+                                                    {9, 1028}, {3, 1025}, {9, 3200}, {3, 4104}};
       for (const auto& [rows, channels] : shapes) driver.fused_add_norm(rows, channels, layer_norm);
     }
     if (dtype != residual_dtype) continue;
