@@ -299,6 +299,17 @@ def optimize_for_inference(
             model that is not on a GPU, or with hooks, adapters or replaced parts, whose Python a graph would run at
             capture only; a limit or batch size below 1.
     """
+    _check(model, residual_dtype, out_dtype, cuda_graph)
+    int8 = int8_linears(model, precision, skip)
+    if int8 and not pack:
+        raise ValueError("optimize_for_inference: precision='int8' packs weights, got pack=False")
+    graphs = GraphedFunction(graph_limit, graph_batches)
+    return OptimizedInternViT(model, pack, graphs if cuda_graph else None, residual_dtype, out_dtype, int8).eval()
+
+
+def _check(
+    model: InternViT, residual_dtype: torch.dtype | str | None, out_dtype: torch.dtype | None, cuda_graph: bool
+) -> None:
     if not isinstance(model, InternViT):
         raise ValueError(f"optimize_for_inference: model must be an InternViT, got {type(model).__name__}")
     if model.training:
@@ -321,8 +332,3 @@ def optimize_for_inference(
             f"optimize_for_inference: cuda_graph=True cannot take layers {modified}: their hooks, adapters or replaced "
             "parts would run at capture only; remove them, or leave cuda_graph out"
         )
-    int8 = int8_linears(model, precision, skip)
-    if int8 and not pack:
-        raise ValueError("optimize_for_inference: precision='int8' packs weights, got pack=False")
-    graphs = GraphedFunction(graph_limit, graph_batches)
-    return OptimizedInternViT(model, pack, graphs if cuda_graph else None, residual_dtype, out_dtype, int8).eval()

@@ -340,10 +340,7 @@ from pathlib import Path
 import torch
 from internvit.data.parts import open_parts
 out, images = Path(sys.argv[1]), [Path(f"{i}.png") for i in range(24)]
-
-def peak():  # in KiB; ru_maxrss would begin at that of the process that started this one
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 with open_parts(out, {}) as parts:
     for i, image in enumerate(images):
         parts.write(image, "0", {f"{image}:last": torch.full((1024, 4096), float(i))})
@@ -356,7 +353,7 @@ with open_parts(out, {}) as parts:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_joining_holds_no_more_than_a_copy_buffer(tmp_path) -> None:
-    """24 parts of 16 MiB; the peak may not grow by one of them."""
+    """24 parts of 16 MiB; the peak may not grow by one of them. ru_maxrss would begin at the peak of this process."""
     call = [sys.executable, "-c", JOIN, str(tmp_path / "out")]
     done = subprocess.run(call, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
