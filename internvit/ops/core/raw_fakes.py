@@ -13,13 +13,15 @@ _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
 def register_fakes(backend: str) -> None:
-    """Gives each op of the loaded library `internvit_{backend}` its fake implementation."""
+    """Gives each op of the library `internvit_{backend}`, where it is loaded, its fake implementation."""
     namespace = f"internvit_{backend}"
     library = _LIBRARIES[backend] = torch.library.Library(namespace, "FRAGMENT")
     fakes = {name: op.fakes[backend] for name, op in OPS.items() if backend in op.fakes}
     if backend == "cpu":
         fakes["linear_packed"] = _linear_packed
     for name, fake in fakes.items():
+        if not hasattr(getattr(torch.ops, namespace), name):
+            continue
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
 
