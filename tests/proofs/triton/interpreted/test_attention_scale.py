@@ -13,8 +13,9 @@ def rounding(q, k, v, grad, scale, norm):
 
     A score is D products, their sum, and at most 8 more roundings (QK-norm's factors, the scale, base 2): off by
     e = (D + 8) eps / 2 * sum |q k| |scale|. Normalised, a probability is off by what its own e differs from its row's:
-    nothing where the softmax is one-hot. Backward's exp(S - lse) is also off by the roundings of S, lse and their
-    difference, 4 eps / 2 of the largest score, and is 0 below float32's smallest normal number.
+    nothing where the softmax is one-hot. Backward's exp(S - lse) is also off by what lse is off, 4 eps / 2 of the
+    largest score, and by as much again for S, lse in base 2 and their difference; it is 0 below float32's smallest
+    normal number.
     """
     D, N, eps = q.shape[-1], q.shape[1], torch.finfo(torch.float32).eps
     q, k, v, grad = (t.double().transpose(1, 2) for t in (q, k, v, grad))
@@ -28,7 +29,7 @@ def rounding(q, k, v, grad, scale, norm):
     e = (D + 8) * eps / 2 * abs(scale) * (q.abs() @ k.abs().transpose(-1, -2))
     row = (p * e).sum(-1, keepdim=True)
     normalised = (1 - p) * e + (row - p * e) + N * eps  # relative, of P in forward
-    off = normalised + 2 * eps * scores.abs().amax(-1, keepdim=True)  # in backward
+    off = normalised + 4 * eps * scores.abs().amax(-1, keepdim=True)  # in backward
     products = grad.abs() @ v.abs().transpose(-1, -2)
     centred = grad @ v.transpose(-1, -2)
     centred = (centred - (p * centred).sum(-1, keepdim=True)).abs()
