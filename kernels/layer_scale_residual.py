@@ -48,10 +48,10 @@ def add_branch(b_residual, b_branch, p_gamma, p_row_scale, o_rows, m_rows, rows_
     may contract the same formula differently, and this op and `layer_scale_residual_norm` would differ in bits."""
     b_gamma = load_gamma(p_gamma, o_cols, C)[None, :]
     if p_row_scale is None:
-        b_out = tl.fma(b_branch, b_gamma + tl.zeros_like(b_branch), b_residual)
+        b_out = tl.fma(b_branch, tl.broadcast_to(b_gamma, b_branch.shape), b_residual)
     else:
         b_scale = load_row_scale(p_row_scale, o_rows, m_rows, rows_per_image)[:, None]
-        b_out = tl.fma(b_branch * b_gamma, b_scale + tl.zeros_like(b_branch), b_residual)
+        b_out = tl.fma(b_branch * b_gamma, tl.broadcast_to(b_scale, b_branch.shape), b_residual)
     return b_out
 
 
@@ -104,7 +104,7 @@ def layer_scale_residual_backward_kernel(
         if p_grad_branch is not None:
             store_tile(p_grad_branch, o_rows, C, o_cols, m_tile, b_grad * b_gamma[None, :])
         if GAMMA_SUM:
-            b_gamma_sum += b_grad * b_branch
+            b_gamma_sum = tl.fma(b_grad, b_branch, b_gamma_sum)
     if GAMMA_SUM:
         store_partial(p_partials, 0, b_gamma_sum, o_cols, C)
 

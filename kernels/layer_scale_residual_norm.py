@@ -94,7 +94,7 @@ def layer_scale_residual_norm_backward_kernel(
         )
         b_grad = norm_backward(b_grad_normed, b_x_hat, b_weight, b_rstd, C, NORM_TYPE)
         if WEIGHT_SUM:  # after grad: before it, sm_90 spilled 8 bytes where gamma is frozen
-            b_weight_sum += b_grad_normed * b_x_hat
+            b_weight_sum = tl.fma(b_grad_normed, b_x_hat, b_weight_sum)
         if BIAS_SUM:
             b_bias_sum += b_grad_normed
         if p_grad_residual_out is not None:
@@ -108,7 +108,8 @@ def layer_scale_residual_norm_backward_kernel(
             b_gamma = load_gamma(p_gamma, o_cols, C)
             store_tile(p_grad_branch, o_rows, C, o_cols, m_tile, b_grad * b_gamma[None, :])
         if GAMMA_SUM:  # after the store: loaded before it, the branch spilled 4 bytes at C = 3200 on sm_100
-            b_gamma_sum += b_grad * load_tile(p_branch, o_rows, stride_branch, o_cols, m_tile)
+            b_branch = load_tile(p_branch, o_rows, stride_branch, o_cols, m_tile)
+            b_gamma_sum = tl.fma(b_grad, b_branch, b_gamma_sum)
     if GAMMA_SUM:
         store_partial(p_partials, 0, b_gamma_sum, o_cols, C)
     if WEIGHT_SUM:

@@ -166,6 +166,14 @@ def load_vector(p_x, o_cols, C: tl.constexpr):
 
 
 @triton.jit
+def product(b_x, b_y):
+    """x * y rounded, a term of a sum over a row. The compiler contracts a bare product with the addition behind it or
+    not, as what stands around it suits: on sm_100 and sm_120, whose multiply-adds come in pairs, the fused op and its
+    parts added a row's squares with other roundings."""
+    return tl.fma(b_x, b_y, tl.zeros_like(b_x))
+
+
+@triton.jit
 def store_partial(p_partials, i_sum, b_sum, o_cols, C: tl.constexpr):
     """Writes the column sums of b_sum [ROWS, BLOCK_C] as this program's partial row of sum number i_sum."""
     o_row = (i_sum * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * C

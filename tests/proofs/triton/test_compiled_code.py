@@ -1,5 +1,6 @@
 """What the compiler makes of kernels that no interpreter shows: widths of loads, orders of sums, shared memory."""
 
+import collections
 import os
 import re
 
@@ -14,7 +15,7 @@ from internvit.kernels.common.strides import stride_unit
 from internvit.kernels.common.target import TARGETS
 from internvit.kernels.layer_scale_residual_norm import layer_scale_residual_norm, layer_scale_residual_norm_backward
 from internvit.kernels.linear import LinearConfig, linear
-from internvit.kernels.norm import layer_norm, norm_gradients, rms_norm
+from internvit.kernels.norm import layer_norm, norm, norm_gradients, rms_norm
 from internvit.kernels.qk_norm import qk_norm
 from internvit.kernels.tools.compile_only import specializing
 from internvit.kernels.tools.model_launches import KernelUse
@@ -86,6 +87,55 @@ def test_float32_residuals_gradient_is_summed_in_one_order(channels):
     args = (config, residual, residual, weight, None, rstd, "rms_norm", (True, False, False))
     apart = summed_layouts("sm_90", norm_gradients, *args)
     assert fused["layer_scale_residual_norm_backward_kernel"] == apart["norm_backward_kernel"]
+
+
+def arithmetic(arch, function, *args):
+    """How many float32 additions, products and fused multiply-adds a thread of each kernel does, by kernel."""
+    counts = {}
+    for one in specializations(arch, function, *args):
+        counts[one.function] = collections.Counter()
+        code = one.compile(TARGETS[arch]).asm["ptx"]
+        instructions = re.findall(r"^\s*(fma|mul|add|sub)\.(?:\w+\.)*?f32(x2)?(?:\.b?f16)?\s", code, re.MULTILINE)
+        for name, pair in instructions:
+            counts[one.function]["add" if name == "sub" else name] += 2 if pair else 1
+    return counts
+
+
+ELEMENTS = 16  # of a thread, both of 1024 and of 3200 channels
+ROUNDINGS = [
+    pytest.param(arch, dtype, residual_dtype, channels, id=f"{arch}-{dtype}-{residual_dtype}-{channels}")
+    for arch, dtype, residual_dtype, channels in (
+        ("sm_90", "bfloat16", "float32", 1024),
+        ("sm_90", "float32", "float32", 3200),
+        ("sm_100", "bfloat16", "bfloat16", 1024),  # multiply-adds in pairs
+        ("sm_100", "float32", "float32", 3200),
+    )
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "residual_dtype", "channels"), ROUNDINGS)
+@pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
+def test_fused_op_rounds_as_two_ops(arch, norm_type, dtype, residual_dtype, channels):
+    """Forward the fused op does the norm's arithmetic and one multiply-add an element more, spelt out; backward the
+    norm's and an addition. Left to the compiler, the last product of the norm's gradient was contracted with that
+    addition, and on sm_100 the terms of a row's sum of squares with each other or not."""
+    residual = torch.empty(2, 1025, channels, dtype=getattr(torch, residual_dtype))
+    branch = torch.empty(2, 1025, channels, dtype=getattr(torch, dtype))
+    weight, rstd = torch.empty(channels, dtype=branch.dtype), torch.empty(2, 1025)
+    bias, mean = (weight, rstd) if norm_type == "layer_norm" else (None, None)
+    args = (residual, branch, weight, None, weight, bias, 1e-6, norm_type, "fused")
+    fused = arithmetic(arch, layer_scale_residual_norm, *args)["layer_scale_residual_norm_kernel"]
+    config = row_config(norm_type, channels, TARGETS[arch])
+    apart = arithmetic(arch, norm, config, residual, weight, bias, 1e-6, norm_type, "fused")["norm_kernel"]
+    assert fused - apart == {"fma": ELEMENTS}
+    assert not apart - fused
+    mask = (True, False, False, False, False)
+    args = (residual, branch, residual, None, None, None, weight, rstd, rstd, norm_type, mask)
+    fused = arithmetic(arch, layer_scale_residual_norm_backward, *args)["layer_scale_residual_norm_backward_kernel"]
+    args = (config, residual, residual, weight, mean, rstd, norm_type, (True, False, False))
+    apart = arithmetic(arch, norm_gradients, *args)["norm_backward_kernel"]
+    assert fused - apart == {"add": ELEMENTS}
+    assert not apart - fused
 
 
 @pytest.mark.parametrize(("strides", "unit"), [((72, 3456), 8), ((64, 3072), 1), ((72, 20), 1), ((0, 8), 8), ((), 1)])

@@ -20,6 +20,7 @@ from tests.proofs.triton.interpreted.harness import (
     reference,
     run,
 )
+from tests.support.implementations import call
 
 FACTORS = {
     "op": ("layer_scale_residual", "rms_norm", "layer_norm"),
@@ -117,6 +118,35 @@ def test_one_pass_equals_two(kind, rounding, dtype):
         assert torch.equal(normed, rms_norm(expected, weight, rounding=rounding, backend="triton"))
     else:
         assert torch.equal(normed, layer_norm(expected, weight, backend="triton"))
+
+
+@pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual_dtype", ["same", "float32"])
+def test_one_pass_backward_equals_two(kind, residual_dtype, dtype, generator):
+    """Of a float32 stream to the bit. A 16-bit stream's gradient is rounded once, where two ops round it three times:
+    it has the bits of two ops that are given the same numbers in float32."""
+    dtype = getattr(torch, dtype)
+    grad_out, x = (numerics.sample((2, 5, 384), d, dtype, generator) for d in ("normal", "massive"))
+    if residual_dtype == "float32":
+        grad_out, x = grad_out.float(), x.float()
+    grad_normed, branch = (numerics.sample(x.shape, "normal", dtype, generator) for _ in range(2))
+    gamma, weight = (torch.randn(384, generator=generator).to(dtype) for _ in range(2))
+    row_scale, is_layer_norm = torch.tensor([0.0, 1.25]), kind == "layer_norm"
+    statistics = call(kind, "triton", x, weight, *([None, 1e-6] if is_layer_norm else [1e-6, "fused"]))[1:]
+    mean = statistics[0] if is_layer_norm else torch.empty(0)
+    given = (branch, gamma, row_scale)
+    fused = call(
+        *("layer_scale_residual_norm_backward", "triton", grad_out, grad_normed, x, *given, weight, mean),
+        *(statistics[-1], kind, [True] * 4 + [is_layer_norm]),
+    )
+    grad_x, *of_norm = call(
+        f"{kind}_backward", "triton", grad_normed.float(), x.float(), weight, *statistics, [True] * (2 + is_layer_norm)
+    )
+    grad = grad_x + grad_out.float()
+    of_residual = call("layer_scale_residual_backward", "triton", grad, *given, dtype, [True, True])
+    for a, b in zip(fused, [grad.to(x.dtype), *of_residual, *of_norm], strict=False):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("asked", [(0,), (1,), (2,), (3,), (4,), (0, 3), (1, 2, 4)])
