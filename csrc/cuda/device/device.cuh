@@ -26,6 +26,18 @@ INTERNVIT_DEVICE float widened(f16 x) {
   return y;
 }
 
+// 1 / x and 2^x in one instruction, within 1 and 2 ulp; denormal numbers count as 0.
+INTERNVIT_DEVICE float reciprocal_estimate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+INTERNVIT_DEVICE float exp2_flushed(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to nearest, even, into one register; `low` has the lower address.
 INTERNVIT_DEVICE uint32_t packed(float low, float high, bf16) {
   uint32_t y;

@@ -104,6 +104,11 @@ class Shared {
   mutable host::Cell cell_;
 };
 
+inline float reciprocal_estimate(float x) { return 1.0f / x; }
+inline float exp2_flushed(float x) {
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
 inline float widened(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 inline float widened(f16 x) {
   _Float16 half;
