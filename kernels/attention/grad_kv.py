@@ -10,7 +10,24 @@ from torch import Tensor
 
 from internvit.kernels.attention.config import AttentionConfig, run_tiles
 from internvit.kernels.attention.scores import LN2, LOG2E, add_product, probabilities, scores
-from internvit.kernels.attention.tiles import LONE_ROWS, load_rows, one_head, store_rows, tile_of_program
+from internvit.kernels.attention.tiles import (
+    LONE_ROWS,
+    load_rows,
+    load_rows_or_last,
+    one_head,
+    store_rows,
+    tile_of_program,
+)
+
+
+@triton.jit
+def load_queries(p_x, i_m, N, stride_n, o_d, D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
+    """Rows i_m.. [BLOCK_M, BLOCK_D]; what stands beyond N is finite where x is: its probabilities are 0."""
+    if MASKED:
+        b_x = load_rows_or_last(p_x, i_m, N, stride_n, o_d, D, BLOCK_M)
+    else:
+        b_x = load_rows(p_x, i_m, N, stride_n, o_d, D, BLOCK_M, False)
+    return b_x
 
 
 @triton.jit
@@ -27,11 +44,11 @@ def grad_kv_step(
 ):  # fmt: skip
     """One tile of queries into the gradients of a tile of keys and values; everything is transposed."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    b_q = load_rows(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, MASKED)
+    b_q = load_queries(p_q, i_m, N, stride_qn, o_d, D, BLOCK_M, MASKED)
     b_s = scores(b_k, b_q)  # [BLOCK_N, BLOCK_M]
     b_lse = tl.load(p_lse + o_m, mask=o_m < N, other=float("inf"))  # exp2(-inf) drops queries beyond N
     b_p = probabilities(b_s * b_column_scale[:, None] - (b_lse * LOG2E)[None, :], BOUNDED)
-    b_grad = load_rows(p_grad_out, i_m, N, stride_gn, o_d, D, BLOCK_M, MASKED)
+    b_grad = load_queries(p_grad_out, i_m, N, stride_gn, o_d, D, BLOCK_M, MASKED)
     b_grad_v = add_product(b_grad_v, b_p, b_grad)
     b_grad_p = scores(b_v, b_grad)
     b_delta = tl.load(p_delta + o_m, mask=o_m < N, other=0.0)
