@@ -23,6 +23,7 @@ from internvit.model.fused_block import (
     BranchOutput,
     attention_output,
     fc1_gelu,
+    linear_or_folded,
     linear_per_image,
     run_block,
 )
@@ -125,16 +126,23 @@ class FusedBlock:
         )
 
     def _branch_output(self, branch_index: int, linear: str) -> BranchOutput:
-        gamma = gamma_of(self.block, self.layout.gammas[branch_index])
-        row_scale = partial(self._row_scale, branch_index) if self.layout.drop_paths else None
-        return BranchOutput(partial(linear_per_image, part(self.block, linear)), gamma, row_scale)
+        module, gamma = part(self.block, linear), gamma_of(self.block, self.layout.gammas[branch_index])
+        row_scale = partial(self._row_scale, branch_index) if self._drops(branch_index) else None
+        if gamma is None:
+            return BranchOutput(partial(linear_per_image, module), None, row_scale)
+        return linear_or_folded(module, gamma, False, row_scale)
 
-    def _row_scale(self, branch_index: int, branch: Tensor) -> Tensor | None:
+    def _drops(self, branch_index: int) -> bool:
+        """Whether DropPath drops images of the branch now."""
+        if not self.layout.drop_paths:
+            return False
+        drop_path = part(self.block, self.layout.drop_paths[branch_index])
+        return drop_path is not None and drop_path.training and bool(getattr(drop_path, "drop_prob", None))
+
+    def _row_scale(self, branch_index: int, branch: Tensor) -> Tensor:
         """DropPath's factor of each image, [B] float32, from the same random numbers as timm's."""
         drop_path = part(self.block, self.layout.drop_paths[branch_index])
-        rate = getattr(drop_path, "drop_prob", None)
-        if drop_path is None or not rate or not drop_path.training:
-            return None
+        rate = drop_path.drop_prob
         gamma = gamma_of(self.block, self.layout.gammas[branch_index])
         dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
         kept = torch.empty(branch.shape[0], 1, 1, dtype=dtype, device=branch.device).bernoulli_(1 - rate)

@@ -15,8 +15,8 @@ from tests.support import ROOT
 BUGS = {
     "sign flip": (
         "norm.py",
-        "b_inner = b_g - b_x_hat *",
-        "b_inner = b_g + b_x_hat *",
+        "tl.fma(b_x_hat, -b_along, b_scaled)",
+        "tl.fma(b_x_hat, b_along, b_scaled)",
         ("test_norms.py", "rows:3-channels:384"),
     ),
     "missing mask": (

@@ -21,6 +21,7 @@ from tests.proofs.triton.interpreted.harness import (
     parametrize,
     run,
 )
+from tests.support.models import features, opengvlab_judge, timm_judge, transformers_judge
 
 BACKEND = "triton_gemm"
 OUT = (1, 72, 136, 300)
@@ -169,10 +170,8 @@ def tiny(**changes):
     return InternViT(config)
 
 
-@pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
-def test_a_model_takes_both_gemms(norm_type, monkeypatch):
-    """Without gradients the residual is in the epilogue of proj and fc2; with them GELU alone is in fc1's."""
-    model, pixels = tiny(norm_type=norm_type).eval(), torch.randn(2, 3, 28, 28)
+def multiplied(monkeypatch):
+    """The GEMMs that run from now on: whether they end in GELU, keep what it is taken of, and add a residual."""
     seen, multiply = [], kernels.multiply
 
     def spy(config, x, weight, bias, gamma, residual, gelu, save):
@@ -180,6 +179,14 @@ def test_a_model_takes_both_gemms(norm_type, monkeypatch):
         return multiply(config, x, weight, bias, gamma, residual, gelu, save)
 
     monkeypatch.setattr(kernels, "multiply", spy)
+    return seen
+
+
+@pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
+def test_a_model_takes_both_gemms(norm_type, monkeypatch):
+    """Without gradients the residual is in the epilogue of proj and fc2; with them GELU alone is in fc1's."""
+    model, pixels = tiny(norm_type=norm_type).eval(), torch.randn(2, 3, 28, 28)
+    seen = multiplied(monkeypatch)
     results = []
     for name in (BACKEND, "reference"):
         with internvit.backend(name), torch.no_grad():
@@ -196,6 +203,20 @@ def test_a_model_takes_both_gemms(norm_type, monkeypatch):
     assert seen == 2 * [(True, True, False)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("judge", [opengvlab_judge, transformers_judge, timm_judge])
+def test_a_patched_model_takes_both_gemms(judge, monkeypatch):
+    """The residual stood outside the GEMMs of patched blocks, in a pass of its own."""
+    own = tiny(norm_type="layer_norm", qkv_bias=True, qk_normalization=False)
+    pixels = torch.randn(2, 3, 28, 28)
+    model = judge(own.config, own.state_dict()).eval()
+    seen = multiplied(monkeypatch)
+    with torch.no_grad():
+        expected = features(model, pixels)
+        with internvit.patch(model), internvit.backend(BACKEND):
+            torch.testing.assert_close(features(model, pixels), expected, rtol=1e-4, atol=1e-4)
+    assert seen == 2 * [(False, False, True), (True, False, False), (False, False, True)]
 
 
 def test_too_many_outputs_are_refused():
