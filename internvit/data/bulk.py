@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +34,8 @@ _SHARD_BYTES = 256 * 2**20  # of features, by which the default number of images
 _SHARD_IMAGES = 256  # 154 MB of pixels at 448 x 448
 
 
-class Done(NamedTuple):
+@dataclass(frozen=True)
+class Done:
     """A shard that is written."""
 
     index: int
@@ -143,12 +144,11 @@ def extract_folder(
         total = sum(map(len, shards))
         progress(result, total)
         job = Job(embedder, made.settings(), made.preprocess, files, column, strict)
-        with (
-            contextlib.closing((engine or run_local)(job, made, waiting))
-            if waiting
-            else contextlib.nullcontext(()) as done
-        ):  # type: ignore[attr-defined]
-            for entry in done:
+        if not waiting:
+            return result
+        running: Any = (engine or run_local)(job, made, waiting)
+        with contextlib.closing(running):  # also after Ctrl-C: no thread decodes on
+            for entry in running:
                 result.images += entry.images
                 result.failed += entry.failed
                 progress(result, total)

@@ -124,15 +124,16 @@ class Embedder:
     def _size(self, size: int | tuple[int, int] | str | None, tiles: int) -> tuple[int, int] | None:
         if size == "image" and not tiles:
             return None
-        height, width = pair = self.config.image_hw if size is None else (size, size) if isinstance(size, int) else size
-        if not all(isinstance(side, int) and side > 0 and side % self.config.patch_size == 0 for side in pair):
+        pair: Any = self.config.image_hw if size is None else (size, size) if isinstance(size, int) else size
+        patch = self.config.patch_size
+        if not (len(pair) == 2 and all(isinstance(side, int) and side > 0 and side % patch == 0 for side in pair)):
             raise ValueError(
-                f"size: expected (height, width) in multiples of {self.config.patch_size} pixels, None"
-                f"{'' if tiles else ' or image'}, got {size!r}"
+                f"size: expected (height, width) in multiples of {patch} pixels, None{'' if tiles else ' or image'}, "
+                f"got {size!r}"
             )
-        if tiles and height != width:
-            raise ValueError(f"size: tiles are squares, got {height}x{width}")
-        return int(height), int(width)
+        if tiles and pair[0] != pair[1]:
+            raise ValueError(f"size: tiles are squares, got {pair[0]}x{pair[1]}")
+        return pair[0], pair[1]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -173,7 +174,7 @@ class Embedder:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with a column of features for each layer, and "error": None, or why an image has none."""
         column = self.column or next((name for name in _COLUMNS if name in batch), None)
-        if column not in batch:
+        if column is None or column not in batch:
             expected = repr(self.column) if self.column else f"one of {', '.join(_COLUMNS)}"
             raise ValueError(f"column: expected {expected} in the batch, which has {', '.join(batch)}")
         values = batch[column]
@@ -250,10 +251,11 @@ class Embedder:
 def _dense(rows: Iterable[np.ndarray | None], shape: tuple[int | None, ...], dtype: str) -> np.ndarray:
     """[B, ...] with NaN for None; an object array with empty rows for None where shapes vary."""
     rows = list(rows)
+    sides = [side or 0 for side in shape]
     if None not in shape:
-        missing = np.full(shape, np.nan, dtype)  # type: ignore[arg-type]
-        return np.stack([missing if row is None else row for row in rows]) if rows else np.empty((0, *shape), dtype)  # type: ignore[arg-type]
-    empty = np.empty([side or 0 for side in shape], dtype)
+        missing = np.full(sides, np.nan, dtype)
+        return np.stack([missing if row is None else row for row in rows]) if rows else np.empty((0, *sides), dtype)
+    empty = np.empty(sides, dtype)
     column = np.empty(len(rows), object)
     for index, row in enumerate(rows):
         column[index] = empty if row is None else row

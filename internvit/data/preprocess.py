@@ -56,9 +56,9 @@ class Preprocessor:
     def _own_size(self, height: int, width: int) -> tuple[int, int]:
         patch = self.patch_size
         scale = min(1.0, (MAX_PATCHES * patch * patch / (height * width)) ** 0.5)
-        rows = max(1, round(height * scale / patch))
         # Of a long strip, whose short side is rounded up to one patch, the long side gives way.
-        return rows * patch, min(max(1, round(width * scale / patch)), MAX_PATCHES // min(rows, MAX_PATCHES)) * patch
+        rows = min(max(1, round(height * scale / patch)), MAX_PATCHES)
+        return rows * patch, min(max(1, round(width * scale / patch)), MAX_PATCHES // rows) * patch
 
 
 def _photo(value: Any, name: str) -> Any:

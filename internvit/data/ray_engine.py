@@ -11,6 +11,7 @@ import logging
 import pickle
 import platform
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -105,11 +106,12 @@ class EmbedShards:
 
     def __call__(self, batch: _Batch) -> _Batch:
         try:
-            done, error = self._run(*pickle.loads(batch["head"][0]), batch["pixels"][0]), None
+            shard, paths, described = pickle.loads(batch["head"][0])
+            done, error = self._run(shard, paths, described, batch["pixels"][0]), None
         except (ValueError, OSError) as caught:
             done, error = Done(-1, 0, 0), str(caught)
         return {
-            **{name: np.array([value]) for name, value in done._asdict().items()},
+            **{name: np.array([value]) for name, value in asdict(done).items()},
             "error": np.array([error], object),
         }
 

@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from internvit.data import storage
@@ -139,54 +139,51 @@ def _read_list(path: str) -> list[Stat]:
 
 def cut(sources: Sequence[Stat], per_shard: int, first: int = 0) -> list[Shard]:
     """Shards of at most `per_shard` images, numbered from `first`; files in a row share shards."""
-    pieces: list[Any] = []
+    shards: list[Shard] = []
     files: list[Stat] = []
-
-    def flush() -> None:
-        for start in range(0, len(files), per_shard):
-            names, sizes, mtimes = zip(*files[start : start + per_shard], strict=True)
-            pieces.append(functools.partial(_files, names, sizes, mtimes))
-        files.clear()
-
     for source in sources:
         suffix = _suffix(source.path)
         if suffix not in _ARCHIVES:
             files.append(source)
             continue
-        flush()
-        whole = dict(source=source.path, size=source.size, mtime=source.mtime)
+        shards += _cut_files(files, per_shard)
+        files = []
         try:
-            cutter = _cut_tar if suffix == ".tar" else _cut_parquet
-            pieces += [functools.partial(Shard, **whole, **piece) for piece in cutter(source.path, per_shard)]
+            shards += _cut_tar(source, per_shard) if suffix == ".tar" else _cut_parquet(source, per_shard)
         except (OSError, ValueError, tarfile.TarError) as error:  # pyarrow's errors are ValueErrors
             reason = f"{printable(source.path)}: cannot be read: {error}"
-            pieces.append(functools.partial(Shard, **whole, kind="broken", start=0, stop=1, names=(reason,)))
-    flush()
-    return [piece(index=first + number) for number, piece in enumerate(pieces)]
+            shards.append(Shard(0, "broken", *source, 0, 1, (reason,)))
+    shards += _cut_files(files, per_shard)
+    return [replace(shard, index=first + number) for number, shard in enumerate(shards)]
 
 
-def _files(names: tuple[str, ...], sizes: tuple[int, ...], mtimes: tuple[int, ...], index: int) -> Shard:
-    return Shard(index, "files", "", 0, 0, 0, len(names), names, (), sizes, mtimes)
+def _cut_files(files: Sequence[Stat], per_shard: int) -> list[Shard]:
+    shards = []
+    for start in range(0, len(files), per_shard):
+        names, sizes, mtimes = zip(*files[start : start + per_shard], strict=True)
+        shards.append(Shard(0, "files", "", 0, 0, 0, len(names), names, (), sizes, mtimes))
+    return shards
 
 
-def _cut_tar(path: str, per_shard: int) -> Iterator[dict[str, Any]]:
+def _cut_tar(source: Stat, per_shard: int) -> list[Shard]:
     """Only headers are read, where the file system can seek."""
-    with storage.open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+    with storage.open_file(source.path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
         members = [m for m in archive if m.isfile() and os.path.splitext(m.name)[1].lower() in SUFFIXES]
+    shards = []
     for start in range(0, len(members), per_shard):
         chunk = members[start : start + per_shard]
         names, offsets, sizes = zip(*((m.name, m.offset_data, m.size) for m in chunk), strict=True)
-        yield dict(kind="tar", start=0, stop=len(chunk), names=names, offsets=offsets, sizes=sizes)
+        shards.append(Shard(0, "tar", *source, 0, len(chunk), names, offsets, sizes))
+    return shards
 
 
-def _cut_parquet(path: str, per_shard: int) -> Iterator[dict[str, Any]]:
+def _cut_parquet(source: Stat, per_shard: int) -> list[Shard]:
     storage.import_pyarrow()
     from pyarrow import parquet
 
-    with storage.open_file(path) as file:
+    with storage.open_file(source.path) as file:
         rows = parquet.ParquetFile(file).metadata.num_rows
-    for start in range(0, rows, per_shard):
-        yield dict(kind="parquet", start=start, stop=min(start + per_shard, rows))
+    return [Shard(0, "parquet", *source, start, min(start + per_shard, rows)) for start in range(0, rows, per_shard)]
 
 
 def open_shard(shard: Shard, column: str | None = None) -> list[Item]:

@@ -174,10 +174,10 @@ def write_atomically(path: str, data: Any) -> None:
             stream.write(data)
         return
     system.create_dir(folder, recursive=True)
-    temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.writing"
-    with system.open_output_stream(temporary) as stream:
+    unfinished = f"{folder}/.{name}.{uuid.uuid4().hex}.writing"
+    with system.open_output_stream(unfinished) as stream:
         stream.write(data)
-    system.move(temporary, inner)
+    system.move(unfinished, inner)
 
 
 def remove_unfinished(folder: str) -> None:
