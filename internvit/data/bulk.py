@@ -118,16 +118,10 @@ def extract_folder(
         FileNotFoundError: a source that is not there.
         ImportError: pyarrow is not installed.
     """
-    storage.import_pyarrow()
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    if shard is not None and shard < 1:
-        raise ValueError(f"shard: expected at least 1, got {shard}")
+    _check(format, shard)
     out = absolute(out)
     listed = list_sources(sources, out)
-    named = embedder["name_or_path"]
-    if isinstance(named, str | Path) and Path(named).expanduser().exists():
-        embedder = {**embedder, "name_or_path": absolute(str(named))}  # for workers with another working directory
+    embedder = {**embedder, "name_or_path": _portable(embedder["name_or_path"])}
     made = Embedder(**embedder)
     with _locked(out):
         settings = {**made.settings(), "format": format, "column": str(column)}
@@ -153,6 +147,20 @@ def extract_folder(
                 result.failed += entry.failed
                 progress(result, total)
     return result
+
+
+def _check(format: str, shard: int | None) -> None:
+    storage.import_pyarrow()
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if shard is not None and shard < 1:
+        raise ValueError(f"shard: expected at least 1, got {shard}")
+
+
+def _portable(name_or_path: Any) -> Any:
+    """A path from the root, for workers with another working directory."""
+    local = isinstance(name_or_path, str | Path) and Path(name_or_path).expanduser().exists()
+    return absolute(str(name_or_path)) if local else name_or_path
 
 
 @contextlib.contextmanager

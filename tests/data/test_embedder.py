@@ -16,12 +16,7 @@ from internvit.data.pooling import POOLINGS
 from internvit.data.preprocess import MAX_PATCHES, Preprocessor
 from internvit.images import load_pixels
 from internvit.multimodal.tiling import tile_image
-from tests.support.photos import save_tower, write_photos
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return save_tower(tmp_path_factory.mktemp("tower"))
+from tests.support.photos import write_photos
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import pytest
 
 from internvit.data import Embedder
 from internvit.data.bulk import extract_folder
-from tests.data.test_bulk import command, files, table
 from tests.support import ROOT
+from tests.support.folders import command, files, table
 from tests.support.models import CONFIGS
 from tests.support.photos import save_tower, write_photos
 
