@@ -101,7 +101,8 @@ def features(
     """
     if not (model or weights):
         raise click.UsageError("name the network: --model NAME, --weights PATH, or both")
-    usable_device(device)
+    if folder["engine"] == "local":  # Ray's workers may have devices that there are none of here
+        usable_device(device)
     if out.endswith(".safetensors"):
         given = [f"--{name.replace('_', '-')}" for name, value in folder.items() if value != _FOLDER_ONLY[name]]
         if given:
@@ -133,6 +134,7 @@ def _write_folder(
     from internvit.images import printable
 
     how = {name: folder[name] for name in ("format", "shard", "column", "retry_failed")}
+    how |= {"strict": strict, "engine": _engine(folder), "remote": folder["engine"] == "ray"}
     began = time.monotonic()
     with tqdm(unit="image", disable=None, smoothing=0.1) as bar:
 
@@ -145,7 +147,7 @@ def _write_folder(
             bar.set_postfix(failed=result.failed, refresh=False)
             bar.update(result.images - bar.n)
 
-        result = extract_folder(sources, out, embedder, strict=strict, engine=_engine(folder), progress=progress, **how)
+        result = extract_folder(sources, out, embedder, progress=progress, **how)
     rate = (result.images - result.resumed) / (time.monotonic() - began)
     resumed = f", {result.resumed} of them from an earlier run" if result.resumed else ""
     speed = f", {rate:.1f} images/s" if result.images > result.resumed else ""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from internvit.data import storage
 from internvit.data.embedder import Embedder
@@ -96,6 +97,7 @@ def extract_folder(
     strict: bool = False,
     retry_failed: bool = False,
     engine: "Engine | None" = None,
+    remote: bool = False,
     progress: Progress = lambda result, total: None,
 ) -> BulkExtraction:
     """Writes the features of many images into a folder; interrupted, the same call continues.
@@ -110,6 +112,7 @@ def extract_folder(
         strict: an image that cannot be read is an error, also one of an earlier run.
         retry_failed: compute shards with failed images again.
         engine: `run_local` by default; `internvit.data.ray_engine.run_ray`.
+        remote: the engine's workers are other machines: of this one no GPU is asked for.
         progress: called with the result so far and the number of all images, at the start and after each shard.
 
     Raises:
@@ -122,9 +125,12 @@ def extract_folder(
     out = absolute(out)
     listed = list_sources(sources, out)
     embedder = {**embedder, "name_or_path": _portable(embedder["name_or_path"])}
-    made = Embedder(**embedder)
+    made = _driver_embedder(embedder) if remote else Embedder(**embedder)
+    of_worker = made.settings()
+    if remote and embedder.get("device"):
+        of_worker["device"] = torch.device(embedder["device"]).type
     with _locked(out):
-        settings = {**made.settings(), "format": format, "column": str(column)}
+        settings = {**of_worker, "format": format, "column": str(column)}
         files = ShardFiles(out, format, made.columns, made.shape, made.out_dtype, made.source, _fingerprint(settings))
         _claim(out, settings)
         for part in ("data", "failures", "plan"):
@@ -137,7 +143,7 @@ def extract_folder(
             )
         total = sum(map(len, shards))
         progress(result, total)
-        job = Job(embedder, made.settings(), made.preprocess, files, column, strict)
+        job = Job(embedder, of_worker, made.preprocess, files, column, strict)
         if not waiting:
             return result
         running: Any = (engine or run_local)(job, made, waiting)
@@ -161,6 +167,13 @@ def _portable(name_or_path: Any) -> Any:
     """A path from the root, for workers with another working directory."""
     local = isinstance(name_or_path, str | Path) and Path(name_or_path).expanduser().exists()
     return absolute(str(name_or_path)) if local else name_or_path
+
+
+def _driver_embedder(embedder: dict[str, Any]) -> Embedder:
+    """For its settings alone: on the CPU, without the copies of weights that a worker on a GPU has no use for."""
+    if torch.device(embedder.get("device") or "cpu").type == "cpu":
+        return Embedder(**embedder)
+    return Embedder(**{**embedder, "device": "cpu", "pack": False})
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class Embedder:
     Args:
         name_or_path: a checkpoint as `InternViT.from_pretrained` takes it, or an `InternViT` in eval mode.
         dtype: of the weights: "float32", "bfloat16" or "float16".
-        precision, skip: of the Linears, as in `optimize_for_inference`.
+        precision, skip, pack: of the Linears, as in `optimize_for_inference`.
         size: (height, width) or side in pixels; None for the model's native size; "image" for each image's own, rounded
             to whole patches and scaled down to `preprocess.MAX_PATCHES`.
         layers: blocks whose output is pooled, 0 the first, into the columns "features_7", ...; None for the last hidden
@@ -83,6 +83,7 @@ class Embedder:
         connector: "InternVLConnector | str | os.PathLike[str] | None" = None,
         tiles: int = 0,
         device: str | None = None,
+        pack: bool = True,
         batch: int = 32,
         column: str | None = None,
         out_dtype: str = "float32",
@@ -109,7 +110,7 @@ class Embedder:
             network = InternViT.from_pretrained(name_or_path, dtype=_DTYPES[dtype], device=device, **loading)
             self.source = os.fspath(name_or_path)
         self.config = network.config
-        self.model = optimize_for_inference(network, precision=precision, skip=skip)
+        self.model = optimize_for_inference(network, pack=pack, precision=precision, skip=skip)
         self.precision, self.skip = precision, None if skip is None else tuple(skip)
         self.layers = None if layers is None else take_indices(self.config.num_hidden_layers, layers)
         if self.layers is not None and len(set(self.layers)) != len(self.layers):

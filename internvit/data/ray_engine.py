@@ -45,7 +45,8 @@ def run_ray(
     """Runs shards on a Ray cluster; sources, weights and output must be where all nodes see them.
 
     Args:
-        job: what to do; `embedder` is the driver's, whose device says whether actors take a GPU.
+        job: what to do.
+        embedder: the driver's, which has computed the settings.
         shards: to run.
         address: of a running cluster, or "auto"; by default one is started on this machine.
         workers: actors with a model each; by default one for each GPU, or one for every other CPU.
@@ -54,28 +55,39 @@ def run_ray(
         shards as they are written, in no order.
     """
     ray = import_ray()
+    started = not ray.is_initialized()
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is the caller's
     ray.data.DataContext.get_current().enable_progress_bars = False
-    gpu = embedder.model.device.type == "cuda"
+    gpu = job.settings["device"] == "cuda"
     available = ray.cluster_resources()
     cpus = int(available.get("CPU", 1))
     workers = workers or max(1, int(available.get("GPU", 0)) if gpu else cpus // 2)
     rows = ray.data.from_items([{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards))
-    decoded = rows.map_batches(partial(decode_batch, job=job), batch_size=1, num_cpus=1)
+    # An actor on CPUs takes 0.99 of one, a decoder 0.01: when nodes are lost and all actors start again on those that
+    # are left, the decoders that they wait for still find room. Their number is bounded instead.
+    decoded = rows.map_batches(
+        partial(decode_batch, job=job),
+        batch_size=1,
+        num_cpus=1 if gpu else 0.01,
+        compute=ray.data.TaskPoolStrategy(None if gpu else max(1, cpus - workers)),
+    )
     written = decoded.map_batches(
         EmbedShards,
         fn_constructor_kwargs={"job": job},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers),
-        # One CPU is left to the decoders. Below 1: Ray fuses operators of the same resources, decoding into the actor.
-        num_cpus=0 if gpu else min(0.99, (cpus - 1) / workers),
+        num_cpus=0 if gpu else 0.99,
         num_gpus=1 if gpu else None,
     )
-    for row in written.iter_rows():
-        if row["error"] is not None:
-            raise ValueError(row["error"])
-        yield Done(int(row["index"]), int(row["images"]), int(row["failed"]))
+    try:
+        for row in written.iter_rows():
+            if row["error"] is not None:
+                raise ValueError(row["error"])
+            yield Done(int(row["index"]), int(row["images"]), int(row["failed"]))
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def decode_batch(batch: _Batch, job: Job) -> _Batch:
