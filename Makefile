@@ -6,7 +6,7 @@ TORCH ?= torch>=2.10
 # Python compiles the modules that are imported when they are: pip would compile all 17000 first, which takes a minute.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help setup demo test test-all budgets bench docs report gpu-report lint format clean
+.PHONY: help setup demo test test-all test-ray budgets bench docs report gpu-report lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -53,6 +53,12 @@ test: setup ## everything that is not slow, in minutes; ONE=PATH for a part of i
 
 test-all: setup ## the rest as well
 	$(call pytest)
+
+# Of a size that shows: 20,000 images, two nodes, one of them killed, and the driver.
+test-ray: setup ## bulk extraction on Ray's local cluster, and what `datasets` reads of it; installs both
+	$(call requirements,ray) > $(VENV)/.ray.txt
+	$(PIP) -r $(VENV)/.ray.txt datasets
+	RAY_AUTH_MODE=disabled $(BIN)/python -m pytest $(SEEDED) tests/data/test_ray.py tests/data/test_bulk.py
 
 budgets: setup ## rewrite the five committed budgets; read the differences before you commit them
 	$(BIN)/python -m tests.proofs.native.instructions --update

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import trained_vit_s
 
 import internvit
-from internvit.data.images import load_pixels
 from internvit.dense.pyramid import FeaturePyramid
 from internvit.dense.segmentation import (
     LinearHead,
@@ -43,6 +42,7 @@ from internvit.dense.segmentation import (
 from internvit.dense.segmentation.evaluation import Testing, draw_predictions, predict_classes
 from internvit.dense.segmentation.folder import batches, read_pair
 from internvit.files import atomic_write
+from internvit.images import load_pixels
 
 OUT_INDICES = (2, 5, 8, 11)
 BATCH = {"linear": 8, "upernet": 4}

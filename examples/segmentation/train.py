@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from internvit.cli.environment import usable_device
 from internvit.data.digest import content_digest, tensors_digest
-from internvit.data.images import printable, read_file
 from internvit.dense.segmentation import Pair, Scores, Segmenter, find_pairs
 from internvit.dense.segmentation.evaluation import draw_predictions, evaluate, predict_classes
 from internvit.dense.segmentation.folder import batches, read_pair
 from internvit.dense.segmentation.heads import check_num_classes
 from internvit.files import locked
+from internvit.images import printable, read_file
 
 logger = logging.getLogger("train")
 

@@ -1,4 +1,4 @@
-"""The command line: features, info, check, plan and convert; bench and precision are in files of their own.
+"""The command line: info, check, plan and convert; features, bench and precision are in files of their own.
 
 A wrong argument or file ends in one line and exit code 2, a check that fails in exit code 1, Ctrl-C in 130.
 """
@@ -8,9 +8,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich import box
@@ -21,30 +20,15 @@ from rich.table import Table
 from tqdm import tqdm
 
 from internvit.cli.bench import bench
-from internvit.cli.environment import usable_device
-from internvit.cli.network import DTYPES, Size, load_network, network_options
+from internvit.cli.features import features
+from internvit.cli.network import DTYPES, Size
 from internvit.cli.precision import precision
 from internvit.cost import TASKS
 from internvit.names import LAYOUTS
 
-if TYPE_CHECKING:
-    from internvit.model.vit import InternViT
-
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 
 out, err = Console(soft_wrap=False), Console(stderr=True)
-
-
-class Layers(click.ParamType):
-    """Comma-separated numbers of blocks."""
-
-    name = "I,J,…"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        try:
-            return tuple(int(x) for x in str(value).split(","))
-        except ValueError:
-            self.fail(f"expected numbers of blocks such as 7,11,15,23, got {value!r}", param, ctx)
 
 
 class Bytes(click.ParamType):
@@ -78,93 +62,6 @@ def cli() -> None:
       internvit check --quick
       internvit plan --task segmentation --memory 24GB --train
     """
-
-
-@cli.command()
-@network_options
-@click.option(
-    "--layers", type=Layers(), help="Blocks whose output to keep, 0 the first; the last hidden state if none."
-)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at once.")
-@click.option("--out", "target", type=click.Path(dir_okay=False, path_type=Path), required=True, help=".safetensors")
-@click.option("--pca", type=click.Path(dir_okay=False, path_type=Path), help="Draw the principal components here.")
-@click.option("--strict", is_flag=True, help="A file that cannot be read is an error, not skipped.")
-@click.option("--overwrite", is_flag=True, help="Replace --out, --pca and an interrupted run's parts.")
-def features(
-    images: tuple[str, ...],
-    model: str | None,
-    weights: str | None,
-    prefix: str | None,
-    size: tuple[int, int] | None,
-    layers: tuple[int, ...] | None,
-    dtype: str,
-    device: str,
-    batch: int,
-    target: Path,
-    pca: Path | None,
-    strict: bool,
-    overwrite: bool,
-) -> None:
-    """Write the patch features of IMAGES (files, folders, globs) to one safetensors file.
-
-    Tensors are named "PATH:last", or "PATH:7" for block 7, and have the shape [1 + patches, width]. After an
-    interruption the same command continues where it stopped; with other weights or settings it is refused.
-
-    \b
-    Examples:
-      internvit features cat.jpg --model internvit-300m-448px-v2.5 --out cat.safetensors --pca cat.png
-      internvit features 'photos/**/*.jpg' --weights ./checkpoint --size 448x896 --layers 7,23 --out maps.safetensors
-    """
-    if not (model or weights):
-        raise click.UsageError("name the network: --model NAME, --weights PATH, or both")
-    _check_outputs(target, pca, overwrite)
-    usable_device(device)
-    how = {"layers": layers, "batch": batch, "strict": strict, "overwrite": overwrite}
-    _write_features(images, lambda: load_network(model, weights, prefix, dtype, device), size, target, pca, how)
-
-
-def _write_features(
-    patterns: Iterable[str],
-    load: "Callable[[], tuple[InternViT, str]]",
-    size: tuple[int, int] | None,
-    target: Path,
-    pca: Path | None,
-    how: dict[str, Any],
-) -> None:
-    """Extracts, draws and prints; `load` gives the network and the name of its weights once the images are known."""
-    from internvit.data.extract import extract
-    from internvit.data.images import find_images, printable
-    from internvit.data.pca import draw_pca
-
-    def progress(waiting: Iterable[Path], total: int) -> Iterable[Path]:
-        return tqdm(waiting, total=total, unit="image", disable=None)
-
-    paths = find_images(patterns)
-    network, source = load()
-    size = size or network.config.image_hw
-    result = extract(network, paths, target, size, metadata={"weights": printable(source)}, progress=progress, **how)
-    resumed = f", {result.resumed} of them from an interrupted run" if result.resumed else ""
-    click.echo(f"{len(result.images)} images at {size[0]}x{size[1]}{resumed}: {printable(target)}")
-    if result.skipped:
-        click.echo(f"{len(result.skipped)} skipped: {', '.join(map(printable, result.skipped))}", err=True)
-    if pca:
-        drawn = draw_pca(pca, target, result.images, size, network.config.patch_size)
-        click.echo(f"principal components of {drawn} of {len(result.images)} images: {printable(pca)}")
-
-
-def _check_outputs(target: Path, pca: Path | None, overwrite: bool) -> None:
-    """Refuses the output files before anything is loaded."""
-    from internvit.data.pca import check_picture_name
-
-    for option, path in (("--out", target), ("--pca", pca)):
-        if path and (path.exists() or path.is_symlink()) and not overwrite:
-            raise FileExistsError(f"{path} exists; give another {option}, or --overwrite")
-    if pca:
-        if pca.absolute() == target.absolute():
-            raise ValueError(f"--pca: expected another file than --out, got {pca} for both")
-        check_picture_name(pca)
 
 
 @cli.command()
@@ -294,6 +191,7 @@ def convert(source: str, target: Path, layout: str, prefix: str | None, overwrit
     click.echo(f"{model.config.num_parameters():,} parameters in {layout}'s layout: {target}")
 
 
+cli.add_command(features)
 cli.add_command(bench)
 cli.add_command(precision)
 

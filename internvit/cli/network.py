@@ -49,11 +49,20 @@ def load_network(
     """The network in eval mode, and where its weights come from."""
     from internvit.model.vit import InternViT
 
-    if not (model or weights):
-        raise click.UsageError("name the network: --model NAME, --weights PATH, or both")
-    config = None
-    if weights and model and not (Path(weights) / "config.json").exists():
-        config = InternViTConfig.from_name(model)
-    source = weights or HUB_IDS[model or ""]
+    source, config = source_of(model, weights), configuration(model, weights)
     network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device, prefix=prefix)
     return network.eval(), source
+
+
+def source_of(model: str | None, weights: str | None) -> str:
+    """Where the weights come from."""
+    if not (model or weights):
+        raise click.UsageError("name the network: --model NAME, --weights PATH, or both")
+    return weights or HUB_IDS[model or ""]
+
+
+def configuration(model: str | None, weights: str | None) -> InternViTConfig | None:
+    """The configuration where there is none beside the weights."""
+    if weights and model and not (Path(weights) / "config.json").exists():
+        return InternViTConfig.from_name(model)
+    return None

@@ -31,7 +31,7 @@ def precision(
     Example:
       internvit precision photos/ --weights ./checkpoint --skip encoder.layers.0 --skip '*.mlp.fc2'
     """
-    from internvit.data.images import find_images, load_pixels
+    from internvit.images import find_images, load_pixels
     from internvit.inference import linear_int8
     from internvit.inference.compare import StateError, compare_precisions
 

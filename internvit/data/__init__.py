@@ -1,1 +1,5 @@
 """Images in, features out."""
+
+from internvit.data.embedder import Embedder
+
+__all__ = ["Embedder"]

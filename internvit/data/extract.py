@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from internvit.data.digest import content_digest, tensors_digest
-from internvit.data.images import decode_photo, printable, read_file, to_pixels
 from internvit.data.parts import open_parts
+from internvit.images import decode_photo, printable, read_file, to_pixels
 
 if TYPE_CHECKING:
     from internvit.model.vit import InternViT

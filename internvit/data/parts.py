@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from internvit.data.digest import content_digest
-from internvit.data.images import printable, read_file
 from internvit.files import atomic_write, locked
+from internvit.images import printable, read_file
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from internvit.data.images import open_photo, printable
 from internvit.files import atomic_write
+from internvit.images import open_photo, printable
 
 _MAX_DRAWN = 16
 

@@ -7,12 +7,16 @@ orientation; "v1", of the first InternVL, swaps rows and columns.
 """
 
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from internvit.files import read_json
 from internvit.model.fused_block import cast_for_linear, fc1_gelu, linear_per_image
 from internvit.model.hooks import is_plain
 from internvit.ops import layer_norm
@@ -172,6 +176,36 @@ class InternVLConnector(nn.Module):
         device = kwargs.get("device")
         connector.load_state_dict({name: tensor.clone().to(device) for name, tensor in tensors.items()}, assign=True)
         return connector.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None
+    ) -> "InternVLConnector":
+        """The connector of a whole InternVL's checkpoint; config.json has its downsample_ratio and ps_version.
+
+        Args:
+            path: a folder with safetensors, or one such file.
+            device: of the parameters.
+
+        Raises:
+            ValueError: no safetensors, or not one whole connector in them.
+        """
+        path = Path(path)
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        tensors: dict[str, Tensor] = {}
+        for place in files:
+            try:
+                with safe_open(place, framework="pt") as file:
+                    keys = list(file.keys())
+                    named = [key for key in keys if ".mlp1." in f".{key}" or "multi_modal_projector." in key]
+                    tensors.update({key: file.get_tensor(key) for key in named})
+            except SafetensorError as error:
+                raise ValueError(f"{place}: not a safetensors file: {error}") from error
+        if not tensors:
+            raise ValueError(f"{path}: expected safetensors of a whole InternVL with mlp1.* or multi_modal_projector.*")
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        settings = {name: config[name] for name in ("downsample_ratio", "ps_version") if name in config}
+        return cls.from_state_dict(tensors, **settings, device=device)
 
     def to_state_dict(self, layout: str = "opengvlab") -> dict[str, Tensor]:
         """The state dict under "opengvlab" (`mlp1.*`) or "transformers" (`multi_modal_projector.*`) names."""

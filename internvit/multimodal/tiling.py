@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internvit.data.images import MEAN, STD, open_photo, to_rgb
+from internvit.images import MEAN, STD, open_photo, to_rgb
 
 
 @functools.lru_cache(maxsize=32)

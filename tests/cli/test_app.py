@@ -18,7 +18,7 @@ from safetensors import safe_open
 import internvit.cli.app
 from internvit import InternViT, InternViTConfig
 from internvit.data.extract import extract
-from internvit.data.images import load_pixels
+from internvit.images import load_pixels
 from tests.support.models import random_weights
 
 
@@ -155,10 +155,13 @@ def test_nothing_is_overwritten_silently(weights, photos, tmp_path, capsys) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["features", "nothing.png", "--weights", "w", "--out", "o"], "no image at nothing.png"),
-        (["features", "x.png", "--out", "o"], "name the network"),
-        (["features", "x.png", "--weights", "w", "--out", "o", "--size", "big"], "expected N or HxW"),
-        (["features", "x.png", "--weights", "w", "--out", "o", "--layers", "a"], "expected numbers of blocks"),
+        (["features", "nothing.png", "--weights", "w", "--out", "o.safetensors"], "no image at nothing.png"),
+        (["features", "x.png", "--out", "o.safetensors"], "name the network"),
+        (["features", "x.png", "--weights", "w", "--out", "o.safetensors", "--size", "big"], "expected N or HxW"),
+        (
+            ["features", "x.png", "--weights", "w", "--out", "o", "--layers", "a"],
+            "expected numbers of blocks",
+        ),
         (["plan", "--memory", "much"], "expected a size such as 24GB"),
         (["plan", "--size", "450"], "expected multiples of 14, got 450x450"),
         (["convert", "nowhere", "there", "--to", "timm"], "nowhere"),
@@ -174,10 +177,9 @@ def test_errors_are_one_clear_line(arguments, message, tmp_path, capsys, monkeyp
 
 
 def test_bad_sizes_and_layers_of_a_real_model(weights, photos, tmp_path, capsys) -> None:
+    out = tmp_path / "o.safetensors"
     for extra, message in ((("--size", "57"), "multiples of 14"), (("--layers", "3"), "from -3 to 2, got 3")):
-        _, stderr = call(
-            capsys, "features", photos / "0.png", "--weights", weights, "--out", tmp_path / "o", *extra, code=2
-        )
+        _, stderr = call(capsys, "features", photos / "0.png", "--weights", weights, "--out", out, *extra, code=2)
         assert message in stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -20,8 +20,8 @@ import internvit.cli.app
 from internvit import InternViT, InternViTConfig
 from internvit.data import parts
 from internvit.data.extract import extract
-from internvit.data.images import find_images, load_pixels, open_photo
 from internvit.files import locked
+from internvit.images import find_images, load_pixels, open_photo
 from tests.support import ROOT
 from tests.support.models import random_weights
 
@@ -143,7 +143,7 @@ def test_a_pipe_and_a_folder_are_not_waited_for(tmp_path) -> None:
 def test_names_that_are_not_utf8_on_the_command_line(model, tmp_path, capsys) -> None:
     model.save_pretrained(tmp_path / "weights")
     undecodable(tmp_path / "in")
-    call = ["features", tmp_path / "in", "--weights", tmp_path / "weights", "--out", tmp_path / "out"]
+    call = ["features", tmp_path / "in", "--weights", tmp_path / "weights", "--out", tmp_path / "o.safetensors"]
     with pytest.raises(SystemExit) as done:
         internvit.cli.app.run([str(a) for a in call])
     stdout, stderr = capsys.readouterr()
@@ -151,7 +151,7 @@ def test_names_that_are_not_utf8_on_the_command_line(model, tmp_path, capsys) ->
     assert "1 images" in stdout
     assert "caf\\xe9.png" in stderr.replace("\n", "")
     with pytest.raises(SystemExit) as done:
-        internvit.cli.app.run(["features", os.fsdecode(b"/caf\xe9.png"), "--weights", "w", "--out", "o"])
+        internvit.cli.app.run(["features", os.fsdecode(b"/caf\xe9.png"), "--weights", "w", "--out", "o.safetensors"])
     assert done.value.code == 2
     assert "caf\\xe9.png" in capsys.readouterr()[1]
 
@@ -269,8 +269,10 @@ def test_planted_links_are_not_followed(model, tmp_path) -> None:
 def test_outputs_that_are_there_or_are_inputs_stay(model, tmp_path, capsys) -> None:
     model.save_pretrained(tmp_path / "weights")
     (image,) = photos(tmp_path / "in", 1)
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
     content = image.read_bytes()
+    link = tmp_path / "link.safetensors"
+    link.hardlink_to(image)
 
     def refused(*call: object) -> str:
         with pytest.raises(SystemExit) as done:
@@ -278,15 +280,15 @@ def test_outputs_that_are_there_or_are_inputs_stay(model, tmp_path, capsys) -> N
         assert done.value.code == 2
         return " ".join(capsys.readouterr()[1].split())
 
-    assert "is one of the images" in refused("--out", image, "--overwrite")
-    assert "exists" in refused("--out", tmp_path / "dangling")
-    assert "for both" in refused("--out", tmp_path / "same.png", "--pca", tmp_path / "same.png")
-    assert "expected a suffix among" in refused("--out", tmp_path / "o", "--pca", tmp_path / "picture.docx")
-    assert "'foo' cannot be used here" in refused("--out", tmp_path / "o", "--device", "foo")
+    assert "is one of the images" in refused("--out", link, "--overwrite")
+    assert "exists" in refused("--out", tmp_path / "dangling.safetensors")
+    assert "for both" in refused("--out", tmp_path / "same.safetensors", "--pca", tmp_path / "same.safetensors")
+    assert "expected a suffix among" in refused("--out", tmp_path / "o.safetensors", "--pca", tmp_path / "picture.docx")
+    assert "'foo' cannot be used here" in refused("--out", tmp_path / "o.safetensors", "--device", "foo")
     if not torch.cuda.is_available():
-        assert "'cuda' cannot be used here" in refused("--out", tmp_path / "o", "--device", "cuda")
+        assert "'cuda' cannot be used here" in refused("--out", tmp_path / "o.safetensors", "--device", "cuda")
     assert image.read_bytes() == content
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "in", "weights"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling.safetensors", "in", "link.safetensors", "weights"]
 
 
 def test_a_file_that_appears_during_the_run_stays(model, tmp_path) -> None:

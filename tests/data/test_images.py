@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from internvit.data.images import MEAN, STD, find_images, load_pixels, open_photo, to_pixels
+from internvit.images import MEAN, STD, find_images, load_pixels, open_photo, to_pixels
 
 RAMP = np.linspace(0, 255, 24 * 36).reshape(24, 36)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], -1).round().astype(np.uint8)

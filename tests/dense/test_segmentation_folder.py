@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from internvit.data.images import MEAN, STD
 from internvit.dense.segmentation import IGNORE, find_pairs
 from internvit.dense.segmentation.augment import Augmentation, fitted
 from internvit.dense.segmentation.folder import Pair, batches, read_mask, read_pair
+from internvit.images import MEAN, STD
 
 
 def write(folder, name: str, size=(40, 30), classes=None) -> Pair:

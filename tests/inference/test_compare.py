@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import internvit
-from internvit.data.images import load_pixels
+from internvit.images import load_pixels
 from internvit.inference import linear_int8
 from internvit.inference.compare import compare_precisions
 from internvit.numerics import relative_error

@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from internvit.data.images import to_pixels
 from internvit.dense.segmentation.heads import IGNORE
+from internvit.images import to_pixels
 
 
 @dataclass(frozen=True)

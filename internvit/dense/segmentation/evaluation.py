@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from internvit.data.images import to_pixels
 from internvit.dense.segmentation.augment import fitted
 from internvit.dense.segmentation.folder import Pair, read_pair
 from internvit.dense.segmentation.heads import IGNORE, Segmenter
 from internvit.dense.segmentation.metrics import Scores, score
 from internvit.dense.segmentation.sliding import predict, slide_inference
 from internvit.files import atomic_write
+from internvit.images import to_pixels
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from internvit.data.images import SUFFIXES, find_images, open_photo, printable, read_file
 from internvit.dense.segmentation.heads import IGNORE, check_num_classes
+from internvit.images import SUFFIXES, find_images, open_photo, printable, read_file
 
 logger = logging.getLogger(__name__)
 

@@ -141,14 +141,23 @@ def _eight_bits(values: np.ndarray, name: str) -> "Image.Image":
     return Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))
 
 
-def to_pixels(image: "Image.Image", size: tuple[int, int]) -> Tensor:
-    """Normalised pixels [3, height, width] float32 of an RGB image, resized to size = (height, width)."""
+def resize_photo(image: "Image.Image", size: tuple[int, int]) -> np.ndarray:
+    """8-bit pixels [height, width, 3] of an RGB image, resized (bicubic) to size = (height, width)."""
     from PIL import Image
 
-    resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    return ((pixels - mean) / std).contiguous()
+    return np.array(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """8-bit pixels [..., height, width, 3] as float32 [..., 3, height, width] by ImageNet's mean and deviation."""
+    scaled = pixels.movedim(-1, -3).float() / 255
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (MEAN, STD))
+    return ((scaled - mean) / std).contiguous()
+
+
+def to_pixels(image: "Image.Image", size: tuple[int, int]) -> Tensor:
+    """Normalised pixels [3, height, width] float32 of an RGB image, resized to size = (height, width)."""
+    return normalize(torch.from_numpy(resize_photo(image, size)))
 
 
 def load_pixels(path: str | Path, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,268 @@
+"""`Embedder`: features of batches of images, for engines that call a class on batches, and for a plain loop."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvit.data.digest import tensors_digest
+from internvit.data.pooling import POOLINGS, pool, pooled_shape
+from internvit.data.preprocess import Preprocessor
+from internvit.images import normalize
+from internvit.inference.optimize import optimize_for_inference
+from internvit.model.feature_maps import take_indices
+from internvit.model.vit import InternViT
+from internvit.multimodal.connector import InternVLConnector
+
+if TYPE_CHECKING:
+    from internvit.config import InternViTConfig
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OUT_DTYPES = ("float32", "float16")
+_COLUMNS = ("image", "bytes", "path", "img", "jpg", "jpeg", "png", "webp")
+_Features = dict[str, np.ndarray]
+
+
+class Embedder:
+    """Adds an InternViT's features to batches of images; constructed once in a worker, then called.
+
+    A batch is a dict of columns, as `ray.data.Dataset.map_batches`, Daft's and NeMo Curator's class UDFs pass it. The
+    images are encoded bytes, paths or URLs, Hugging Face's {"bytes", "path"}, or 8-bit pixels. An image's features have
+    the bits of `optimize_for_inference(model)` on `load_pixels(path, size)`.
+
+    Bytes an image in float16 (float32: twice as many), for the 300M at 448 x 448, C = 1024, and the 6B, C = 3200:
+
+        pooling        shape                  300M       6B
+        class, mean    [C]                    2.0 KB     6.4 KB
+        connector      [256, 4096]            2.1 MB     2.1 MB     (of a language model 4096 wide)
+        tokens         [1025, C]              2.1 MB     6.6 MB
+        map            [C, 32, 32]            2.1 MB     6.6 MB     for each of `layers`
+
+    Args:
+        name_or_path: a checkpoint as `InternViT.from_pretrained` takes it, or an `InternViT` in eval mode.
+        dtype: of the weights: "float32", "bfloat16" or "float16".
+        precision, skip, pack: of the Linears, as in `optimize_for_inference`.
+        size: (height, width) or side in pixels; None for the model's native size; "image" for each image's own, rounded
+            to whole patches and scaled down to `preprocess.MAX_PATCHES`.
+        layers: blocks whose output is pooled, 0 the first, into the columns "features_7", ...; None for the last hidden
+            state, into "features".
+        pooling: "class", "mean" (of the patches), "tokens", "map", or "connector" (pixel shuffle and InternVL's MLP).
+        connector: an `InternVLConnector`, or the checkpoint of a whole InternVL to take it from.
+        tiles: cut images into at most so many tiles of `size`, and a thumbnail; features are then [tiles, ...].
+        device: "cuda" if there is one, by default, else "cpu".
+        batch: images or tiles in a forward pass; batches hold images of one size.
+        column: of the images; by default image, bytes, path, img, jpg, jpeg, png or webp, whichever comes first.
+        out_dtype: of the features, "float32" or "float16". A value past float16's range fails its image.
+        strict: an image that cannot be read raises; otherwise its features are null and "error" says why.
+        arrow: features as pyarrow arrays, fixed-size lists with nulls, as Parquet keeps them; otherwise numpy, where a
+            failed image has NaN, or nothing [0, ...] if shapes vary.
+        prefix, config, revision, token: as in `InternViT.from_pretrained`.
+
+    Raises:
+        ValueError: a setting out of these, a size off the patch grid, or a checkpoint that cannot be read.
+
+    Example:
+        >>> embed = internvit.data.Embedder("OpenGVLab/InternViT-300M-448px-V2_5", size=56)
+        >>> batch = embed({"image": [torch.zeros(60, 80, 3, dtype=torch.uint8).numpy()]})
+        >>> batch["features"].shape, batch["error"]  # ((1, 1024), [None])
+    """
+
+    def __init__(
+        self,
+        name_or_path: "str | os.PathLike[str] | InternViT",
+        *,
+        dtype: str = "float32",
+        precision: str | None = None,
+        skip: Sequence[str] | None = None,
+        size: int | tuple[int, int] | str | None = None,
+        layers: Sequence[int] | None = None,
+        pooling: str = "class",
+        connector: "InternVLConnector | str | os.PathLike[str] | None" = None,
+        tiles: int = 0,
+        device: str | None = None,
+        pack: bool = True,
+        batch: int = 32,
+        column: str | None = None,
+        out_dtype: str = "float32",
+        strict: bool = False,
+        arrow: bool = False,
+        prefix: str | None = None,
+        config: "InternViTConfig | None" = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        _choice("dtype", dtype, tuple(_DTYPES))
+        _choice("out_dtype", out_dtype, _OUT_DTYPES)
+        _choice("pooling", pooling, POOLINGS)
+        if batch < 1 or tiles < 0:
+            raise ValueError(f"batch, tiles: expected at least 1 and 0, got {batch} and {tiles}")
+        if (pooling == "connector") != (connector is not None):
+            raise ValueError(f"connector: goes with pooling='connector', got {connector!r} and pooling={pooling!r}")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if isinstance(name_or_path, InternViT):
+            network = name_or_path
+            self.source = network.config.name or "an InternViT"
+        else:
+            loading: dict[str, Any] = dict(prefix=prefix, config=config, revision=revision, token=token)
+            network = InternViT.from_pretrained(name_or_path, dtype=_DTYPES[dtype], device=device, **loading)
+            self.source = os.fspath(name_or_path)
+        self.config = network.config
+        self.model = optimize_for_inference(network, pack=pack, precision=precision, skip=skip)
+        self.precision, self.skip = precision, None if skip is None else tuple(skip)
+        self.layers = None if layers is None else take_indices(self.config.num_hidden_layers, layers)
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers: expected numbers of blocks, each once, got {tuple(layers or ())}")
+        self.pooling, self.batch, self.column, self.strict, self.arrow = pooling, batch, column, strict, arrow
+        self.out_dtype = out_dtype
+        if connector is not None and not isinstance(connector, InternVLConnector):
+            connector = InternVLConnector.from_pretrained(connector)
+        self.connector = None if connector is None else connector.to(self.model.device, self.model.dtype).eval()
+        self.preprocess = Preprocessor(self.config.patch_size, self._size(size, tiles), tiles)
+
+    def _size(self, size: int | tuple[int, int] | str | None, tiles: int) -> tuple[int, int] | None:
+        if size == "image" and not tiles:
+            return None
+        pair: Any = self.config.image_hw if size is None else (size, size) if isinstance(size, int) else size
+        patch = self.config.patch_size
+        if not (len(pair) == 2 and all(isinstance(side, int) and side > 0 and side % patch == 0 for side in pair)):
+            raise ValueError(
+                f"size: expected (height, width) in multiples of {patch} pixels, None{'' if tiles else ' or image'}, "
+                f"got {size!r}"
+            )
+        if tiles and pair[0] != pair[1]:
+            raise ValueError(f"size: tiles are squares, got {pair[0]}x{pair[1]}")
+        return pair[0], pair[1]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the feature columns."""
+        return ("features",) if self.layers is None else tuple(f"features_{layer}" for layer in self.layers)
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        """The shape of an image's features in each column; None where it varies from image to image."""
+        size, patch = self.preprocess.size, self.config.patch_size
+        grid = (None, None) if size is None else (size[0] // patch, size[1] // patch)
+        tiled = (None,) if self.preprocess.tiles else ()
+        return tiled + pooled_shape(self.pooling, self.config, grid, self.connector)
+
+    def settings(self) -> dict[str, str]:
+        """Everything that features depend on but the images; weights by a digest of their bits."""
+        from internvit import __version__
+
+        size = self.preprocess.size
+        connector = None if self.connector is None else tensors_digest(self.connector.state_dict().items())
+        network = self.model.model
+        return {
+            "internvit": __version__,
+            "weights_digest": tensors_digest(network.state_dict().items()),
+            "dtype": str(network.dtype).removeprefix("torch."),
+            "precision": str(self.precision),
+            "skip": "default" if self.skip is None else ",".join(self.skip),
+            "device": network.device.type,
+            "size": "image" if size is None else f"{size[0]}x{size[1]}",
+            "tiles": str(self.preprocess.tiles),
+            "layers": "last" if self.layers is None else ",".join(map(str, self.layers)),
+            "pooling": self.pooling,
+            "connector_digest": str(connector),
+            "out_dtype": self.out_dtype,
+            **{f"config.{key}": repr(value) for key, value in self.config.to_dict().items()},
+        }
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with a column of features for each layer, and "error": None, or why an image has none."""
+        column = self.column or next((name for name in _COLUMNS if name in batch), None)
+        if column is None or column not in batch:
+            expected = repr(self.column) if self.column else f"one of {', '.join(_COLUMNS)}"
+            raise ValueError(f"column: expected {expected} in the batch, which has {', '.join(batch)}")
+        values = batch[column]
+        names = batch.get("path", [f"image {i} of the batch" for i in range(len(values))])
+        images = [self._decode(value, str(name)) for value, name in zip(values, names, strict=True)]
+        results = self.embed(images)
+        errors = [result if isinstance(result, str) else None for result in results]
+        if self.strict and any(errors):
+            raise ValueError(next(error for error in errors if error))
+        rows = [None if isinstance(result, str) else result for result in results]
+        return {**batch, **self._columns(rows), "error": np.array(errors, object)}
+
+    def _decode(self, value: Any, name: str) -> np.ndarray | str:
+        try:
+            return self.preprocess(value, name)
+        except (ValueError, OSError) as error:
+            if self.strict:
+                raise
+            return str(error)
+
+    @torch.inference_mode()
+    def embed(self, images: Sequence[np.ndarray | str]) -> list[_Features | str]:
+        """Features of images from `preprocess`, uint8 [tiles, height, width, 3]; why an image has none stays.
+
+        Tiles of one size share batches, in the order of the images, so that a list of images has the same batches
+        always.
+        """
+        results: list[Any] = [image if isinstance(image, str) else [] for image in images]
+        buckets: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        for index, image in enumerate(images):
+            for tile in () if isinstance(image, str) else image:
+                buckets.setdefault(tile.shape, []).append((index, tile))
+        for bucket in buckets.values():
+            for start in range(0, len(bucket), self.batch):
+                chunk = bucket[start : start + self.batch]
+                features = self._forward(torch.from_numpy(np.stack([tile for _, tile in chunk])))
+                for row, (index, _) in enumerate(chunk):
+                    results[index].append({name: values[row] for name, values in features.items()})
+        return [result if isinstance(result, str) else self._finish(result) for result in results]
+
+    def _forward(self, pixels: Tensor) -> _Features:
+        """Pooled features of a batch uint8 [B, height, width, 3], in float32 where they came so, or as they will be."""
+        patch = self.config.patch_size
+        grid = pixels.shape[1] // patch, pixels.shape[2] // patch
+        output = self.model(normalize(pixels.to(self.model.device)), output_hidden_states=self.layers is not None)
+        states = (
+            [output.last_hidden_state] if self.layers is None else [output.hidden_states[1 + i] for i in self.layers]
+        )
+        pooled = (pool(self.pooling, state, grid, self.connector).float() for state in states)
+        return dict(zip(self.columns, (values.cpu().numpy() for values in pooled), strict=True))
+
+    def _finish(self, tiles: list[_Features]) -> _Features | str:
+        """An image's features out of its tiles', in the dtype that is wanted."""
+        finished: _Features = {}
+        for name in self.columns:
+            values = np.stack([tile[name] for tile in tiles]) if self.preprocess.tiles else tiles[0][name]
+            with np.errstate(over="ignore"):
+                finished[name] = values.astype(self.out_dtype)
+            if np.isinf(finished[name]).any() and not np.isinf(values).any():
+                return f"features up to {np.abs(values).max():g} overflow float16; take out_dtype float32"
+        return finished
+
+    def _columns(self, rows: Sequence[_Features | None]) -> dict[str, Any]:
+        if self.arrow:
+            from internvit.data.shard_files import arrow_columns
+
+            return arrow_columns(rows, self.columns, self.shape, self.out_dtype)
+        return {
+            name: _dense([None if row is None else row[name] for row in rows], self.shape, self.out_dtype)
+            for name in self.columns
+        }
+
+
+def _dense(rows: Iterable[np.ndarray | None], shape: tuple[int | None, ...], dtype: str) -> np.ndarray:
+    """[B, ...] with NaN for None; an object array with empty rows for None where shapes vary."""
+    rows = list(rows)
+    sides = [side or 0 for side in shape]
+    if None not in shape:
+        missing = np.full(sides, np.nan, dtype)
+        return np.stack([missing if row is None else row for row in rows]) if rows else np.empty((0, *sides), dtype)
+    empty = np.empty(sides, dtype)
+    column = np.empty(len(rows), object)
+    for index, row in enumerate(rows):
+        column[index] = empty if row is None else row
+    return column
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
