@@ -107,7 +107,7 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-RESIDENT_WARPS = {"mfma": 20, "wmma": 48}  # else 12
+RESIDENT_WARPS = {"mfma": 20, "wmma": 40}  # else 12
 
 
 def persistent_programs(rows: int, config: RowConfig, target: Target) -> int:
@@ -115,7 +115,7 @@ def persistent_programs(rows: int, config: RowConfig, target: Target) -> int:
     RESIDENT_WARPS on each multiprocessor.
 
     The warps are those of the fused backward with all sums, whose 16 elements a thread take the most registers: up to
-    168 on NVIDIA, 92 on CDNA, 111 of the larger file of RDNA. 12 warps are three programs at C = 1024 (two before, a
+    168 on NVIDIA, 92 on CDNA, 140 of the larger file of RDNA. 12 warps are three programs at C = 1024 (two before, a
     third of the registers idle) and two at C = 3200. The compiled kernel is not asked: its parts, or other dtypes and
     frozen parameters, would get other numbers, and their sums over rows other bits than the fused op's.
     Fewer start where all have to take as many tiles: 257 instead of 396 for one image of 1025 tokens at C = 1024, two
