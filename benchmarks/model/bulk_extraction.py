@@ -49,7 +49,7 @@ def loop_rates(embedder: Embedder, paths: list[str], shard: int) -> tuple[float,
 
 
 def engine_rates(name: str, settings: dict, folder: Path, shard: int) -> tuple[float, float]:
-    """Between an engine's first shard and its last."""
+    """Between an engine's first file and its last, by the files' times: Ray hands results over several at once."""
     clocks: list[Clock] = []
 
     def engine(job, embedder, shards):
@@ -64,7 +64,9 @@ def engine_rates(name: str, settings: dict, folder: Path, shard: int) -> tuple[f
             engine=engine,
             progress=lambda result, total: clocks.append(Clock.now(result.images)),
         )
-    return clocks[1].rates(clocks[-1])
+        times = sorted(path.stat().st_mtime for path in (Path(out) / "data").iterdir())
+    images = clocks[-1].images - shard
+    return images / (times[-1] - times[0]), clocks[1].rates(clocks[-1])[1]
 
 
 def main() -> None:

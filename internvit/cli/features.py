@@ -143,6 +143,7 @@ def _write_folder(
             if bar.total is None:
                 bar.reset(total)
                 bar.initial = bar.n = result.resumed
+                bar.refresh()
                 began = time.monotonic()
             bar.set_postfix(failed=result.failed, refresh=False)
             bar.update(result.images - bar.n)
