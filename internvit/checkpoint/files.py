@@ -8,8 +8,8 @@ mapping goes, so a mapping can be given back, and comes again by itself.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,6 +285,25 @@ def _find_weights(folder: Path) -> Path:
         if paths:
             return paths[0]
     raise FileNotFoundError(f"{folder}: holds no weights; looked for {', '.join(_WEIGHT_FILES)}")
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors whose keys are wanted, of a folder, a file of weights, or an index of shards.
+
+    Raises:
+        FileNotFoundError: no such file, or no weights in the folder.
+        ValueError: a broken file, several files of weights without an index, or one that is written to meanwhile.
+    """
+    path = _find_weights(path) if path.is_dir() else path
+    index = read_index(path) if path.name.endswith(".index.json") else None
+    names = [path.name] if index is None else sorted({name for key, name in index.items() if wanted(key)})
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        with closing(TensorFile(path.parent / name)) as file:
+            keys = [key for key in file.shapes if wanted(key) and (index is None or index.get(key) == name)]
+            tensors.update((key, file.read(key)) for key in keys)
+            file.check_unchanged()
+    return tensors
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from internvit.checkpoint.files import CONFIG, read_tensors
 from internvit.files import read_json
 from internvit.model.fused_block import cast_for_linear, fc1_gelu, linear_per_image
 from internvit.model.hooks import is_plain
@@ -184,26 +184,19 @@ class InternVLConnector(nn.Module):
         """The connector of a whole InternVL's checkpoint; config.json has its downsample_ratio and ps_version.
 
         Args:
-            path: a folder with safetensors, or one such file.
+            path: a folder, a file of weights or an index of shards, in any format that `InternViT.from_pretrained`
+                reads.
             device: of the parameters.
 
         Raises:
-            ValueError: no safetensors, or not one whole connector in them.
+            FileNotFoundError: no such file, or no weights in the folder.
+            ValueError: a broken file, or not one whole connector.
         """
         path = Path(path)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        tensors: dict[str, Tensor] = {}
-        for place in files:
-            try:
-                with safe_open(place, framework="pt") as file:
-                    keys = list(file.keys())
-                    named = [key for key in keys if ".mlp1." in f".{key}" or "multi_modal_projector." in key]
-                    tensors.update({key: file.get_tensor(key) for key in named})
-            except SafetensorError as error:
-                raise ValueError(f"{place}: not a safetensors file: {error}") from error
-        if not tensors:
-            raise ValueError(f"{path}: expected safetensors of a whole InternVL with mlp1.* or multi_modal_projector.*")
-        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        stems = [f".{name}." for pair in _NAMES.items() for name in pair]
+        tensors = read_tensors(path, lambda key: any(stem in f".{key}" for stem in stems))
+        place = (path if path.is_dir() else path.parent) / CONFIG
+        config = read_json(place) if place.exists() else {}
         settings = {name: config[name] for name in ("downsample_ratio", "ps_version") if name in config}
         return cls.from_state_dict(tensors, **settings, device=device)
 

@@ -1,6 +1,7 @@
 """InternVL's connector and dynamic tiling against transformers, PIL and OpenGVLab's formula."""
 
 import copy
+import json
 
 import numpy
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import internvit
 from internvit import InternViT, InternVLConnector, best_grid, tile_image
@@ -220,3 +222,36 @@ def test_features_of_a_float32_residual_stream_beside_float16_weights() -> None:
     out = connector(features)
     assert out.dtype == torch.float16
     assert relative_error(out, wide(features.double())) < 5e-3
+
+
+@pytest.mark.parametrize("form", ["shards", "pickle", "file"])
+def test_from_pretrained_reads_what_the_checkpoint_names(form, tmp_path) -> None:
+    """Of shards those of the index, whatever an earlier checkpoint left in the folder."""
+    connector = InternVLConnector(CONFIG.hidden_size, 40, ps_version="v1").eval()
+    tensors = {**connector.state_dict(), "vision_model.weight": torch.zeros(2)}
+    (tmp_path / "config.json").write_text('{"downsample_ratio": 0.5, "ps_version": "v1"}')
+    if form == "shards":
+        names = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(tensors)}
+        for name in set(names.values()):
+            save_file({key: t for key, t in tensors.items() if names[key] == name}, tmp_path / name)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        save_file({key: t + 1 for key, t in tensors.items()}, tmp_path / "old.safetensors")
+    elif form == "pickle":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(tensors, tmp_path / "tokens.safetensors")
+    loaded = InternVLConnector.from_pretrained(tmp_path / "tokens.safetensors" if form == "file" else tmp_path)
+    assert loaded.ps_version == "v1"
+    assert not loaded.training
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in connector.state_dict().items())
+
+
+def test_from_pretrained_of_what_is_no_internvl(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        InternVLConnector.from_pretrained(tmp_path)
+    save_file({"vision_model.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"expected mlp1\.\*"):
+        InternVLConnector.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        InternVLConnector.from_pretrained(tmp_path)
