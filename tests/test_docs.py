@@ -53,6 +53,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(file.read_text()), f"{target} of {page.name} names no heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_no_placeholder_is_left(page: Path) -> None:
+    """Such as a line that says TABLE alone, where one was to come."""
+    assert re.findall(r"^(?:[A-Z]{3,}|TODO.*|TBD.*|XXX.*)$", page.read_text(), flags=re.MULTILINE) == []
+
+
 def blocks(page: Path, *languages: str) -> list[str]:
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     return [block for language, block in fences if language in languages]

@@ -26,7 +26,7 @@ def pool(pooling: str, tokens: Tensor, grid: tuple[int, int], connector: "Intern
         case "map":
             return feature_map(tokens, grid)
     assert connector is not None
-    return connector(tokens.to(connector.mlp1[1].weight.dtype), grid)
+    return connector(tokens.to(connector.get_parameter("mlp1.1.weight").dtype), grid)
 
 
 def pooled_shape(
@@ -48,4 +48,4 @@ def pooled_shape(
             return (width, rows, columns)
     assert connector is not None
     side = round(1 / connector.downsample_ratio)
-    return (None if tokens is None else tokens // side**2, connector.mlp1[3].out_features)
+    return (None if tokens is None else tokens // side**2, connector.get_parameter("mlp1.3.weight").shape[0])

@@ -39,7 +39,7 @@ def load_rows(p_x, i_first, N, stride_n, o_d, D: tl.constexpr, ROWS: tl.constexp
 def load_rows_or_last(p_x, i_first, N, stride_n, o_d, D: tl.constexpr, ROWS: tl.constexpr):
     """Rows i_first.. [ROWS, BLOCK_D] of one head, the last one again beyond N, 0 beyond D: for rows whose weight is 0.
 
-    Loads without a mask on rows: at D = 128 with QK-norm grad_kv takes 173 registers a thread on sm_86 and sm_89 where
+    Loads without a mask on rows: at D = 128 with QK-norm grad_kv takes 171 registers a thread on sm_86 and sm_89 where
     the last tile of queries is not whole; masked it took 255 and spilled 8 bytes.
     """
     o_tile = tl.minimum(tl.arange(0, ROWS), N - 1 - i_first)[:, None] * stride_n + o_d[None, :]
