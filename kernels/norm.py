@@ -16,6 +16,7 @@ from torch import Tensor
 
 from internvit.kernels.common import launch, rows
 from internvit.kernels.common.rows import load_tile, load_vector, product, row_tile, store_partial, store_tile
+from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.strides import in_elements, row_strides
 
 LEAST_EPS = 1e-29
@@ -173,7 +174,7 @@ def norm(
     strides, unit = row_strides(x_rows)
     launch.run(
         norm_kernel,
-        (triton.cdiv(M, config.rows),),
+        (cdiv(M, config.rows),),
         *(x_rows, weight.contiguous(), rows.contiguous(bias), y, mean, rstd),
         *(M, *strides, eps),
         STRIDE_UNIT=unit,
