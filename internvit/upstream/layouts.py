@@ -153,7 +153,8 @@ DINOV2_ORIGINAL = replace(
     dropouts=("attn.attn_drop", "attn.proj_drop", "mlp.drop", "sample_drop_ratio"),
 )
 
-_layouts = [OPENGVLAB, TRANSFORMERS, TIMM, DINOV2, DINOV2_ORIGINAL]
+LAYOUTS = (OPENGVLAB, TRANSFORMERS, TIMM, DINOV2, DINOV2_ORIGINAL)
+_layouts = list(LAYOUTS)
 
 
 def known_layouts() -> tuple[Layout, ...]:

@@ -51,7 +51,8 @@ def fused_layer(name: str) -> type[nn.Module]:
 
     # Its name stays the base's: `_no_split_modules` and FSDP's wrapping policies go by names.
     body = {"__init__": build, "__module__": __name__, "__doc__": base.__doc__}
-    return _Replaces(name, (base,), body)
+    layer: Any = _Replaces(name, (base,), body)
+    return layer
 
 
 def __getattr__(name: str) -> type[nn.Module]:
