@@ -15,6 +15,7 @@ import internvit
 from internvit import InternViT, InternViTConfig
 from internvit.numerics import relative_error
 from internvit.parallel import parallelize, tensor_parallel_plan
+from tests.support import ROOT
 from tests.support.models import images, random_weights
 from tests.support.ranks import run_ranks, thorough
 
@@ -227,6 +228,7 @@ def test_plans() -> None:
             covered = sum(math.prod(r.sizes) for rank in range(ranks) for r in split.rank_regions(rank))
             assert covered == math.prod(shape) * (ranks if split.dim is None else 1), name
     assert "attn.qkv.weight     Shard(dim=1)  3 x 896 + 768 + 768 + 768" in str(tensor_parallel_plan(config, 4))
+    assert str(tensor_parallel_plan(config, 4)) in (ROOT / "docs" / "scale.md").read_text()
     for ranks in (0, 26, 2.0):
         with pytest.raises(ValueError, match="ranks must be from 1 to the 25 heads"):
             tensor_parallel_plan(config, ranks)
