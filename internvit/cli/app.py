@@ -1,4 +1,4 @@
-"""The command line: info, check, plan and convert; features, bench and precision are in files of their own.
+"""The command line: info, check, plan and convert; features, bench, export and precision are in files of their own.
 
 A wrong argument or file ends in one line and exit code 2, a check that fails in exit code 1, Ctrl-C in 130.
 """
@@ -20,6 +20,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from internvit.cli.bench import bench
+from internvit.cli.export import export
 from internvit.cli.features import features
 from internvit.cli.network import DTYPES, Size
 from internvit.cli.precision import precision
@@ -245,6 +246,7 @@ def convert(source: str, target: Path, layout: str, prefix: str | None, overwrit
 
 cli.add_command(features)
 cli.add_command(bench)
+cli.add_command(export)
 cli.add_command(precision)
 
 

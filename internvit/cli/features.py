@@ -10,7 +10,7 @@ import click
 from tqdm import tqdm
 
 from internvit.cli.environment import usable_device
-from internvit.cli.network import DTYPES, configuration, load_network, network_options, source_of
+from internvit.cli.network import DTYPES, Layers, configuration, load_network, network_options, source_of
 
 if TYPE_CHECKING:
     from internvit.data.bulk import BulkExtraction, Engine
@@ -21,18 +21,6 @@ _FOLDER_ONLY = {  # and their defaults
     **dict(engine="local", address=None, workers=None, format="parquet", pooling=None, connector=None, tiles=0),
     **dict(keep_size=False, out_dtype="float32", shard=None, column=None, retry_failed=False),
 }
-
-
-class Layers(click.ParamType):
-    """Comma-separated numbers of blocks."""
-
-    name = "I,J,…"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        try:
-            return tuple(int(x) for x in str(value).split(","))
-        except ValueError:
-            self.fail(f"expected numbers of blocks such as 7,11,15,23, got {value!r}", param, ctx)
 
 
 def _folder_options(command: Callable) -> Callable:

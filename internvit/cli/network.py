@@ -29,6 +29,18 @@ class Size(click.ParamType):
         return height, int(match[2] or height)
 
 
+class Layers(click.ParamType):
+    """Comma-separated numbers of blocks."""
+
+    name = "I,J,…"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        try:
+            return tuple(int(x) for x in str(value).split(","))
+        except ValueError:
+            self.fail(f"expected numbers of blocks such as 7,11,15,23, got {value!r}", param, ctx)
+
+
 def network_options(command: Callable) -> Callable:
     """IMAGES, --model, --weights, --prefix and --size, as `features` and `precision` have them."""
     images = click.argument("images", nargs=-1, required=True)

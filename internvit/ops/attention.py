@@ -15,6 +15,7 @@ A backend implements `attention(q, k, v, scale, qk_norm) -> (out, lse)`, where `
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from internvit.ops.backends.registry import BACKENDS, implementation, implements
 from internvit.ops.core import validation as check
@@ -263,6 +264,22 @@ def formula(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tens
     return (((q * scale) @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2)
 
 
+def portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rstd_q: Tensor | None = None,
+    rstd_k: Tensor | None = None,
+) -> Tensor:
+    """Attention of [B, N, H, D] by PyTorch's function."""
+    q_hat, k_hat = _normed(q, k, _qk_norm(q_weight, k_weight, rstd_q, rstd_k))
+    out = F.scaled_dot_product_attention(q_hat.to(q.dtype), k_hat.to(q.dtype), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2)
+
+
 def _folded_formula(q: Tensor, k: Tensor, v: Tensor, *qk_norm: Tensor, **named: Tensor) -> Tensor:
     weights = dict(zip(QKNorm._fields, qk_norm, strict=False)) | named
     if not weights:
@@ -288,5 +305,6 @@ register_spec(
         _folded_formula,
         {"": lambda make: dict(zip("qkv", make.qkv().unbind(2), strict=True)), "qk_norm": _folded_example},
         multiplies,
+        portable=portable,
     )
 )

@@ -166,5 +166,6 @@ register_spec(
         lambda x, weight, bias=None: F.gelu(F.linear(x, weight, bias)),
         {"": _example, "bias=None": lambda make: {**_example(make), "bias": None}},
         multiplies,
+        portable=lambda x, weight, bias, save_pre_activation: F.gelu(F.linear(x, weight, bias)),
     )
 )

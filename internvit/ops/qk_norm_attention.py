@@ -23,6 +23,7 @@ from internvit.ops.attention import (
     fake_out_and_lse,
 )
 from internvit.ops.attention import formula as attention_formula
+from internvit.ops.attention import portable as portable_attention
 from internvit.ops.backends.registry import BACKENDS, has_implementation, implementation
 from internvit.ops.core import validation as check
 from internvit.ops.core.norm_math import accumulate_dtype
@@ -294,6 +295,20 @@ def _formula(
     return attention_formula(q, k, v)
 
 
+def _portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    scale: float,
+) -> Tensor:
+    if q_weight is not None and k_weight is not None:
+        q, k = qk_norm_formula(q, k, q_weight, k_weight, eps)
+    return portable_attention(q, k, v, scale)
+
+
 def _packed_formula(qkv: Tensor, *args: Any, **named: Any) -> Tensor:
     return _formula(*_unpack(qkv), *args, **named)
 
@@ -310,6 +325,7 @@ register_spec(
         {"": lambda make: {**dict(zip("qkv", make.qkv().unbind(2), strict=True)), **_weights(make)}},
         multiplies,
         resolves_as="attention",
+        portable=_portable,
     )
 )
 register_spec(
@@ -324,5 +340,6 @@ register_spec(
         },
         multiplies,
         resolves_as="attention",
+        portable=lambda qkv, **named: _portable(*_unpack(qkv), **named),
     )
 )

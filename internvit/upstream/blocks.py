@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from internvit.model.fused_block import Norm
 from internvit.model.hooks import is_plain_linear
 from internvit.upstream.layouts import Layout, known_layouts, part
+
+_PARAMETERS = (nn.Parameter, FakeTensor)  # torch.export traces with fake parameters
 
 # Attributes that change what an attention of a known class computes.
 _FOREIGN = ("window_size", "rel_pos", "rope")
@@ -179,7 +182,7 @@ def why_not_now(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> s
             return f"{name} is a {present.__module__}.{present.__qualname__}"
         if _is_hooked(module):
             return f"{name} has a hook, or attention maps are asked for"
-        is_parameter = module_class is not nn.Linear or type(module._parameters.get("weight")) is nn.Parameter
+        is_parameter = module_class is not nn.Linear or type(module._parameters.get("weight")) in _PARAMETERS
         if not is_parameter and not is_plain_linear(module):
             return f"{name}.weight is a {type(module.weight).__name__}"
     if block.training:

@@ -1,5 +1,6 @@
-"""When an op may run its implementation directly, because nothing would see it pass through the dispatcher."""
+"""What looks on when an op is called: whether it may run directly, and whether a graph for other programs is made."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,3 +47,21 @@ def has_tangent(args: Iterable[Any]) -> bool:
     return forward_ad._current_level >= 0 and any(
         isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
     )
+
+
+def leaves_library(chosen_by_auto: bool) -> bool:
+    """Whether the graph made now is for programs without this library: ONNX, or TorchScript unless a backend is named.
+
+    An ONNX file has no other ops; a traced graph keeps those of a backend that was asked for.
+    """
+    return (chosen_by_auto and torch._C._get_tracing_state() is not None) or exports_onnx()
+
+
+def exports_onnx() -> bool:
+    """Whether torch.onnx.export runs now."""
+    onnx = sys.modules.get("torch.onnx")  # which takes a while to import
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+# As torch.compiler.assume_constant_result, which imports torch._dynamo.
+exports_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -20,7 +20,15 @@ from torch import Tensor
 from internvit.ops.backends.registry import implementation
 from internvit.ops.core.autocast import autocast_dtype, cast
 from internvit.ops.core.derivative import Plan, below_autograd, derive_function, empty_grad, underivable
-from internvit.ops.core.direct import PLAIN, has_tangent, nothing_watches, plain, transformed
+from internvit.ops.core.direct import (
+    PLAIN,
+    exports_onnx,
+    has_tangent,
+    leaves_library,
+    nothing_watches,
+    plain,
+    transformed,
+)
 from internvit.ops.core.fallback import (
     AutoBackend,
     CallClass,
@@ -64,6 +72,7 @@ class Op:
             not, checks first; the direct calls of public functions, and of autograd, come with checked arguments.
         overload: the op as torch knows it.
         fakes: backend -> the fake implementation of its library's op.
+        formula: the first outputs from the named arguments without `backend`, in plain PyTorch; None for backward ops.
     """
 
     def __init__(
@@ -84,6 +93,7 @@ class Op:
         self.run = guarded(self.name, run or self._run_in_backend)
         self.check = check
         self.fakes: dict[str, Callable] = {}
+        self.formula: Callable[..., Any] | None = None
         self.function: Any = underivable(self, self.overload)
         LIBRARY.impl(self.name, self._check_and_run, "CompositeExplicitAutograd")
         LIBRARY.impl(self.name, self._dispatch_autograd, "Autograd")
@@ -116,6 +126,31 @@ class Op:
                 return call(*args[:-1], name)
             except KernelStartError as another:
                 error = another
+
+    def decompose(self, *args: Any) -> Any:
+        """All outputs in plain PyTorch, for graphs that other programs run; takes all arguments.
+
+        What is only kept for backward comes from the reference: dead code in a graph without one.
+        """
+        outputs = self.run(*args[:-1], "reference")
+        first = self.portable_outputs(*args)
+        if first is None or isinstance(outputs, Tensor):
+            return outputs if first is None else first[0]
+        return (*first, *outputs[len(first) :])
+
+    def portable_outputs(self, *args: Any) -> tuple[Tensor, ...] | None:
+        """The outputs of the public function by the formula; None where only the reference computes them.
+
+        Tensors of several dtypes, such as float32 weights beside 16-bit activations, are left to the reference:
+        PyTorch's own functions do not take them, or round more than once.
+        """
+        if self.formula is None or len({a.dtype for a in args if isinstance(a, Tensor)}) > 1:
+            return None
+        names = [a.name for a in self.overload._schema.arguments[:-1]]
+        named = dict(zip(names, args, strict=False))
+        named.pop("rounding", None)  # other programs round in their own order
+        outputs = self.formula(**named)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
     def _calls(self, args: tuple[Any, ...]) -> CallClass:
         """The calls that `auto` chose args[-1] for.
@@ -239,9 +274,20 @@ class PublicOp(Op):
         name = self._check_and_choose(args, backend)
         if transformed(args):
             return self.run(*args, "reference")
+        if leaves_library(isinstance(name, AutoBackend)):
+            return self._call_portable(*args, name)
         if torch.compiler.is_compiling():
             return self.overload(*args, name)
         return self.run_or_fall_back(self._call_overload, (*args, name))
+
+    def _call_portable(self, *args: Any) -> Any:
+        """As `decompose`, with None for what is only kept for backward."""
+        # TorchScript's exporter to ONNX has no RMSNorm; the reference is made of arithmetic.
+        first = None if exports_onnx() and torch.jit.is_tracing() else self.portable_outputs(*args)
+        if first is None:
+            return self.run(*args[:-1], "reference")
+        count = len(self.overload._schema.returns)
+        return first[0] if count == 1 else (*first, *[None] * (count - len(first)))
 
     def _call_overload(self, *args: Any) -> Any:
         token = _chosen.set(args[-1] if isinstance(args[-1], AutoBackend) else None)

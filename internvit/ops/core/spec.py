@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvit.numerics import layer_norm_terms, norm_violations, product_violations, sample
 from internvit.ops.core.flops import FORMULAS
+from internvit.ops.core.registration import OPS
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ class OpSpec:
         examples: variant -> a function of `Inputs` that returns the public function's arguments.
         violations: (arguments, outputs, float64 truth, eager outputs) -> what the outputs break of the contract.
         resolves_as: the op whose implementation decides on which backends this one runs.
+        portable: what exported graphs hold, where it is not `formula`: the op's outputs from its arguments by name, in
+            the PyTorch functions that other runtimes have kernels for.
     """
 
     function: Callable[..., Any]
@@ -134,6 +137,7 @@ class OpSpec:
     examples: Mapping[str, Callable[[Inputs], Arguments]]
     violations: Violations = rounds_once
     resolves_as: str = ""
+    portable: Callable[..., Any] | None = None
 
     @property
     def name(self) -> str:
@@ -165,6 +169,7 @@ INFERENCE_SPECS: dict[str, OpSpec] = {}
 
 def register_spec(spec: OpSpec) -> OpSpec:
     SPECS[spec.name] = spec
+    OPS[spec.op].formula = spec.portable or spec.formula
     return spec
 
 
