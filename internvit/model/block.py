@@ -23,7 +23,7 @@ from internvit.model.fused_block import (
     run_after_attention,
     run_block,
 )
-from internvit.model.hooks import has_hooks, is_plain_linear
+from internvit.model.hooks import has_hooks, is_plain_linear, is_unhooked_linear
 from internvit.model.layers import MLP, Attention, fusible, is_plain_norm, make_norm
 from internvit.reference import drop_path_scale
 
@@ -117,12 +117,16 @@ def is_plain_layer(layer: nn.Module) -> bool:
     return type(layer) is InternViTLayer and not has_hooks(layer)
 
 
-def is_unmodified(layer: nn.Module) -> TypeGuard[InternViTLayer]:
-    """Whether nothing but InternViT's own forward happens in `layer` and its parts: no hook, adapter or replacement."""
+def is_unmodified(layer: nn.Module, quantised: bool = False) -> TypeGuard[InternViTLayer]:
+    """Whether nothing but InternViT's own forward happens in `layer` and its parts: no hook, adapter or replacement.
+
+    With `quantised` a Linear's weight may be a tensor subclass, as torchao's are: the Linear is called then.
+    """
     if not isinstance(layer, InternViTLayer) or not is_plain_layer(layer):
         return False
     attn, mlp = layer.attn, layer.mlp
     if type(attn) is not Attention or type(mlp) is not MLP or has_hooks(attn) or has_hooks(mlp):
         return False
     norms = [layer.norm1, layer.norm2, *((attn.q_norm, attn.k_norm) if attn.qk_normalization else ())]
-    return all(map(is_plain_linear, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))) and all(map(is_plain_norm, norms))
+    is_own = is_unhooked_linear if quantised else is_plain_linear
+    return all(map(is_own, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))) and all(map(is_plain_norm, norms))

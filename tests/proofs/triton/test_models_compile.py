@@ -20,7 +20,7 @@ from tests.support import ROOT
 
 BUDGET = Path(__file__).with_name("budget.json")
 LIMITS = ("registers", "shared_bytes", "stack_bytes")
-BUDGETED = "448px.* bfloat16: ((eval|train)(, Triton GEMMs)?|train, DropPath|optimize_for_inference)$"
+BUDGETED = "448px.* bfloat16: ((eval|train|int8|float8)(, Triton GEMMs)?|train, DropPath|optimize_for_inference)$"
 FAST = ("sm_90", "gfx942")
 
 pytestmark = pytest.mark.skipif(
