@@ -63,6 +63,7 @@ test-ray: setup ## bulk extraction on Ray's local cluster, and what `datasets` r
 budgets: setup ## rewrite the five committed budgets; read the differences before you commit them
 	$(BIN)/python -m tests.proofs.native.instructions --update
 	$(BIN)/python -m tests.proofs.triton.test_models_compile
+	$(BIN)/python -m internvit.benchmarks.reports.kernel_tables
 	$(PIP) --no-deps liger-kernel
 	TRITON_INTERPRET=1 $(BIN)/python -m tests.proofs.triton.interpreted.byte_count --update
 	$(BIN)/python -m tests.proofs.cuda.static_profile --update

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from internvit.files import read_json
-from internvit.names import CONFIG_DEFAULTS, CONFIG_FIELDS, LAYOUTS, TIMM_ARCHITECTURES, TRANSFORMERS_FIELDS
+from internvit.names import (
+    CONFIG_DEFAULTS,
+    CONFIG_FIELDS,
+    LAYOUTS,
+    MODEL_TYPE_DEFAULTS,
+    TIMM_ARCHITECTURES,
+    TRANSFORMERS_FIELDS,
+    TRANSFORMERS_MODEL_TYPES,
+)
 
 _TIMM_ARGUMENTS = ("embed_dim", "depth", "num_heads", "in_chans", "init_values")
 NORM_TYPES = ("rms_norm", "layer_norm")
@@ -258,7 +266,8 @@ class InternViTConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         renamed = {CONFIG_FIELDS.get(key, key): value for key, value in fields.items()}
         given = {k: v for k, v in renamed.items() if k in known and (v is not None or k == "qk_norm_eps")}
-        values = {**CONFIG_DEFAULTS[spelling], **given}
+        of_family = MODEL_TYPE_DEFAULTS.get(str(fields.get("model_type")), {})
+        values = {**CONFIG_DEFAULTS[spelling], **of_family, **given}
         if spelling in ("mmseg", "timm") and "intermediate_size" not in given:
             values["intermediate_size"] = _intermediate_size(
                 values.get("hidden_size", 3200), fields.get("mlp_ratio", 4)
@@ -321,7 +330,7 @@ def _tower_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spelling_of(fields: Mapping[str, Any]) -> str:
-    if fields.get("model_type") == "internvl_vision" or fields.keys() & {"attention_bias", "use_qk_norm"}:
+    if str(fields.get("model_type")) in TRANSFORMERS_MODEL_TYPES or fields.keys() & {"attention_bias", "use_qk_norm"}:
         return "transformers"
     mmseg = {"qk_normalization", "pretrain_size", "use_flash_attn", "with_cp", "freeze_vit", "out_indices"}
     if fields.keys() & {"embed_dim", "depth", "num_heads", "img_size"} or fields.get("type") == "InternViT6B":
@@ -331,10 +340,10 @@ def _spelling_of(fields: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(fields: Mapping[str, Any], spelling: str) -> None:
     model_type = str(fields.get("model_type") or "intern_vit_6b")
-    if not model_type.startswith(("intern_vit", "internvl_vision")):
+    if not model_type.startswith(("intern_vit", *TRANSFORMERS_MODEL_TYPES)):
         raise ValueError(
-            f"InternViTConfig: model_type must be intern_vit_6b or internvl_vision, or a whole model's with its "
-            f"vision_config, got {model_type!r}"
+            f"InternViTConfig: model_type must be intern_vit_6b or {', '.join(TRANSFORMERS_MODEL_TYPES)}, or a whole "
+            f"model's with its vision_config, got {model_type!r}"
         )
     dropouts = ("dropout", "attention_dropout", "hidden_dropout_prob", "projection_dropout", "proj_drop_rate")
     refusals = [(key, fields[key], "0") for key in dropouts if fields.get(key)]

@@ -5,10 +5,14 @@ The byte counts follow the tensors that this library's ops leave, in units of on
 """
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from internvit.config import VARIANTS, InternViTConfig
+
+if TYPE_CHECKING:
+    from internvit.parallel.plan import TensorParallelPlan
 
 TASKS = {
     "simple": "features of whole images: retrieval, classification, similarity",
@@ -55,33 +59,54 @@ class Cost:
 
 def flops(config: InternViTConfig, size: tuple[int, int]) -> int:
     """Multiplications and additions of one image's forward: the GEMMs and attention."""
-    tokens = _tokens(config, size)
+    tokens = tokens_of(config, size)
     width, inner = config.hidden_size, config.intermediate_size
     block = tokens * (4 * width * width + 2 * width * inner) + 2 * tokens * tokens * width
     patches = (tokens - 1) * config.num_channels * config.patch_size**2 * width
     return 2 * (config.num_hidden_layers * block + patches)
 
 
-def cost(config: InternViTConfig, size: tuple[int, int], batch: int, dtype: torch.dtype, maps: int = 0) -> Cost:
+def recomputed_flops(config: InternViTConfig, size: tuple[int, int], mode: str) -> int:
+    """Operations that a backward of one image repeats; `mode` is of checkpointing, "none", "selective" or "block"."""
+    if mode == "selective":  # proj and the MLP
+        width, inner = config.hidden_size, config.intermediate_size
+        return 2 * config.num_hidden_layers * tokens_of(config, size) * width * (width + 2 * inner)
+    return flops(config, size) if mode == "block" else 0
+
+
+def cost(
+    config: InternViTConfig,
+    size: tuple[int, int],
+    batch: int,
+    dtype: torch.dtype,
+    maps: int = 0,
+    split: "TensorParallelPlan | None" = None,
+) -> Cost:
     """The cost of `config` on a batch of images of size (height, width); `maps` hidden states are kept for dense tasks.
+
+    With `split` parameters and bytes are those of the rank with the most heads, padding included.
 
     Raises:
         ValueError: a size off the patch grid.
     """
+    heads = 1.0 if split is None else max(split.heads) / config.num_attention_heads
+    hidden = 1.0 if split is None else max(split.hidden) / config.intermediate_size
+    # A sum over ranks of a 16-bit tensor: each rank's part in float32, of which one more is the scattered one's.
+    summed = 4 / dtype.itemsize if split is not None and split.ranks > 1 else 0
     item = dtype.itemsize
-    tokens, width, layers = _tokens(config, size), config.hidden_size, config.num_hidden_layers
+    tokens, width, layers = tokens_of(config, size), config.hidden_size, config.num_hidden_layers
     unit = batch * tokens * width * item
-    inner = config.intermediate_size / width
-    attention_statistics = batch * tokens * 4 * (config.num_attention_heads + 2)
+    inner = hidden * config.intermediate_size / width
+    attention_statistics = batch * tokens * 4 * (heads * config.num_attention_heads + 2)
     statistics = batch * tokens * 4 * (6 if config.norm_type == "layer_norm" else 4) + attention_statistics
     # x, qkv (3), attention, its projection, the stream between, fc1's pre-activation, fc2's output
-    kept = (8 + inner) * unit + statistics
+    kept = (4 + 4 * heads + inner) * unit + statistics
     # One block's backward: GELU's output and gradient, the pre-activation's gradient, and gradients of the stream.
-    working = (2 * inner + 2) * unit
+    working = (2 * inner + 2 + summed) * unit
     # Recomputed in a checkpoint, where nothing is rematerialized: proj's output, the stream between, its norm, the
     # pre-activation, GELU and fc2's output, when GELU's gradient and those of the stream are there.
-    recomputed = (3 * inner + 5) * unit
-    parameters = config.num_parameters()
+    recomputed = (3 * inner + 5 + summed) * unit
+    parameters = config.num_parameters() if split is None else split.local_numel()
     wide = item < 4
     return Cost(
         variant=config.name or f"{width} wide, {layers} layers",
@@ -91,17 +116,23 @@ def cost(config: InternViTConfig, size: tuple[int, int], batch: int, dtype: torc
         weights=parameters * item,
         # The embeddings, a layer's input and its normed form, the stream between and its, beside qkv, attention and its
         # projection, or beside fc1's pre-activation and its GELU, or the GELU and fc2's output.
-        inference=round((5 + max(5, 2 * inner, inner + 1) + maps) * unit),
+        inference=round((5 + max(1 + 4 * heads, 2 * inner, inner + 1, heads + summed, inner + summed) + maps) * unit),
         training=round(layers * kept + unit + working),
         # Folded, the scaled gradient of a branch is alive beside the stream's.
         folded=round(layers * (kept - 2 * unit) + 2 * unit + working),
-        selective=round(layers * (5 * unit + attention_statistics) + unit + recomputed),
-        checkpointing=round(layers * unit + unit + recomputed + 5 * unit + statistics),  # and norm1, qkv, attention
+        selective=round(layers * ((1 + 4 * heads) * unit + attention_statistics) + unit + recomputed),
+        # And norm1, qkv, attention.
+        checkpointing=round(layers * unit + unit + recomputed + (1 + 4 * heads) * unit + statistics),
         optimizer=parameters * (item + 8 + (4 if wide else 0)),
     )
 
 
-def _tokens(config: InternViTConfig, size: tuple[int, int]) -> int:
+def tokens_of(config: InternViTConfig, size: tuple[int, int]) -> int:
+    """Tokens of an image of size (height, width), with the class token.
+
+    Raises:
+        ValueError: a size off the patch grid.
+    """
     if any(s <= 0 or s % config.patch_size for s in size):
         raise ValueError(f"size: expected multiples of {config.patch_size}, got {size[0]}x{size[1]}")
     return 1 + (size[0] // config.patch_size) * (size[1] // config.patch_size)
@@ -149,10 +180,7 @@ def plan(
     maps = 4 if task in ("segmentation", "detection") else 0
     costs = [cost(config, size, batch, dtype, maps) for config in VARIANTS.values()]
     fits = {c.variant: _fit(c, train, memory) for c in costs} if memory is not None else {}
-    # The newest checkpoint of a size is the better one; V1.0 and 224px keep blocks that later versions dropped.
-    preferred = ["internvit-6b-448px-v2.5", "internvit-300m-448px-v2.5"]
-    if task in ("segmentation", "detection") and train:
-        preferred.insert(0, "internvit-6b-224px")
+    preferred = preferred_variants(task, train)
     if memory is None:
         choice = "internvit-300m-448px-v2.5"
         reason = "a twentieth of the 6B's cost; name --memory to hear whether a 6B fits"
@@ -162,6 +190,15 @@ def plan(
             how = "" if fits[name] == "yes" else f" {fits[name]}"
             return Plan(costs, fits, name, f"the largest that fits{how}; {_reason(name, task)}")
     return Plan(costs, fits, None, "none fits; lower --batch or --size, or use a 16-bit --dtype")
+
+
+def preferred_variants(task: str, train: bool) -> list[str]:
+    """The variants to take for a task, the largest first."""
+    # The newest checkpoint of a size is the better one; V1.0 and 224px keep blocks that later versions dropped.
+    preferred = ["internvit-6b-448px-v2.5", "internvit-300m-448px-v2.5"]
+    if task in ("segmentation", "detection") and train:
+        preferred.insert(0, "internvit-6b-224px")
+    return preferred
 
 
 def _reason(name: str, task: str) -> str:

@@ -103,6 +103,9 @@ CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
         "pos_embed_mode": "antialias",
     },
 }
+TRANSFORMERS_MODEL_TYPES = ("internvl_vision", "qianfan_ocr_vision", "interns1_vision")
+MODEL_TYPE_DEFAULTS: dict[str, dict[str, Any]] = {"qianfan_ocr_vision": {"qkv_bias": True, "drop_path_rate": 0.1}}
+"""Where a family's defaults are not those of transformers' InternVL."""
 TIMM_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vit_intern300m_patch14_448": {
         "img_size": 448,

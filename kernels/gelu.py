@@ -20,6 +20,7 @@ from torch import Tensor
 
 from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
+from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.target import Target
 
 
@@ -85,7 +86,7 @@ def gelu_backward_kernel(p_grad_y, p_z, p_grad, count, BLOCK: tl.constexpr):
 
 def elementwise(config: GeluConfig, kernel: Any, *tensors: Tensor) -> None:
     count = tensors[0].numel()
-    launch.run(kernel, (triton.cdiv(count, config.block),), *tensors, count, BLOCK=config.block, num_warps=config.warps)
+    launch.run(kernel, (cdiv(count, config.block),), *tensors, count, BLOCK=config.block, num_warps=config.warps)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from internvit.kernels.common import launch, rows
 from internvit.kernels.common.rows import columns, load_tile, load_vector, row_tile, store_partial, store_tile
+from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.strides import in_elements, row_strides
 
 OP = "layer_scale_residual"
@@ -123,7 +124,7 @@ def layer_scale_residual(
     strides, unit = row_strides(residual_rows, branch_rows)
     launch.run(
         layer_scale_residual_kernel,
-        (triton.cdiv(M, config.rows),),
+        (cdiv(M, config.rows),),
         *(residual_rows, branch_rows, rows.contiguous(gamma), rows.contiguous(row_scale), out),
         *(M, *strides, rows_per_image(M, row_scale)),
         STRIDE_UNIT=unit,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from internvit.kernels.common import launch, rows
 from internvit.kernels.common.rows import columns, load_tile, load_vector, row_tile, store_partial, store_tile
+from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.strides import in_elements, row_strides
 from internvit.kernels.layer_scale_residual import add_branch, load_gamma, load_row_scale, rows_per_image
 from internvit.kernels.norm import is_small, load_x_hat, norm_backward, scale_and_shift, standardize
@@ -182,7 +183,7 @@ def _launch(
     strides, unit = row_strides(residual_rows, branch_rows)
     launch.run(
         layer_scale_residual_norm_kernel,
-        (triton.cdiv(M, config.rows),),
+        (cdiv(M, config.rows),),
         *(residual_rows, branch_rows, rows.contiguous(gamma), rows.contiguous(row_scale)),
         *(weight.contiguous(), rows.contiguous(bias), *written),
         *(M, *strides, rows_per_image(M, row_scale), eps),

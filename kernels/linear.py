@@ -28,6 +28,7 @@ from torch import Tensor
 from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
 from internvit.kernels.common.rows import as_rows, contiguous
+from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.target import Target
 from internvit.kernels.gelu import exact_gelu
 
@@ -291,7 +292,7 @@ def scale_sums(sums: Tensor, quantized: Quantized, bias: Tensor | None, residual
     block_m, block_n = 16, 128
     launch.run(
         epilogue_kernel,
-        (triton.cdiv(M, block_m), triton.cdiv(N, block_n)),
+        (cdiv(M, block_m), cdiv(N, block_n)),
         *(sums, *quantized.tensors, contiguous(bias), residual_rows, y),
         *(M, N, 0 if residual_rows is None else residual_rows.stride(0)),
         GELU=gelu,
@@ -333,7 +334,7 @@ def multiply(
     stride_residual = 0 if residual_rows is None else residual_rows.stride(0)
     launch.run(
         linear_kernel,
-        (triton.cdiv(M, config.rows) * triton.cdiv(N, config.columns),),
+        (cdiv(M, config.rows) * cdiv(N, config.columns),),
         *(x_rows, weight_rows, *scales, contiguous(bias), contiguous(gamma), residual_rows, z, y),
         *(M, N, K, x_rows.stride(0), weight_rows.stride(0), stride_residual),
         GELU=gelu,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from internvit.kernels.common import launch, rows
 from internvit.kernels.common.rows import load_tile, load_vector, product, row_tile, store_partial, store_tile
+from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.strides import in_elements, row_strides
 from internvit.kernels.quantize_rows import outputs, quantization, store_rows
 
@@ -209,7 +210,7 @@ def _launch(
     strides, unit = row_strides(x_rows)
     launch.run(
         norm_kernel,
-        (triton.cdiv(M, config.rows),),
+        (cdiv(M, config.rows),),
         *(x_rows, weight.contiguous(), rows.contiguous(bias), *written),
         *(M, *strides, eps),
         STRIDE_UNIT=unit,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from internvit.kernels.common import launch, rows
 from internvit.kernels.common.rows import load_tile, row_tile, store_tile
+from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.strides import in_elements, row_strides
 from internvit.kernels.gelu import exact_gelu
 
@@ -126,7 +127,7 @@ def quantize_rows(
     strides, unit = row_strides(x_rows)
     launch.run(
         quantize_rows_kernel,
-        (triton.cdiv(M, config.rows),),
+        (cdiv(M, config.rows),),
         *(x_rows, x_bytes, scale, zero, M, *strides),
         STRIDE_UNIT=unit,
         GELU=gelu,

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,16 @@ OURS = "internvit"
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large: `quick` takes small shapes and few rounds, and compiles nothing."""
+    """Where and how large: `quick` takes small shapes and few rounds, and compiles nothing.
+
+    Attributes:
+        triton_tutorial: the file 06-fused-attention.py of Triton's tutorials, which its wheel does not have.
+    """
 
     device: str = "cpu"
     quick: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    triton_tutorial: Path | None = None
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(0)

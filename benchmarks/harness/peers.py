@@ -1,6 +1,7 @@
 """Other people's code for the same work, imported where it is installed."""
 
 import functools
+import importlib.util
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -73,6 +74,35 @@ def flash_attn(setting: Setting) -> Mapping[str, Callable[[], Callable]]:
         return flash_attn_func
 
     return {"flash-attn": build}
+
+
+def triton_tutorial(setting: Setting) -> Mapping[str, Callable[[], Callable]]:
+    """The kernel of Triton's fused attention tutorial on q, k, v [B, N, H, D] that lie as [B, H, N, D], forward alone.
+
+    It takes float16 and whole tiles of 128 tokens, and computes something else with others.
+    """
+
+    def build() -> Callable:
+        if not setting.device.startswith("cuda"):
+            raise MissingPeerError("Triton's tutorial needs a GPU")
+        path = setting.triton_tutorial
+        if path is None:
+            raise MissingPeerError("its file 06-fused-attention.py is not here: --triton-tutorial PATH")
+        needs("pytest", "pip install pytest, which the tutorial imports")
+        found = importlib.util.spec_from_file_location("triton_tutorial_fused_attention", path)
+        if found is None or found.loader is None or not path.is_file():
+            raise MissingPeerError(f"{path} is no Python file")
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            heads_first = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+            out: Tensor = module.attention(*heads_first, False, q.shape[-1] ** -0.5)
+            return out.transpose(1, 2)
+
+        return run
+
+    return {"Triton's tutorial": build}
 
 
 def transformers_model(config: InternViTConfig, weights: dict[str, Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""The benchmarks of a GPU report: bfloat16, in order of worth, torch.compile's peers last, resumed where they stopped.
+"""The benchmarks of a GPU report: no float32, in order of worth, torch.compile last, resumed where they stopped.
 
 python -m internvit.benchmarks.reports.gpu_bench --out FOLDER [--only attention,block] [--seconds 150] [--count]
 """
@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after so long")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small sizes")
     parser.add_argument("--count", action="store_true", help="count what is timed on a GPU and time nothing")
+    parser.add_argument("--triton-tutorial", type=Path, metavar="FILE", help="its 06-fused-attention.py, as a peer")
     asked = parser.parse_args(arguments)
     only = tuple(filter(None, asked.only.split(",")))
     unknown = [name for name in only if name not in ORDER]
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise KeyboardInterrupt  # what was measured is kept, as after Ctrl-C
 
     small = asked.device == "cpu"
-    setting = Setting(asked.device, quick=small, dtypes=(torch.bfloat16,))
+    setting = Setting(asked.device, small, (torch.bfloat16,), asked.triton_tutorial)
     found = run(benches, setting, None, 3 if small else 7, asked.out, progress, compiles_last=True, resume=True)
     print(plain(found))
     refused = [row for row in found.rows if row.note.startswith("refused")]

@@ -15,6 +15,7 @@ its small form, with Triton kernels compiled and not run.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -52,6 +53,7 @@ class Run:
     target: str
     only: str
     rehearsed: bool
+    triton_tutorial: Path | None = None
     seconds: float = 0.0
 
 
@@ -121,6 +123,7 @@ def _bench(run: Run) -> list[str]:
     return [
         *("internvit.benchmarks.reports.gpu_bench", "--out", str(run.folder), "--device", device),
         *("--seconds", limit, "--only", only),
+        *(["--triton-tutorial", str(run.triton_tutorial)] if run.triton_tutorial else []),
     ]
 
 
@@ -219,6 +222,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="BENCHES", help=f"of {', '.join(gpu_bench.ORDER)}")
     parser.add_argument("--again", action="store_true", help="run stages that were ok before too")
     parser.add_argument("--rehearse", action="store_true", help="count and run small forms, without a GPU")
+    parser.add_argument(
+        "--triton-tutorial",
+        type=Path,
+        metavar="FILE",
+        help="a copy of its 06-fused-attention.py, timed beside attention",
+    )
     parser.add_argument("--target", default="sm_90", choices=tuple(TARGETS), help="what a rehearsal compiles for")
     asked = parser.parse_args(arguments)
     asked.stages = tuple(filter(None, asked.stages.split(",")))
@@ -228,6 +237,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in asked.only.split(",") if name and name not in gpu_bench.ORDER]
     if unknown:
         parser.error(f"--only: expected some of {', '.join(gpu_bench.ORDER)}, got {', '.join(unknown)}")
+    if asked.triton_tutorial is not None:
+        asked.triton_tutorial = asked.triton_tutorial.resolve()
+        if not asked.triton_tutorial.is_file():
+            parser.error(f"--triton-tutorial: {asked.triton_tutorial} is no file")
     if not asked.minutes > 0:
         parser.error(f"--minutes must be more than 0, got {asked.minutes}")
     return asked
@@ -244,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine = files.machine(device)
     about = {name: machine[name] for name in ("device", "torch", "sources")} | {"rehearsed": asked.rehearse}
     print(f"{machine['device']}: {folder}", flush=True)
-    run = Run(folder, asked.target, asked.only, asked.rehearse)
+    run = Run(folder, asked.target, asked.only, asked.rehearse, asked.triton_tutorial)
     stages = [stage for stage in STAGES if stage.name in asked.stages]
     over = predict(stages, run, asked.minutes) if asked.rehearse else []
     steps = {} if asked.again else earlier(folder, about)
@@ -256,10 +269,12 @@ def main(arguments: list[str] | None = None) -> int:
         left = 60 * asked.minutes - (0.0 if asked.rehearse else time.monotonic() - begin)
         # What earlier stages did not use is the last one's.
         limit = left if stage is stages[-1] else min(left, 60 * asked.minutes * stage.share)
+        if asked.rehearse:  # the machine that times are predicted for has more cores
+            limit *= max(1.0, CORES / (os.cpu_count() or 1))
         if limit < 1:
             steps[stage.name] = {"stage": stage.name, "outcome": "no time was left"}
         else:
-            steps[stage.name] = run_stage(stage, Run(folder, run.target, run.only, run.rehearsed, limit))
+            steps[stage.name] = run_stage(stage, dataclasses.replace(run, seconds=limit))
             use_tuned(folder)
         write_report(folder, steps, about)
     for line in over:

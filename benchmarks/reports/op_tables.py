@@ -6,14 +6,13 @@ Bytes count each tensor that an op, and its backward, reads or writes once; the 
 a data sheet's rates. Arithmetic, no measurement. `--check` writes nothing and exits 1 where the page is out of date.
 """
 
-import argparse
 import sys
 
 import torch
 
 from internvit import ops
 from internvit.benchmarks.harness.results import FOLDER
-from internvit.benchmarks.reports.table import markdown
+from internvit.benchmarks.reports.table import markdown, write_page
 from internvit.kernels.tools.roofline import CEILINGS
 from internvit.ops.core.spec import SIZES, cost, every_spec
 
@@ -59,18 +58,5 @@ def page() -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m internvit.benchmarks.reports.op_tables", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is out of date")
-    new = page()
-    if parser.parse_args(arguments).check:
-        if new != PAGE.read_text():
-            print(f"{PAGE.name} is out of date: python -m internvit.benchmarks.reports.op_tables", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(new)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_page(PAGE, page(), __doc__, "internvit.benchmarks.reports.op_tables"))

@@ -1,6 +1,9 @@
 """Results as tables: in the terminal, and as the Markdown that README and docs hold."""
 
+import argparse
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from internvit.benchmarks.harness.results import Change, Results, Row
 
@@ -64,6 +67,18 @@ def replace_section(text: str, name: str, begin: str, end: str, section: str) ->
     if not found_begin or not found_end:
         raise ValueError(f"{name}: expected the markers {begin} and {end}")
     return f"{before}{begin}\n\n{section}\n\n{end}{after}"
+
+
+def write_page(page: Path, text: str, description: str | None, command: str) -> int:
+    """The command of a page that is `text`, as `python -m` runs it: writes the page, or with --check compares it."""
+    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is out of date")
+    if not parser.parse_args().check:
+        page.write_text(text)
+    elif not page.exists() or page.read_text() != text:
+        print(f"{page.name} is out of date: python -m {command}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def changes_as_text(changes: list[Change]) -> str:

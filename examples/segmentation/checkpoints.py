@@ -71,14 +71,17 @@ class Log:
     """A CSV of the run: step, loss, learning rate, and mIoU where it was measured.
 
     Args:
-        path: of the file.
+        path: of the file; None writes nothing.
         step: rows after it are dropped, because these steps are run again.
 
     Raises:
         ValueError: the file is there and is no such log.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path | None, step: int) -> None:
+        self._path = path
+        if path is None:
+            return
         rows = [row for row in _read_log(path) if int(row["step"]) <= step]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS)
@@ -86,9 +89,10 @@ class Log:
         writer.writerows(rows)
         with atomic_write(path) as temporary:
             temporary.write_bytes(text.getvalue().encode())
-        self._path = path
 
     def add(self, step: int, loss: float | str = "", lr: float | str = "", miou: float | str = "") -> None:
+        if self._path is None:
+            return
         with open(self._path, "a", newline="") as file:
             csv.writer(file).writerow([step, loss, lr, miou])
 

@@ -7,8 +7,13 @@ DATA holds images/training, images/validation, annotations/training and annotati
 is an 8-bit PNG with its image's name. OUT gets checkpoint.pt, log.csv and predictions.png. After an interruption or a
 kill the same command continues from the last checkpoint, and ends with the same bits on the same machine. It does not
 continue with other images, masks, classes, settings or weights of a frozen tower.
+
+    torchrun --nproc-per-node 8 train.py ... --device cuda      by FSDP2; data.batch is that of all ranks together
+
+OUT must then be a folder that all ranks see. A run may continue on another number of ranks.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -20,7 +25,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from checkpoints import Log, read_checkpoint, rng_state, set_rng_state, write_checkpoint
+from checkpoints import Log, read_checkpoint, write_checkpoint
+from ranks import Ranks
 from recipe import Recipe, build, optimizer_and_schedule, read_recipe
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -51,30 +57,31 @@ class Samples(Dataset):
 
 
 class Order:
-    """The keys of `Samples` from a step on, one micro-batch after the other, to the run's end."""
+    """The keys of `Samples` from a step on, one of the rank's micro-batches after the other, to the run's end."""
 
-    def __init__(self, recipe: Recipe, count: int, start: int) -> None:
-        self.recipe, self.count, self.start = recipe, count, start
+    def __init__(self, recipe: Recipe, count: int, start: int, ranks: Ranks) -> None:
+        self.recipe, self.count, self.start, self.ranks = recipe, count, start, ranks
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         data, steps = self.recipe.data, self.recipe.optim.steps
         chosen = batches(self.count, data.batch, self.recipe.run.seed, self.start)
         for step, indices in zip(range(self.start, steps), chosen, strict=False):
             keys = [(step, place, index) for place, index in enumerate(indices)]
-            yield from (keys[i : i + data.micro_batch] for i in range(0, data.batch, data.micro_batch))
+            groups = [keys[i : i + data.micro_batch] for i in range(0, data.batch, data.micro_batch)]
+            yield from groups[self.ranks.rank :: self.ranks.count]
 
 
-def trained_state(model: Segmenter, recipe: Recipe) -> dict[str, Tensor]:
-    """The part of the state dict that training changes, without a frozen tower."""
+def trained_state(state: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The part of a state dict that training changes, without a frozen tower."""
     tower = ("backbone.embeddings.", "backbone.encoder.") if recipe.model.freeze else ()
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tower)}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(tower)}
 
 
 def fingerprint(
     model: Segmenter, recipe: Recipe, folder: Path, pairs: dict[str, tuple[Pair, ...]], names: list[str]
 ) -> dict[str, Any]:
     """What a checkpoint does not hold and a resumed run must find unchanged: classes, frozen weights, all files."""
-    trained = trained_state(model, recipe)
+    trained = trained_state(model.state_dict(), recipe)
     frozen = [(name, tensor) for name, tensor in model.state_dict().items() if name not in trained]
     files = {
         split: {printable(path.relative_to(folder)): content_digest(read_file(path)) for pair in both for path in pair}
@@ -103,7 +110,9 @@ def differences(state: dict[str, Any], recipe: Recipe, data: dict[str, Any]) -> 
     return changed
 
 
-def resume(place: Path, recipe: Recipe, model: Segmenter, optimizer: Any, schedule: Any, data: dict[str, Any]) -> int:
+def resume(
+    place: Path, recipe: Recipe, model: Segmenter, optimizer: Any, schedule: Any, data: dict[str, Any], ranks: Ranks
+) -> int:
     """Restores the checkpoint at `place`, if there is one; returns the number of steps made.
 
     Raises:
@@ -115,24 +124,23 @@ def resume(place: Path, recipe: Recipe, model: Segmenter, optimizer: Any, schedu
     changed = differences(state, recipe, data)
     if changed:
         raise ValueError(f"{place}: written with other {', '.join(changed)}; give another --out, or what it had")
-    expected = trained_state(model, recipe).keys()
+    expected = trained_state(model.state_dict(), recipe).keys()
     if expected != state["model"].keys():
         odd = sorted(expected ^ state["model"].keys())
         raise ValueError(f"{place}: its model has missing or unknown parameters such as {odd[0]}")
     try:
-        model.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
+        ranks.load(state, model, optimizer)
         schedule.load_state_dict(state["schedule"])
-        set_rng_state(state["rng"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{place}: does not fit this run: {error}") from error
     logger.info("going on from step %d of %s", state["step"], place)
     return state["step"]
 
 
-def step_once(model: Segmenter, samples: Iterator, recipe: Recipe, device: str) -> float:
+def step_once(model: Segmenter, samples: Iterator, recipe: Recipe, ranks: Ranks) -> float:
     """Gradients of one batch, added up over its micro-batches; returns the loss."""
-    parts = recipe.data.batch // recipe.data.micro_batch
+    device = ranks.device
+    parts = recipe.data.batch // recipe.data.micro_batch // ranks.count
     autocast = recipe.model.precision == "bfloat16" and not recipe.model.freeze
     total = 0.0
     for _ in range(parts):
@@ -141,7 +149,7 @@ def step_once(model: Segmenter, samples: Iterator, recipe: Recipe, device: str) 
             loss = model.loss(pixels, labels) / parts
         loss.backward()
         total += loss.item()
-    return total
+    return ranks.mean(total)
 
 
 def train(
@@ -150,23 +158,25 @@ def train(
     pairs: dict[str, tuple[Pair, ...]],
     names: list[str],
     out: Path,
-    device: str,
+    ranks: Ranks,
     workers: int,
 ) -> Scores:
     """Trains to the recipe's last step, from the checkpoint in `out` if there is one; returns the last scores."""
     torch.manual_seed(recipe.run.seed)
-    model = build(recipe, len(names), device)
+    model = build(recipe, len(names), ranks.device)
+    data = fingerprint(model, recipe, folder, pairs, names)
+    ranks.shard(model)
+    ranks.seed(recipe.run.seed)
     optimizer, schedule = optimizer_and_schedule(recipe, model)
     steps, every = recipe.optim.steps, recipe.run
     place = out / "checkpoint.pt"
-    data = fingerprint(model, recipe, folder, pairs, names)
-    start = resume(place, recipe, model, optimizer, schedule, data)
-    log = Log(out / "log.csv", start)
-    samples = sample_batches(recipe, pairs["training"], len(names), start, workers)
+    start = resume(place, recipe, model, optimizer, schedule, data, ranks)
+    log = Log(out / "log.csv" if ranks.first else None, start)
+    samples = sample_batches(recipe, pairs["training"], len(names), start, workers, ranks)
     scores = None
-    with tqdm(total=steps, initial=start, unit="step", disable=None) as bar:
+    with tqdm(total=steps, initial=start, unit="step", disable=None if ranks.first else True) as bar:
         for step in range(start + 1, steps + 1):
-            loss = step_once(model, samples, recipe, device)
+            loss = step_once(model, samples, recipe, ranks)
             if not math.isfinite(loss):
                 raise ValueError(f"step {step}: the loss is {loss}; the checkpoint before it is {place}")
             lr = max(group["lr"] for group in optimizer.param_groups)
@@ -180,19 +190,22 @@ def train(
             if step % every.evaluate_every == 0 or step == steps:
                 scores = evaluate(model, pairs["validation"], len(names), recipe.test, recipe.model.patch_size)
                 log.add(step, miou=scores.miou)
-                draw(model, pairs["validation"], names, recipe, out / "predictions.png")
+                draw(model, pairs["validation"], names, recipe, out / "predictions.png" if ranks.first else None)
             if step % every.checkpoint_every == 0 or step == steps:
-                state = {"recipe": recipe.to_dict(), "data": data, "step": step, "model": trained_state(model, recipe)}
-                state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": rng_state()}
-                write_checkpoint(place, state)
+                state = ranks.state(model, optimizer) | {"recipe": recipe.to_dict(), "data": data, "step": step}
+                state |= {"model": trained_state(state["model"], recipe), "schedule": schedule.state_dict()}
+                if ranks.first:
+                    write_checkpoint(place, state)
     return scores or evaluate(model, pairs["validation"], len(names), recipe.test, recipe.model.patch_size)
 
 
-def sample_batches(recipe: Recipe, pairs: tuple[Pair, ...], num_classes: int, start: int, workers: int) -> Iterator:
-    """Micro-batches (pixels, labels) from a step on."""
+def sample_batches(
+    recipe: Recipe, pairs: tuple[Pair, ...], num_classes: int, start: int, workers: int, ranks: Ranks
+) -> Iterator:
+    """This rank's micro-batches (pixels, labels) from a step on."""
     loader: Any = DataLoader(
         Samples(pairs, recipe, num_classes),
-        batch_sampler=Order(recipe, len(pairs), start),
+        batch_sampler=Order(recipe, len(pairs), start, ranks),
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,  # a forked child hangs in torch's thread pool
         generator=torch.Generator(),  # else it draws from the generator of dropout
@@ -200,8 +213,8 @@ def sample_batches(recipe: Recipe, pairs: tuple[Pair, ...], num_classes: int, st
     return iter(loader)
 
 
-def draw(model: Segmenter, pairs: tuple[Pair, ...], names: list[str], recipe: Recipe, path: Path) -> None:
-    """The first validation images, their masks and predictions."""
+def draw(model: Segmenter, pairs: tuple[Pair, ...], names: list[str], recipe: Recipe, path: Path | None) -> None:
+    """The first validation images, their masks and predictions; without a path they are computed alone."""
     rows = []
     training = model.training
     model.eval()
@@ -209,7 +222,8 @@ def draw(model: Segmenter, pairs: tuple[Pair, ...], names: list[str], recipe: Re
         image, classes = read_pair(pair, len(names), recipe.test.reduce_zero_label)
         rows.append((image, classes, predict_classes(model, image, recipe.test, recipe.model.patch_size).numpy()))
     model.train(training)
-    draw_predictions(path, rows, ("image", "mask", "prediction"), names)
+    if path is not None:
+        draw_predictions(path, rows, ("image", "mask", "prediction"), names)
 
 
 def class_names(value: str) -> list[str]:
@@ -283,14 +297,20 @@ def main(
         chosen = read_recipe(recipe, changes)
         names = class_names(classes)
         usable_device(device)
+        ranks = Ranks(device)
+        if chosen.data.batch % (chosen.data.micro_batch * ranks.count):
+            micro = f"{ranks.count} ranks x data.micro_batch={chosen.data.micro_batch}"
+            raise ValueError(f"data.batch: expected a multiple of {micro}, got {chosen.data.batch}")
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out, wait=False):
+        with locked(out, wait=False) if ranks.first else contextlib.nullcontext():
             pairs = read_pairs(data, len(names), chosen, broken)
-            scores = train(chosen, data, pairs, names, out, device, workers)
+            scores = train(chosen, data, pairs, names, out, ranks, workers)
     except (ValueError, OSError, ImportError) as error:
         click.echo(f"train: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
-    click.echo(f"mIoU {100 * scores.miou:.1f}, pixel accuracy {100 * scores.accuracy:.1f}: {out}")
+    ranks.close()
+    if ranks.first:
+        click.echo(f"mIoU {100 * scores.miou:.1f}, pixel accuracy {100 * scores.accuracy:.1f}: {out}")
 
 
 if __name__ == "__main__":

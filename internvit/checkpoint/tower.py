@@ -6,6 +6,7 @@ under one prefix, in one layout. The number of names alone would mislead: SAM 2'
 """
 
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from internvit.names import (
 
 logger = logging.getLogger(__name__)
 
+_QIANFAN_OCR = re.compile(r"(|.*\.)layers\.\d+\.layernorm_before\.weight")
 _Group = tuple[str, str]  # column of the table, prefix
 
 
@@ -56,7 +58,7 @@ def find_tower(keys: Iterable[str], prefix: str | None = None) -> Tower:
     Raises:
         ValueError: none, none of that prefix, or several and no prefix; the message lists them.
     """
-    matches = {key: match(key) for key in keys}
+    matches = {key: match(name) for key, name in _respelled(keys).items()}
     groups: dict[_Group, set[tuple[str, str]]] = defaultdict(set)
     for meaning in matches.values():
         if meaning:
@@ -69,6 +71,16 @@ def find_tower(keys: Iterable[str], prefix: str | None = None) -> Tower:
     parameters, set_aside, unexpected = _sort(matches, column, prefix, others)
     layout = "mmseg" if column == "timm" and _is_mmseg(matches, prefix) else column
     return Tower(layout, prefix, parameters, tuple(set_aside), tuple(unexpected))
+
+
+def _respelled(keys: Iterable[str]) -> dict[str, str]:
+    """Each key in the spelling of the table: transformers' Qianfan-OCR has InternVL's names without `encoder.layer`."""
+    names = {key: key for key in keys}
+    blocks = {found[1] for found in map(_QIANFAN_OCR.match, names) if found}
+    for before in blocks:
+        inside = f"{before}layers."
+        names.update({k: f"{before}encoder.layer.{k.removeprefix(inside)}" for k in names if k.startswith(inside)})
+    return names
 
 
 def _is_tower(held: set[tuple[str, str]]) -> bool:

@@ -45,7 +45,9 @@ class Bytes(click.ParamType):
         return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-_FITS = {"yes": "yes", "no": "no", "with selective checkpointing": "selec-\ntive", "with checkpointing": "block"}
+_SELECTIVE = "selec-\ntive"
+_FITS = {"yes": "yes", "no": "no", "with selective checkpointing": _SELECTIVE, "with checkpointing": "block"}
+_MODES = {"none": "yes", "selective": _SELECTIVE, "block": "block"}
 
 
 def gib(n: float) -> str:
@@ -135,19 +137,35 @@ def check(quick: bool, device: str, seed: int | None, precision: str | None, as_
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
 @click.option("--train", is_flag=True, help="Fine-tune all weights with AdamW.")
-@click.option("--memory", type=Bytes(), help="What there is, such as 24GB.")
+@click.option("--memory", type=Bytes(), help="What there is, such as 24GB; of each device.")
+@click.option("--devices", type=click.IntRange(1), help="How many: tensor parallel, FSDP and data parallel over them.")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def plan(
-    task: str, size: tuple[int, int] | None, batch: int, dtype: str, train: bool, memory: int | None, as_json: bool
+    task: str,
+    size: tuple[int, int] | None,
+    batch: int,
+    dtype: str,
+    train: bool,
+    memory: int | None,
+    devices: int | None,
+    as_json: bool,
 ) -> None:
     """Parameters, FLOPs and memory of every variant; what fits, and which to take.
 
+    With --devices: the layouts over them, bytes a device and bytes sent for an image.
+
     \b
-    Example:
+    Examples:
       internvit plan --task segmentation --batch 2 --train --memory 80GB
+      internvit plan --devices 8 --memory 80GB --train --batch 8
     """
     from internvit.cost import plan as make
 
+    if devices is not None:
+        if memory is None:
+            raise click.UsageError("--devices needs --memory, of each device")
+        _plan_devices(task, devices, memory, size, batch, dtype, train, as_json)
+        return
     result = make(task, size, batch, DTYPES[dtype], train, memory)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
@@ -161,16 +179,50 @@ def plan(
     )
     table = Table("internvit-", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.columns[0].min_width = 15
-    for heading in ["para-\nmeters", "TFLOP/\nimage", *headings, *(["fits"] if result.fits else [])]:
+    parameters = [] if train else ["para-\nmeters"]  # no room for them in 80 columns
+    for heading in [*parameters, "TFLOP/\nimage", *headings, *(["fits"] if result.fits else [])]:
         table.add_column(heading, justify="right", no_wrap=True)
     for c in result.costs:
         activations = [c.training, c.selective, c.checkpointing] if train else [c.inference]
         sizes = [c.weights, *([c.optimizer] if train else []), *activations]
-        row = [c.variant.removeprefix("internvit-"), f"{c.parameters / 1e9:.2f}B", f"{c.flops / 1e12:.2f}"]
-        row += [gib(n) for n in (*sizes, c.total(train))]
+        row = [c.variant.removeprefix("internvit-"), *([] if train else [f"{c.parameters / 1e9:.2f}B"])]
+        row += [f"{c.flops / 1e12:.2f}", *map(gib, (*sizes, c.total(train)))]
         table.add_row(*row, *([_FITS[result.fits[c.variant]]] if result.fits else []))
     out.print(table)
     out.print(f"take {result.choice}: {result.why}" if result.choice else result.why, highlight=False)
+
+
+def _plan_devices(
+    task: str,
+    devices: int,
+    memory: int,
+    size: tuple[int, int] | None,
+    batch: int,
+    dtype: str,
+    train: bool,
+    as_json: bool,
+) -> None:
+    from internvit.device_cost import device_plan
+
+    result = device_plan(task, devices, memory, size, batch, DTYPES[dtype], train)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    images = f"batch {batch} of each group that shares images"
+    out.print(f"{devices} devices, {'training' if train else 'inference'}, {dtype}, {images}", highlight=False)
+    optional = ["optim-\nizer"] if train else []
+    for variant in dict.fromkeys(c.variant for c in result.costs):
+        table = Table(variant, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for heading in ["weights", *optional, "activ-\nations", "gath-\nered", "total", "sent/\nimage", "fits"]:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for c in result.costs:
+            if c.variant == variant:
+                sizes = [c.weights, *([c.optimizer] if train else []), c.activations, c.gathered, c.total, c.sent]
+                table.add_row(c.layout, *map(gib, sizes), _MODES[c.checkpointing] if c.fits else "no")
+        out.print(table)
+    choice = result.choice
+    take = f"take {choice.variant}, {choice.layout}: " if choice else ""
+    out.print(take + result.why, highlight=False)
 
 
 @cli.command()

@@ -284,7 +284,8 @@ def _cast(output: Any, dtype: torch.dtype) -> Any:
 
 def _modified_layers(model: InternViT) -> list[int]:
     """The layers whose Python a CUDA graph would run at capture only."""
-    return [i for i, layer in enumerate(model.encoder.layers) if layer.training or not is_unmodified(layer)]
+    layers = enumerate(model.encoder.layers)
+    return [i for i, layer in layers if layer.training or not is_unmodified(layer) or layer.shares_heads]
 
 
 def optimize_for_inference(

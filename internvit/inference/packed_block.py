@@ -127,7 +127,7 @@ def _sources(layer: InternViTLayer) -> list[Tensor | None]:
 
 def can_pack(layer: nn.Module) -> TypeGuard[InternViTLayer]:
     """Whether nothing but InternViT's own forward happens in `layer` now, and its Linears have a packed form here."""
-    if not is_unmodified(layer, quantised=True) or (layer.training and layer.drop_path_rate > 0):
+    if not is_unmodified(layer, quantised=True) or layer.shares_heads or (layer.training and layer.drop_path_rate > 0):
         return False
     weights = [_linear(layer, name).weight for name in LINEARS]
     same = all(w.dtype == weights[0].dtype and w.device == weights[0].device for w in weights)

@@ -13,8 +13,11 @@ from internvit.model import recompute
 from internvit.model.fused_block import (
     BlockParts,
     BranchOutput,
+    Defer,
     Function,
     Norm,
+    PendingBranch,
+    add_pending,
     attention_output,
     call_module,
     fc1_gelu,
@@ -45,7 +48,14 @@ class InternViTLayer(nn.Module):
     """One pre-norm block with LayerScale and DropPath.
 
     x = x + drop_path(attn(norm1(x)) * ls1);  x = x + drop_path(mlp(norm2(x)) * ls2)
+
+    Attributes:
+        shares_heads: whether ranks share the block's heads (`internvit.parallel`).
+        wrapping_hooks: ids of hooks that gather and free parameters, and leave inputs and outputs as they are.
     """
+
+    shares_heads = False
+    wrapping_hooks: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -65,14 +75,23 @@ class InternViTLayer(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.options = TrainingOptions() if options is None else options
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """The block's output [B, N, C]."""
+    def forward(self, hidden_states: Tensor, pending: PendingBranch | None = None, defer: bool = False) -> Any:
+        """The block's output [B, N, C].
+
+        Between two wrapped blocks, whose parameters are there in their own forward alone, the branch is passed on
+        instead of the normed tensor: `pending` is that of the block before; with `defer`, the stream before this
+        block's last branch, and that branch, are returned.
+        """
         with recompute.scope():
-            return self.forward_fused(hidden_states, None, None)[0]
+            normed = None
+            if pending is not None:
+                hidden_states, normed = add_pending(hidden_states, pending, self.parts().norm1)
+            out, passed_on = self.forward_fused(hidden_states, normed, Defer.BRANCH if defer else None)
+        return (out, passed_on) if defer else out
 
     def forward_fused(
-        self, hidden_states: Tensor, normed: Tensor | None, next_norm: Norm | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, hidden_states: Tensor, normed: Tensor | None, next_norm: Norm | Defer | None
+    ) -> tuple[Tensor, Any]:
         """The block between two neighbours; see `internvit.model.fused_block.run_block`."""
         parts = self.parts()
         if self.options.checkpointing != "selective" or not self.training or not recompute.can_checkpoint():
@@ -86,7 +105,7 @@ class InternViTLayer(nn.Module):
         # DropPath draws inside, so that its random numbers are replayed.
         attended = parts.attention(normed)
         out, next_normed = checkpoint(after_attention, hidden_states, attended, use_reentrant=False)
-        return out, None if next_norm is None else next_norm.rematerialize(out, next_normed)
+        return out, next_norm.rematerialize(out, next_normed) if isinstance(next_norm, Norm) else next_normed
 
     def parts(self) -> BlockParts:
         """What the block computes with now; a branch whose module has hooks or is another one is called as a whole."""
@@ -105,6 +124,24 @@ class InternViTLayer(nn.Module):
             hidden, fc2 = partial(fc1_gelu, mlp.fc1), linear_or_folded(mlp.fc2, self.ls2, fold, row_scale)
         return BlockParts(fusible(self.norm1), attention, proj, fusible(self.norm2), hidden, fc2)
 
+    def first_norm(self) -> Norm | None:
+        """The norm that the block begins with, where the pass before it may compute it."""
+        norm = fusible(self.norm1)
+        return norm if isinstance(norm, Norm) else None
+
+    def attention_map(self, hidden_states: Tensor) -> Tensor:
+        """The softmax probabilities [B, H, N, N] of the block's attention; see `Attention.attention_map`."""
+        return self.attn.attention_map(self.norm1(hidden_states))
+
+    def has_plain_parts(self, quantised: bool = False) -> bool:
+        """Whether nothing but InternViT's own forward happens in the block's parts; `quantised`: as `is_unmodified`."""
+        attn, mlp = self.attn, self.mlp
+        if type(attn) is not Attention or type(mlp) is not MLP or has_hooks(attn) or has_hooks(mlp):
+            return False
+        norms = [self.norm1, self.norm2, *((attn.q_norm, attn.k_norm) if attn.qk_normalization else ())]
+        is_own = is_unhooked_linear if quantised else is_plain_linear
+        return all(map(is_own, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))) and all(map(is_plain_norm, norms))
+
     def _row_scale(self, branch: Tensor) -> Tensor:
         return drop_path_scale(branch.shape[0], self.drop_path_rate, branch.device)
 
@@ -112,9 +149,19 @@ class InternViTLayer(nn.Module):
         return f"drop_path_rate={self.drop_path_rate:.3g}" if self.drop_path_rate else ""
 
 
-def is_plain_layer(layer: nn.Module) -> bool:
+def is_plain_layer(layer: nn.Module) -> TypeGuard[InternViTLayer]:
     """Whether the encoder may run `layer` between its neighbours instead of calling it."""
-    return type(layer) is InternViTLayer and not has_hooks(layer)
+    if not isinstance(layer, InternViTLayer) or has_hooks(layer):
+        return False
+    return type(layer) is InternViTLayer or layer.shares_heads
+
+
+def passes_branch(layer: nn.Module) -> TypeGuard[InternViTLayer]:
+    """Whether `layer` is wrapped, has no hooks but the wrapper's, and takes and gives a `PendingBranch`."""
+    if not isinstance(layer, InternViTLayer) or not layer.wrapping_hooks or "forward" in layer.__dict__:
+        return False
+    hooks = {*layer._forward_hooks, *layer._forward_pre_hooks}
+    return hooks == layer.wrapping_hooks and not (layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def is_unmodified(layer: nn.Module, quantised: bool = False) -> TypeGuard[InternViTLayer]:
@@ -122,11 +169,4 @@ def is_unmodified(layer: nn.Module, quantised: bool = False) -> TypeGuard[Intern
 
     With `quantised` a Linear's weight may be a tensor subclass, as torchao's are: the Linear is called then.
     """
-    if not isinstance(layer, InternViTLayer) or not is_plain_layer(layer):
-        return False
-    attn, mlp = layer.attn, layer.mlp
-    if type(attn) is not Attention or type(mlp) is not MLP or has_hooks(attn) or has_hooks(mlp):
-        return False
-    norms = [layer.norm1, layer.norm2, *((attn.q_norm, attn.k_norm) if attn.qk_normalization else ())]
-    is_own = is_unhooked_linear if quantised else is_plain_linear
-    return all(map(is_own, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))) and all(map(is_plain_norm, norms))
+    return is_plain_layer(layer) and layer.has_plain_parts(quantised)

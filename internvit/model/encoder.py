@@ -1,7 +1,8 @@
 """The stack of blocks.
 
 The encoder carries the normed tensor over a layer boundary only where neither side has hooks, is checkpointed, wrapped
-or patched; otherwise it calls the layer. Both give the same bits.
+or patched; otherwise it calls the layer. Layers wrapped by `internvit.parallel.shard_blocks` are called, and pass on
+their last branch. All give the same bits.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from internvit.config import InternViTConfig
 from internvit.model import recompute
-from internvit.model.block import InternViTLayer, TrainingOptions, is_plain_layer
+from internvit.model.block import InternViTLayer, TrainingOptions, is_plain_layer, passes_branch
 from internvit.model.fused_block import Norm
-from internvit.model.layers import fusible
 
 CHECKPOINTING = ("none", "selective", "block")
 CHECKPOINT_KWARGS = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
@@ -99,19 +99,24 @@ class InternViTEncoder(nn.Module):
         """
         hidden_states = self.cast_residual(hidden_states)
         all_hidden_states, attentions = [hidden_states] if output_hidden_states else [], []
-        normed = None
+        normed, pending = None, None
         layers: list[Any] = list(self.layers)[:depth]
         checkpoints = self.options.checkpointing == "block" and self.training and recompute.can_checkpoint()
         with recompute.scope():
             for index, layer in enumerate(layers):
                 if output_attentions:
-                    attentions.append(layer.attn.attention_map(layer.norm1(hidden_states)))
+                    attentions.append(layer.attention_map(hidden_states))
                 if checkpoints:
                     hidden_states = checkpoint(layer, hidden_states, **self._checkpoint_kwargs)
+                elif passes_branch(layer):
+                    asked = output_hidden_states or index in indices or index + 1 == len(layers)
+                    defer = not asked and passes_branch(layers[index + 1])
+                    result = layer(hidden_states, pending, defer)
+                    (hidden_states, pending), normed = result if defer else (result, None), None
                 elif not is_plain_layer(layer):
                     hidden_states, normed = layer(hidden_states), None
                 else:
-                    next_norm = first_norm(layers[index + 1]) if index + 1 < len(layers) else None
+                    next_norm = _first_norm(layers[index + 1]) if index + 1 < len(layers) else None
                     hidden_states, normed = layer.forward_fused(hidden_states, normed, next_norm)
                 if output_hidden_states or index in indices:
                     all_hidden_states.append(hidden_states)
@@ -122,7 +127,5 @@ class InternViTEncoder(nn.Module):
         )
 
 
-def first_norm(layer: Any) -> Norm | None:
-    """The norm that `layer` begins with, where the pass before it may compute it."""
-    norm = fusible(layer.norm1) if is_plain_layer(layer) else None
-    return norm if isinstance(norm, Norm) else None
+def _first_norm(layer: Any) -> Norm | None:
+    return layer.first_norm() if is_plain_layer(layer) else None

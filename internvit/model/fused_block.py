@@ -9,11 +9,13 @@ from the modules at each call, so that a replaced parameter is seen.
 """
 
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from internvit.model import recompute
 from internvit.model.hooks import is_plain_linear
@@ -122,6 +124,28 @@ class BranchOutput(NamedTuple):
     linear_residual: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
+class BranchScale:
+    """What a branch is multiplied by before it is added; no pytree, so that no wrapper casts it."""
+
+    def __init__(self, gamma: Tensor | None, row_scale: Tensor | None) -> None:
+        # A copy: a wrapper frees the parameter once its block has run.
+        self.gamma = None if gamma is None else gamma.clone()
+        self.row_scale = row_scale
+
+
+class PendingBranch(NamedTuple):
+    """A branch [B, N, C] that the next block adds to the residual stream, in the pass of its first norm."""
+
+    branch: Tensor
+    scale: BranchScale
+
+
+class Defer(Enum):
+    """In place of a norm: the branch is not added but returned, as a `PendingBranch`."""
+
+    BRANCH = "branch"
+
+
 class BlockParts(NamedTuple):
     """Where a block finds what it computes with.
 
@@ -140,43 +164,67 @@ class BlockParts(NamedTuple):
     fc2: BranchOutput
 
 
-def run_block(parts: BlockParts, x: Tensor, normed: Normed | None, next_norm: Norm | None) -> tuple[Tensor, Any]:
+def run_block(
+    parts: BlockParts, x: Tensor, normed: Normed | None, next_norm: Norm | Defer | None
+) -> tuple[Tensor, Any]:
     """One block between two neighbours.
 
     Args:
         parts: of this block.
         x: [B, N, C], the residual stream.
         normed: norm1(x), where the block before has computed it.
-        next_norm: the norm that the next block begins with, computed in this block's last pass.
+        next_norm: the norm that the next block begins with, computed in this block's last pass; or `Defer`.
 
     Returns:
-        The residual stream after this block, and next_norm of it (None without next_norm).
+        The residual stream after this block, and next_norm of it (None without next_norm). With `Defer` the stream
+        before the last branch and that branch, or None where a GEMM has added it.
     """
     if normed is None:
         normed = parts.norm1(x)
     return run_after_attention(parts, x, parts.attention(normed), next_norm)
 
 
-def run_after_attention(parts: BlockParts, x: Tensor, attended: Tensor, next_norm: Norm | None) -> tuple[Tensor, Any]:
+def run_after_attention(
+    parts: BlockParts, x: Tensor, attended: Tensor, next_norm: Norm | Defer | None
+) -> tuple[Tensor, Any]:
     """What of `run_block` follows attention's output `attended` [B, N, C]."""
     x, normed = add_branch(x, attended, parts.proj, parts.norm2)
     del attended  # or it stays alive during the MLP
     return add_branch(x, parts.fc1_gelu(normed), parts.fc2, next_norm)
 
 
-def add_branch(x: Tensor, hidden: Tensor, end: BranchOutput, norm: Norm | Function | None) -> tuple[Tensor, Any]:
-    """The residual stream x [B, N, C] with the branch that ends in end.linear(hidden), and `norm` of the sum."""
+def add_branch(
+    x: Tensor, hidden: Tensor, end: BranchOutput, norm: Norm | Function | Defer | None
+) -> tuple[Tensor, Any]:
+    """The residual stream x [B, N, C] with the branch that ends in end.linear(hidden), and `norm` of the sum.
+
+    With `Defer`: x, and the branch.
+    """
     # A float32 stream stays with the fused pass: its norm alone would write float32, and a cast would read that again.
     if end.linear_residual is not None and x.dtype == hidden.dtype:
         x = end.linear_residual(hidden, x)
-        return x, None if norm is None else norm(x)
+        return x, None if norm is None or isinstance(norm, Defer) else norm(x)
     branch = end.linear(hidden)
     del hidden
     row_scale = None if end.row_scale is None else end.row_scale(branch)
+    if isinstance(norm, Defer):
+        branch = torch.ops.aten._unsafe_view(branch, branch.shape)  # no view, of whose edits FSDP2 would warn
+        return x, PendingBranch(branch, BranchScale(end.gamma, row_scale))
+    return _add_scaled(x, branch, end.gamma, row_scale, norm)
+
+
+def add_pending(x: Tensor, pending: PendingBranch, norm: Norm | Function) -> tuple[Tensor, Tensor]:
+    """The residual stream x [B, N, C] with the branch of the block before, and `norm` of the sum."""
+    return _add_scaled(x, pending.branch, pending.scale.gamma, pending.scale.row_scale, norm)
+
+
+def _add_scaled(
+    x: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None, norm: Any
+) -> tuple[Tensor, Any]:
     if not isinstance(norm, Norm):
-        out = layer_scale_residual(x, branch, end.gamma, row_scale)
+        out = layer_scale_residual(x, branch, gamma, row_scale)
         return out, None if norm is None else norm(out)
-    args = (x, branch, norm.weight, norm.bias, end.gamma, row_scale)
+    args = (x, branch, norm.weight, norm.bias, gamma, row_scale)
     if norm.quantized:
         out, *rows = layer_scale_residual_norm_quant(*args, eps=norm.eps, norm_type=norm.norm_type, symmetric=False)
         return out, QuantizedRows(*rows)
@@ -226,6 +274,11 @@ def linear_per_image(module: nn.Module, x: Tensor) -> Tensor:
     return linear(x, module.weight, module.bias)
 
 
+def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_per_image` of a weight instead of a module."""
+    return F.linear(x, weight, bias) if torch.is_grad_enabled() else linear(x, weight, bias)
+
+
 def linear_or_folded(
     module: nn.Module, gamma: Tensor, fold: bool, row_scale: Callable[[Tensor], Tensor | None] | None
 ) -> BranchOutput:
@@ -252,6 +305,12 @@ def fc1_gelu(fc1: nn.Module, x: Tensor) -> Tensor:
         return linear_gelu(x, fc1.weight, fc1.bias)
     hidden, pre, backend = linear_gelu_with_pre_activation(x, fc1.weight, fc1.bias)
     return recompute.rematerialize(hidden, lambda: gelu(pre, backend=backend), pre)
+
+
+def gelu_recomputed(pre: Tensor) -> Tensor:
+    """gelu of a Linear's output; backward recomputes it."""
+    kept = pre.detach()
+    return recompute.rematerialize(gelu(pre), lambda: gelu(kept), pre)
 
 
 def identity(x: Tensor) -> Tensor:

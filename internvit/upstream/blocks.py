@@ -1,15 +1,13 @@
-"""Where each upstream's block keeps its parts, and whether a block is one that the fused ops can stand for.
+"""Whether an upstream's block is one that the fused ops can stand for.
 
     x = x + drop_path(attention(norm1(x)) * gamma1);  x = x + drop_path(fc2(gelu(fc1(norm2(x)))) * gamma2)
 
-One row of names for each of OpenGVLab's remote code, transformers, and timm (whose names OpenGVLab's mmseg, mmdet and
-classification code shares). A block is known by structure: every part of the row is there, nothing else is, and each
-part is of a class whose arithmetic is the one above. `why_unsupported` says what speaks against a block for good,
-`why_not_now` what does at this moment: a hook, an adapter, a quantised weight, dropout.
+A block is known by structure: every part that a `Layout` names is there, nothing else is, and each part is of a class
+whose arithmetic is the one above. `why_unsupported` says what speaks against a block for good, `why_not_now` what does
+at this moment: a hook, an adapter, a quantised weight, dropout.
 """
 
 import sys
-from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,105 +15,19 @@ from torch import Tensor, nn
 
 from internvit.model.fused_block import Norm
 from internvit.model.hooks import is_plain_linear
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The names of a block's parts, relative to the block.
-
-    Attributes:
-        name: as in `internvit.names.LAYOUTS`.
-        classes: of the block, its attention and its MLP.
-        qkv: the packed projection, or those of q, k and v.
-        gammas: LayerScale, each a parameter, or a module with one named gamma.
-        drop_paths: empty where the upstream has none.
-        dropouts: modules, or attributes that hold the probability.
-        idle: modules that must be absent or an Identity.
-        inside: modules whose work the fused attention does itself.
-    """
-
-    name: str
-    classes: tuple[tuple[str, ...], str, str]
-    norms: tuple[str, str]
-    attention: str
-    qkv: tuple[str, ...]
-    qk_norms: tuple[str, str]
-    proj: str
-    mlp: str
-    fc1: str
-    activation: str
-    fc2: str
-    gammas: tuple[str, str]
-    drop_paths: tuple[str, ...] = ()
-    dropouts: tuple[str, ...] = ()
-    idle: tuple[str, ...] = ()
-    inside: tuple[str, ...] = ()
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        return (*self.qkv, self.proj, self.fc1, self.fc2)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every module or parameter that a block may have."""
-        values = [getattr(self, field.name) for field in fields(self) if field.name not in ("name", "classes")]
-        return tuple(name for value in values for name in ((value,) if isinstance(value, str) else value))
-
-
-OPENGVLAB = Layout(
-    name="opengvlab",
-    classes=(("InternVisionEncoderLayer",), "InternAttention", "InternMLP"),
-    norms=("norm1", "norm2"),
-    attention="attn",
-    qkv=("attn.qkv",),
-    qk_norms=("attn.q_norm", "attn.k_norm"),
-    proj="attn.proj",
-    mlp="mlp",
-    fc1="mlp.fc1",
-    activation="mlp.act",
-    fc2="mlp.fc2",
-    gammas=("ls1", "ls2"),
-    drop_paths=("drop_path1", "drop_path2"),
-    dropouts=("attn.attn_drop", "attn.proj_drop"),
-    inside=("attn.inner_attn",),
-)
-LAYOUTS = (
-    OPENGVLAB,
-    Layout(
-        name="transformers",
-        classes=(("InternVLVisionLayer",), "InternVLVisionAttention", "InternVLVisionMLP"),
-        norms=("layernorm_before", "layernorm_after"),
-        attention="attention",
-        qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-        qk_norms=("attention.q_norm", "attention.k_norm"),
-        proj="attention.projection_layer",
-        mlp="mlp",
-        fc1="mlp.fc1",
-        activation="mlp.activation_fn",
-        fc2="mlp.fc2",
-        gammas=("lambda_1", "lambda_2"),
-        dropouts=("dropout", "attention.projection_dropout", "attention.attention_dropout"),
-    ),
-    replace(
-        OPENGVLAB,
-        name="timm",
-        classes=(("Block",), "Attention", "Mlp"),
-        dropouts=("attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"),
-        idle=("attn.norm", "attn.gate", "mlp.norm"),
-    ),
-)
+from internvit.upstream.layouts import Layout, known_layouts, part
 
 # Attributes that change what an attention of a known class computes.
 _FOREIGN = ("window_size", "rel_pos", "rope")
-_RMS_NORMS = ("InternRMSNorm", "InternVLVisionRMSNorm", "RMSNorm", "RmsNorm", "FusedRMSNorm")
-
-
-def part(block: nn.Module, name: str) -> Any:
-    """The part of that dotted name, None where it is absent."""
-    owner: Any = block
-    for attribute in name.split("."):
-        owner = getattr(owner, attribute, None)
-    return owner
+_RMS_NORMS = (
+    "InternRMSNorm",
+    "InternVLVisionRMSNorm",
+    "QianfanOCRVisionRMSNorm",
+    "InternS1VisionRMSNorm",
+    "RMSNorm",
+    "RmsNorm",
+    "FusedRMSNorm",
+)
 
 
 def _working_class(module: Any) -> str:
@@ -135,44 +47,64 @@ def norm_of(module: Any) -> Norm | None:
     return Norm("rms_norm", weight, None, eps) if _working_class(module) in _RMS_NORMS and bias is None else None
 
 
-def gamma_of(block: nn.Module, name: str) -> Tensor | None:
-    """LayerScale's weight, None for an Identity."""
-    layer_scale = part(block, name)
-    return layer_scale if isinstance(layer_scale, Tensor) else getattr(layer_scale, "gamma", None)
+def gamma_of(block: nn.Module, name: str | None) -> Tensor | None:
+    """LayerScale's weight; None for an Identity, and for a block without LayerScale."""
+    layer_scale = None if name is None else part(block, name)
+    if isinstance(layer_scale, Tensor):
+        return layer_scale
+    weights = (getattr(layer_scale, attribute, None) for attribute in ("gamma", "lambda1"))
+    return next((w for w in weights if isinstance(w, Tensor)), None)
 
 
 def _is_absent(module: Any) -> bool:
     return module is None or type(module) is nn.Identity
 
 
+def _classes(block: nn.Module, layout: Layout) -> tuple[str, str, str]:
+    return (
+        _working_class(block),
+        _working_class(part(block, layout.attention)),
+        _working_class(part(block, layout.mlp)),
+    )
+
+
 def layout_of(block: nn.Module) -> Layout | None:
-    """The row of a block's class, if the module is a block."""
+    """The layout of a block's classes, or of its own class alone, if the module is a block."""
     name = _working_class(block)
-    for layout in LAYOUTS:
-        if name in layout.classes[0] and part(block, layout.attention) is not None:
-            return layout
-    return None
+    found = [
+        layout
+        for layout in known_layouts()
+        if any(name == block_class for block_class, _, _ in layout.classes)
+        and part(block, layout.attention) is not None
+    ]
+    exact = (layout for layout in found if _classes(block, layout) in layout.classes)
+    return next(exact, found[-1] if found else None)
 
 
 def why_unsupported(block: nn.Module, layout: Layout) -> str | None:
     """Why the fused ops cannot stand for this block; None when they can."""
+    if part(block, layout.mlp) is None:
+        return f"it has no {layout.mlp}"
+    _, attention_class, mlp_class = classes = _classes(block, layout)
+    if classes not in layout.classes:
+        known = [f"{attention} and {mlp}" for name, attention, mlp in layout.classes if name == classes[0]]
+        return (
+            f"{layout.attention} is a {attention_class} and {layout.mlp} a {mlp_class}, expected {' or '.join(known)}"
+        )
     for owner in ("", layout.attention, layout.mlp):
         module = part(block, owner) if owner else block
-        if module is None:
-            return f"it has no {owner}"
         for child in (*module._modules, *module._parameters):
             path = f"{owner}.{child}".lstrip(".")
             if path not in layout.names and part(block, path) is not None:
                 return f"it has a part that is not known here, {path}"
-    for owner, expected in ((layout.attention, layout.classes[1]), (layout.mlp, layout.classes[2])):
-        if _working_class(part(block, owner)) != expected:
-            return f"{owner} is a {_working_class(part(block, owner))}, expected {expected}"
     attention = part(block, layout.attention)
     foreign = [name for name in _FOREIGN if getattr(attention, name, None)]
     if foreign:
         return f"{layout.attention} has {foreign[0]}"
     missing = [name for name in (*layout.norms, *layout.linears, layout.activation) if part(block, name) is None]
     missing += [name for name in layout.gammas if not hasattr(block, name)]
+    if not isinstance(getattr(attention, layout.num_heads, None), int):
+        missing.append(f"{layout.attention}.{layout.num_heads}")
     if missing:
         return f"it has no {missing[0]}"
     return _why_parts_unsupported(block, layout)
@@ -200,7 +132,7 @@ def _why_parts_unsupported(block: nn.Module, layout: Layout) -> str | None:
         if not (_is_absent(part(block, name)) or isinstance(gamma_of(block, name), Tensor)):
             return f"{name} is a {type(part(block, name)).__name__}, not LayerScale"
     for name in layout.drop_paths:
-        if not _is_absent(part(block, name)) and _working_class(part(block, name)) != "DropPath":
+        if not _is_absent(part(block, name)) and not _working_class(part(block, name)).endswith("DropPath"):
             return f"{name} is a {type(part(block, name)).__name__}, not DropPath"
     for name in layout.idle:
         if not _is_absent(part(block, name)):
@@ -253,11 +185,17 @@ def why_not_now(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> s
     if block.training:
         for name in layout.dropouts:
             dropout = part(block, name)
-            owner = dropout if isinstance(dropout, nn.Module) else part(block, name.rpartition(".")[0])
+            holder = name.rpartition(".")[0]
+            owner = dropout if isinstance(dropout, nn.Module) else part(block, holder) if holder else block
             probability = getattr(dropout, "p", 0.0) if isinstance(dropout, nn.Module) else dropout
             if probability and owner.training:
                 return f"{name} is {probability} in training"
     return None
+
+
+def keeps_by_rounding(drop_path: Any) -> bool:
+    """Whether a DropPath keeps an image where floor(rand + 1 - rate) is 1, as transformers' do."""
+    return _working_class(drop_path) != "DropPath"
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -291,8 +229,10 @@ def _is_idle(hook: Any) -> bool:
     return collected is None or "attentions" not in collected
 
 
-def mixed(block: nn.Module, layout: Layout, hidden_states: Tensor) -> str | None:
+def mixed(block: nn.Module, layout: Layout, hidden_states: Any) -> str | None:
     """Why the fused ops would not give the dtype, or take the shape, that the block's own forward does."""
+    if not isinstance(hidden_states, Tensor):
+        return f"hidden states in a {type(hidden_states).__name__}"
     if hidden_states.dim() != 3 or not hidden_states.is_floating_point():
         return f"hidden states of shape {list(hidden_states.shape)} and {hidden_states.dtype}"
     vectors = [part(block, name).weight for name in layout.norms] + [gamma_of(block, name) for name in layout.gammas]

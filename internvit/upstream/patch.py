@@ -29,17 +29,17 @@ from internvit.model.fused_block import (
 )
 from internvit.numerics import relative_error
 from internvit.upstream.blocks import (
-    Layout,
     gamma_of,
     has_own_forward,
     inner_modules,
+    keeps_by_rounding,
     layout_of,
     mixed,
     norm_of,
-    part,
     why_not_now,
     why_unsupported,
 )
+from internvit.upstream.layouts import Layout, part
 
 
 class FusedBlock:
@@ -115,10 +115,10 @@ class FusedBlock:
         attention = part(block, layout.attention)
         qkv = tuple(partial(linear_per_image, part(block, name)) for name in layout.qkv)
         q_norm, k_norm = (norm_of(part(block, name)) for name in layout.qk_norms)
-        scale = getattr(attention, "scale", None)
+        scale, num_heads = getattr(attention, layout.scale, None), getattr(attention, layout.num_heads)
         return BlockParts(
             norm1,
-            partial(attention_output, AttentionParts(qkv, attention.num_heads, q_norm, k_norm, scale)),
+            partial(attention_output, AttentionParts(qkv, num_heads, q_norm, k_norm, scale)),
             self._branch_output(0, layout.proj),
             norm2,
             partial(fc1_gelu, part(block, layout.fc1)),
@@ -126,7 +126,7 @@ class FusedBlock:
         )
 
     def _branch_output(self, branch_index: int, linear: str) -> BranchOutput:
-        module, gamma = part(self.block, linear), gamma_of(self.block, self.layout.gammas[branch_index])
+        module, gamma = part(self.block, linear), gamma_of(self.block, self.layout.gamma(branch_index))
         row_scale = partial(self._row_scale, branch_index) if self._drops(branch_index) else None
         if gamma is None:
             return BranchOutput(partial(linear_per_image, module), None, row_scale)
@@ -140,12 +140,13 @@ class FusedBlock:
         return drop_path is not None and drop_path.training and bool(getattr(drop_path, "drop_prob", None))
 
     def _row_scale(self, branch_index: int, branch: Tensor) -> Tensor:
-        """DropPath's factor of each image, [B] float32, from the same random numbers as timm's."""
+        """DropPath's factor of each image, [B] float32, from the same random numbers as the upstream's."""
         drop_path = part(self.block, self.layout.drop_paths[branch_index])
         rate = drop_path.drop_prob
-        gamma = gamma_of(self.block, self.layout.gammas[branch_index])
+        gamma = gamma_of(self.block, self.layout.gamma(branch_index))
         dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
-        kept = torch.empty(branch.shape[0], 1, 1, dtype=dtype, device=branch.device).bernoulli_(1 - rate)
+        kept = torch.empty(branch.shape[0], 1, 1, dtype=dtype, device=branch.device)
+        kept = kept.uniform_().add_(1 - rate).floor_() if keeps_by_rounding(drop_path) else kept.bernoulli_(1 - rate)
         kept = kept.flatten().float()
         return kept / (1 - rate) if getattr(drop_path, "scale_by_keep", True) and rate < 1 else kept
 
@@ -216,8 +217,10 @@ class PatchHandle(contextlib.AbstractContextManager):
 def patch(model: nn.Module, *, verify: bool = False) -> PatchHandle:
     """Fuses the InternViT blocks found anywhere inside `model`, in place, on this instance alone.
 
-    Known are OpenGVLab's remote code, transformers' InternVLVisionModel, timm's VisionTransformer and OpenGVLab's
-    mmseg backbone, alone or inside a larger model. Parameters, keys, hooks on blocks and above, `train()`, `.to()`,
+    Known are OpenGVLab's remote code (and its copies in Skywork-R1V, Sa2VA and InternVL-U), transformers' InternVL,
+    Qianfan-OCR, Intern-S1, DINOv2 (with registers or without) and RADIO, timm's VisionTransformer, facebookresearch's
+    DINOv2 and OpenGVLab's mmseg backbone, alone or inside a larger model; `internvit.upstream.register_layout` adds
+    a family. Parameters, keys, hooks on blocks and above, `train()`, `.to()`,
     copies, checkpointing, DDP and FSDP are as before. A block with a hook inside, an adapter, a replaced or quantised
     Linear, dropout in training, an attention mask or attention maps asked for runs its own forward, decided at each
     call and for that block alone.

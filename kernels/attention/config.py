@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
 from internvit.kernels.common.rows import contiguous
+from internvit.kernels.common.sizes import cdiv, next_power_of_2
 from internvit.kernels.common.strides import head_strides
 from internvit.kernels.common.target import Target
 
@@ -33,7 +33,7 @@ class AttentionConfig:
 
     def programs(self, tokens: int) -> int:
         """How many keep a tile of one head each."""
-        return triton.cdiv(tokens, self.rows)
+        return cdiv(tokens, self.rows)
 
     def peeling(self, tokens: int) -> tuple[bool, bool, bool]:
         """Whether the first token alone is left over by whole tiles of `rows`, and of `columns`, as the class token is
@@ -72,12 +72,12 @@ class AttentionConfig:
     def shared_bytes(self, head_dim: int, itemsize: int, target: Target) -> int:
         """Shared memory of two tiles for each stage in flight; wgmma and tcgen05 read the kept tile from it too."""
         kept = 0 if target.matrix_instructions == "mma" else self.rows
-        block_d = max(16, triton.next_power_of_2(head_dim))
+        block_d = max(16, next_power_of_2(head_dim))
         return (2 * self.stages * self.columns + kept) * block_d * itemsize + 4096
 
     @classmethod
     def _rule(cls, kernel: str, head_dim: int, itemsize: int, instructions: str) -> "AttentionConfig":
-        wide, whole = head_dim > 64, head_dim == triton.next_power_of_2(head_dim)
+        wide, whole = head_dim > 64, head_dim == next_power_of_2(head_dim)
         if kernel == "delta":
             return cls(64, 0, 4, 1)
         if itemsize == 4 and not (instructions == "mfma" and whole):
@@ -139,7 +139,7 @@ class QKNorm(NamedTuple):
 
 def head_blocks(head_dim: int) -> dict[str, int]:
     """The constants of a kernel that say how a head's dimension is padded."""
-    return {"D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
+    return {"D": head_dim, "BLOCK_D": max(16, next_power_of_2(head_dim))}
 
 
 def run_tiles(

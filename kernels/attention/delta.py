@@ -14,6 +14,7 @@ from internvit.kernels.attention.config import AttentionConfig, QKNorm, head_blo
 from internvit.kernels.attention.scores import LOG2E, fold
 from internvit.kernels.attention.tiles import load_rows, one_head, store_rows
 from internvit.kernels.common import launch
+from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.strides import head_strides
 
 
@@ -63,7 +64,7 @@ def delta(
     strides, unit = head_strides(grad_out, out, q, folded)
     launch.run(
         attention_delta_kernel,
-        (triton.cdiv(N, config.rows) * B * H,),
+        (cdiv(N, config.rows) * B * H,),
         *(grad_out, out, q, norm.q_weight, norm.k_weight, norm.rstd_q, delta, folded, N, H),
         *(*strides, scale * LOG2E.value),
         **head_blocks(D),

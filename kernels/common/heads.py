@@ -9,6 +9,7 @@ from torch import Tensor
 
 from internvit.kernels.common import launch
 from internvit.kernels.common.rows import RowConfig
+from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.strides import head_strides, in_elements
 
 
@@ -54,7 +55,7 @@ def run_heads(
     strides, unit = head_strides(*strided)
     launch.run(
         kernel,
-        (triton.cdiv(B * N, config.rows),),
+        (cdiv(B * N, config.rows),),
         *(*pointers, B * N, N, *strides, *scalars),
         D=D,
         STRIDE_UNIT=unit,
@@ -66,4 +67,5 @@ def run_heads(
 
 def dense_heads(x: Tensor) -> Tensor:
     """x with its last dimension contiguous and 128 tokens within an int32 offset, a copy only where it is not so."""
-    return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(1) < 2**24 else x.contiguous()
+    _, stride_n, _, stride_d = x.stride()
+    return x if (stride_d == 1 or x.shape[3] == 1) and stride_n < 2**24 else x.contiguous()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
+from internvit.kernels.common.sizes import cdiv, next_power_of_2
 from internvit.kernels.common.target import Target
 
 MAX_CHANNELS = 8192
@@ -47,13 +48,13 @@ class RowConfig:
         128 cost 49 barriers and narrow loads. The rule does not see the number of rows, so that a row's result does
         not depend on its batch; for the same reason kernels are not specialised on it (`do_not_specialize`).
         """
-        block = triton.next_power_of_2(channels)
+        block = next_power_of_2(channels)
         rows = max(1, min(16, 2048 // block))
         return cls(rows, max(1, min(16, rows * block // 512)))
 
     def constants(self, channels: int) -> dict[str, int]:
         """Of a kernel over rows of `channels`: its width, its tile and its warps."""
-        block = triton.next_power_of_2(channels)
+        block = next_power_of_2(channels)
         return {"C": channels, "ROWS": self.rows, "BLOCK_C": block, "num_warps": self.warps}
 
 
@@ -133,8 +134,8 @@ def persistent_programs(rows: int, config: RowConfig, target: Target) -> int:
     """
     warps = RESIDENT_WARPS.get(target.matrix_instructions, 12)
     resident = max(1, (warps + config.warps // 2) // config.warps)
-    tiles = triton.cdiv(rows, config.rows)
-    return triton.cdiv(tiles, max(1, triton.cdiv(tiles, resident * target.multiprocessors)))
+    tiles = cdiv(rows, config.rows)
+    return cdiv(tiles, max(1, cdiv(tiles, resident * target.multiprocessors)))
 
 
 @triton.jit
@@ -230,7 +231,7 @@ def sum_partials(partials: Tensor, *like: Tensor | None) -> list[Tensor | None]:
         block_p, block_c = 128, 32
         launch.run(
             sum_partials_kernel,
-            (triton.cdiv(C, block_c), sums),
+            (cdiv(C, block_c), sums),
             *(partials, *summed, *[None] * (3 - len(summed)), P, C),
             BLOCK_P=block_p,
             BLOCK_C=block_c,

@@ -1,5 +1,8 @@
 """Strides as kernels take them: in units that tell Triton how they are aligned."""
 
+import functools
+import operator
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,13 +14,13 @@ def stride_unit(*strides: int) -> int:
     Triton knows of an integer argument that 16 divides it, or nothing: of heads 72 elements apart 2-byte loads would be
     made. Passed as 9 and multiplied by 8 in the kernel, the loads are 16 bytes wide.
     """
-    return 8 if any(s % 16 for s in strides) and not any(s % 8 for s in strides) else 1
+    return 8 if functools.reduce(operator.or_, strides, 0) % 16 == 8 else 1
 
 
 def in_units(strides: list[int]) -> tuple[list[int], int]:
     """Strides in units of `stride_unit`, and that unit."""
     unit = stride_unit(*strides)
-    return [s // unit for s in strides], unit
+    return strides if unit == 1 else [s // unit for s in strides], unit
 
 
 def row_strides(*tensors: Tensor | None) -> tuple[list[int], int]:
@@ -27,7 +30,7 @@ def row_strides(*tensors: Tensor | None) -> tuple[list[int], int]:
 
 def head_strides(*tensors: Tensor) -> tuple[list[int], int]:
     """The strides of images, tokens and heads of each tensor [B, N, H, D], in units."""
-    return in_units([t.stride(i) for t in tensors for i in range(3)])
+    return in_units([s for t in tensors for s in t.stride()[:3]])
 
 
 @triton.jit

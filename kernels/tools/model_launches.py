@@ -35,9 +35,9 @@ def architectures() -> dict[str, InternViTConfig]:
     return {str(c.name): c for c in distinct.values()}
 
 
-def tower(config: InternViTConfig, dtype: torch.dtype, **changes: Any) -> InternViT:
+def tower(config: InternViTConfig, dtype: torch.dtype, layers: int = LAYERS, **changes: Any) -> InternViT:
     """The first blocks of a model, uninitialised."""
-    config = config.replace(name=None, num_hidden_layers=LAYERS, **{"drop_path_rate": 0.0, **changes})
+    config = config.replace(name=None, num_hidden_layers=layers, **{"drop_path_rate": 0.0, **changes})
     return InternViT(config, device="meta").to_empty(device="cpu").to(dtype)
 
 
@@ -83,8 +83,8 @@ class Mode:
     autocast: torch.dtype | None = None
     backend: str = "triton"
 
-    def __call__(self, config: InternViTConfig, dtype: torch.dtype) -> None:
-        model = tower(config, dtype, **dict(self.changes))
+    def __call__(self, config: InternViTConfig, dtype: torch.dtype, layers: int = LAYERS) -> None:
+        model = tower(config, dtype, layers, **dict(self.changes))
         self.prepare(model)
         autocast = torch.autocast("cpu", self.autocast, enabled=self.autocast is not None)
         with internvit.backend(self.backend), autocast:

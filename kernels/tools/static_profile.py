@@ -1,6 +1,6 @@
 """Compiles every kernel that the models launch, without a GPU, and reports what the compiler made of it.
 
-    python -m internvit.kernels.tools.static_profile [--arch sm_90 ...] [--dtype bfloat16 ...] [--json FILE]
+    python -m internvit.kernels.tools.static_profile [--arch sm_90 ...] [--dtype bfloat16 ...] [--quick] [--json FILE]
 
 The launches are those of whole models, specialised by Triton's own JIT. A row: kernel, config (dtypes and constants),
 arch, registers and spills (bytes stored to the stack) of a thread, stack_bytes, shared_bytes, occupancy (resident
@@ -14,6 +14,7 @@ bandwidth or its products over the peak. Arithmetic, never a measured figure.
 
 import argparse
 import collections
+import functools
 import json
 import math
 import multiprocessing
@@ -51,13 +52,14 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([str(_TOOLS / name), *args], check=True, capture_output=True, text=True).stdout
 
 
-def _read_nvidia(compiled: Any) -> Row:
+def _read_nvidia(compiled: Any, whole: bool) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _tool("nvdisasm", "--print-code", cubin.name)
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))  # type: ignore[union-attr]
+        registers, stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))  # type: ignore[union-attr]
+        # 0.4 s of a core for the smallest kernel, 0.3 without an analysis that changes no output; ptxas takes 0.1.
+        sass = _tool("nvdisasm", "--print-code", "--no-dataflow", cubin.name) if whole or stack else ""
     spills = sum(int(width or 32) // 8 for width in re.findall(r"\bSTL(?:\.(64|128))?\b", sass))
     moves = _GLOBAL_NVIDIA.findall(sass)
     return {
@@ -126,8 +128,12 @@ def config_of(one: Specialization) -> str:
     return " ".join([*parts, f"warps={one.num_warps}", f"stages={one.num_stages}"])
 
 
-def profile(use: KernelUse, target: Target) -> Row:
-    """One row. A kernel that does not compile has `error` instead of what was read from its code."""
+def profile(use: KernelUse, target: Target, quick: bool = False) -> Row:
+    """One row. A kernel that does not compile has `error` instead of what was read from its code.
+
+    `quick` disassembles only kernels with matrix products, and those that keep a stack: others spill nothing, and have
+    no `global_16_byte_share`.
+    """
     one = use.specialization
     row: Row = {"kernel": one.function, "config": config_of(one), "arch": target.name}
     try:
@@ -135,7 +141,10 @@ def profile(use: KernelUse, target: Target) -> Row:
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         return row | {"error": f"{type(error).__name__}: {lines[-1]}", "modes": use.modes}
-    code = (_read_amd if target.is_amd else _read_nvidia)(compiled)
+    if target.is_amd:
+        code = _read_amd(compiled)
+    else:
+        code = _read_nvidia(compiled, whole=not quick or roofline.multiplies(one.function))
     shared = compiled.metadata.shared
     return row | {
         "registers": code["registers"],
@@ -182,12 +191,15 @@ def failures(row: Row) -> Iterator[str]:
         yield f"{where}: no matrix instructions"
 
 
-def profile_uses(uses: Iterable[tuple[KernelUse, Target]], processes: int | None = None) -> Iterator[Row]:
+def profile_uses(
+    uses: Iterable[tuple[KernelUse, Target]], processes: int | None = None, quick: bool = False
+) -> Iterator[Row]:
     """A row for each, compiled in `processes` processes, by default one for each core."""
     processes = processes or len(os.sched_getaffinity(0))
     pairs = list(uses)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(profile, [use for use, _ in pairs], [target for _, target in pairs])
+        read = functools.partial(profile, quick=quick)
+        yield from pool.map(read, [use for use, _ in pairs], [target for _, target in pairs])
 
 
 def profile_all(
@@ -195,11 +207,12 @@ def profile_all(
     dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
     only: str = "",
     processes: int | None = None,
+    quick: bool = False,
 ) -> Iterator[Row]:
     """A row per distinct kernel and target; `only` keeps the modes whose name that pattern is found in."""
     dtypes = tuple(dtypes)
     pairs = [(use, TARGETS[arch]) for arch in archs for use in kernel_uses(TARGETS[arch], dtypes, only=only)]
-    return profile_uses(pairs, processes)
+    return profile_uses(pairs, processes, quick)
 
 
 def main() -> None:
@@ -208,12 +221,14 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--only", default="", help="only modes whose name this pattern is found in, as '6b.*train'")
     parser.add_argument("--processes", type=int, help="that compile; one for each core by default")
+    parser.add_argument("--quick", action="store_true", help="disassemble only where products or a stack are")
     parser.add_argument("--json", type=Path, help="writes the rows here")
     args = parser.parse_args()
     rows = []
     titles = f"{'regs':>4} {'spills':>6} {'shared':>7} {'occ':>5} {'16B':>5} {'least us':>8} issue/tensor/exp products"
     print(f"{'arch':7} {'kernel':32} {titles} matrix / config")
-    for row in profile_all(args.arch, [getattr(torch, d) for d in args.dtype], args.only, args.processes):
+    dtypes = [getattr(torch, name) for name in args.dtype]
+    for row in profile_all(args.arch, dtypes, args.only, args.processes, args.quick):
         rows.append(row)
         if "error" in row:
             print(f"{row['arch']:7} {row['kernel']:32} {row['error']} {row['config']}", flush=True)

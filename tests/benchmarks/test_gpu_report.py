@@ -7,6 +7,9 @@ import tarfile
 import pytest
 import torch
 
+from internvit.benchmarks.harness.cases import MissingPeerError, Setting
+from internvit.benchmarks.harness.peers import sdpa, triton_tutorial
+from internvit.benchmarks.ops import bench_attention
 from internvit.benchmarks.reports import gpu_report, gpu_smoke
 from internvit.benchmarks.reports.gpu_report import Stage
 from tests.support import ROOT
@@ -56,6 +59,7 @@ def test_a_stage_that_would_overrun_by_count_fails(tmp_path, capsys, monkeypatch
 
 
 def test_a_stage_that_is_stopped_keeps_its_log_and_the_next_one_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "CORES", 1)
     slow = stage("bench", "import time; print('begun', flush=True); time.sleep(60)")
     monkeypatch.setattr(gpu_report, "STAGES", (slow, stage("tests", "print('ran')")))
     assert gpu_report.main(["--rehearse", "--minutes", "0.1", "--out", str(tmp_path)]) == 0
@@ -65,6 +69,7 @@ def test_a_stage_that_is_stopped_keeps_its_log_and_the_next_one_runs(tmp_path, m
 
 
 def test_half_a_smoke_test_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "CORES", 1)
     monkeypatch.setattr(gpu_report, "STAGES", (stage("smoke", "import time; time.sleep(60)"), stage("bench", "1")))
     assert gpu_report.main(["--rehearse", "--minutes", "0.05", "--out", str(tmp_path)]) == 1
 
@@ -96,12 +101,39 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path, capsys, monkeypatc
         (["--stages", "smoke,fly"], "--stages: expected some of compile, smoke"),
         (["--only", "softmax"], "--only: expected some of attention, "),
         (["--minutes", "0"], "--minutes must be more than 0, got 0"),
+        (["--triton-tutorial", "missing.py"], "missing.py is no file"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, says, capsys):
     with pytest.raises(SystemExit):
         gpu_report.main(arguments)
     assert says in capsys.readouterr().err
+
+
+def test_the_tutorial_reaches_its_peer(tmp_path, monkeypatch):
+    """A stand-in with the tutorial's signature; its kernel itself needs a GPU."""
+    tutorial = tmp_path / "06-fused-attention.py"
+    code = """
+from torch.nn.functional import scaled_dot_product_attention
+def attention(q, k, v, causal, sm_scale):
+    assert q.is_contiguous() and not causal
+    return scaled_dot_product_attention(q, k, v, scale=sm_scale)
+"""
+    tutorial.write_text(code)
+    asked = gpu_report.parse(["--triton-tutorial", str(tutorial)])
+    command = gpu_report._bench(gpu_report.Run(tmp_path, "sm_90", "", False, asked.triton_tutorial, 60.0))
+    assert command[-2:] == ["--triton-tutorial", str(tutorial)]
+    setting = Setting("cuda", dtypes=(torch.bfloat16,), triton_tutorial=tutorial)
+    case = next(case for case in bench_attention.cases(setting) if "heads apart" in case.shape)
+    assert case.dtype == torch.float16
+    assert case.modes == ("forward",)
+    assert (case.sizes["tokens"], case.sizes["batch"]) == (1024, 8)
+    (build,) = (one.build for one in case.implementations if one.name == "Triton's tutorial")
+    q, k, v = (torch.randn(2, 5, 3, 16) for _ in range(3))
+    torch.testing.assert_close(build()(q, k, v), sdpa(q, k, v))
+    for path, says in ((None, "--triton-tutorial PATH"), (tmp_path / "gone.py", "is no Python file")):
+        with pytest.raises(MissingPeerError, match=says):
+            triton_tutorial(dataclasses.replace(setting, triton_tutorial=path))["Triton's tutorial"]()
 
 
 def test_smoke_sees_a_wrong_model(monkeypatch, capsys):

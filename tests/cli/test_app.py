@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import internvit.cli.app
 from internvit import InternViT, InternViTConfig
 from internvit.data.extract import extract
 from internvit.images import load_pixels
+from tests.support import ROOT
 from tests.support.models import random_weights
 
 
@@ -164,6 +166,8 @@ def test_nothing_is_overwritten_silently(weights, photos, tmp_path, capsys) -> N
         ),
         (["plan", "--memory", "much"], "expected a size such as 24GB"),
         (["plan", "--size", "450"], "expected multiples of 14, got 450x450"),
+        (["plan", "--devices", "8"], "--devices needs --memory, of each device"),
+        (["plan", "--devices", "8", "--memory", "80GB", "--size", "450"], "expected multiples of 14, got 450x450"),
         (["convert", "nowhere", "there", "--to", "timm"], "nowhere"),
         (["convert", "nowhere", "there", "--to", "keras"], "'keras' is not one of"),
         (["nonsense"], "No such command 'nonsense'"),
@@ -199,15 +203,30 @@ def test_convert_round_trip(weights, tmp_path, capsys) -> None:
 def test_info_and_plan_fit_the_terminal(width, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(internvit.cli.app, "out", Console(soft_wrap=False))  # which reads the width when it is made
-    for arguments in (("info",), ("plan", "--task", "segmentation", "--train", "--memory", "80GB", "--batch", 2)):
+    train = ("--train", "--memory", "80GB", "--batch")
+    for arguments in (
+        ("info",),
+        ("plan", "--task", "segmentation", *train, 2),
+        ("plan", "--devices", 8, *train, 40),  # the 300M over 8 fits with selective checkpointing
+    ):
         stdout, stderr = call(capsys, *arguments)
         longest = max(map(len, stdout.splitlines()))
         assert longest <= width
         assert longest > 80 or width == 80, "the terminal's width was not read"
         assert "…" not in stdout
         assert not stderr
+        assert arguments[0] == "info" or re.search(r"\bfits *$", stdout, re.MULTILINE), "the last column is cut off"
     assert "6b-448px-v2.5" in stdout
     assert "take internvit-" in stdout
+
+
+def test_the_documentation_shows_what_plan_prints(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(internvit.cli.app, "out", Console(soft_wrap=False, width=80))
+    arguments, shown = re.findall(
+        r"\$ internvit (plan --devices.*)\n((?:.*\n)*?)```", (ROOT / "docs" / "scale.md").read_text()
+    )[0]
+    printed = {line.rstrip() for line in call(capsys, *arguments.split())[0].splitlines()}
+    assert {line for line in shown.splitlines() if line != " ..."} <= printed
 
 
 def test_json_for_scripts(capsys) -> None:
@@ -223,6 +242,9 @@ def test_json_for_scripts(capsys) -> None:
     }
     made = json.loads(call(capsys, "plan", "--json", "--memory", "24GB")[0])
     assert made["choice"] == "internvit-6b-448px-v2.5"
+    made = json.loads(call(capsys, "plan", "--json", "--devices", 8, "--memory", "8GB")[0])
+    assert made["choice"]["layout"] == "TP 2 x DP 4"
+    assert {cost["fits"] for cost in made["costs"]} == {True, False}
 
 
 def test_help_has_examples(capsys) -> None:

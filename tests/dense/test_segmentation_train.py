@@ -34,7 +34,9 @@ CONFIG = InternViTConfig(
 DIES_WRITING = """
 import os, runpy, signal, sys, torch
 save, calls = torch.save, []
-def dies(state, file):
+def dies(state, file, **settings):
+    if settings:  # a tensor that is pickled
+        return save(state, file, **settings)
     calls.append(1)
     if len(calls) == {n}:
         import io
@@ -204,7 +206,7 @@ def test_a_frozen_tower_is_not_saved_and_upernet_learns_beside_bfloat16(place) -
         optimizer.step()
         schedule.step()
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
-    names = train.trained_state(model, recipe).keys()
+    names = train.trained_state(model.state_dict(), recipe).keys()
     assert any(n.startswith("backbone.up1.") for n in names)
     assert not any(n.startswith(("backbone.encoder", "backbone.embeddings")) for n in names)
 

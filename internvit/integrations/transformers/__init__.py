@@ -2,5 +2,6 @@
 
 from internvit.integrations.transformers.backbone import HFInternViTBackbone
 from internvit.integrations.transformers.model import InternVisionConfig, InternVisionModel
+from internvit.integrations.transformers.patch_on_load import patch_on_load
 
-__all__ = ["HFInternViTBackbone", "InternVisionConfig", "InternVisionModel"]
+__all__ = ["HFInternViTBackbone", "InternVisionConfig", "InternVisionModel", "patch_on_load"]

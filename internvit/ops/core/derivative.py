@@ -72,6 +72,8 @@ class Plan:
         self.arguments = len(backward.arguments)
         self.differentiable = [output for _, output, _ in self.grads]
         self.constant = [i for i in range(len(outputs)) if i not in self.differentiable]
+        # With one differentiable output alone, backward is not called without its gradient.
+        self.zeros = [o for _, o, required in self.grads if required] if len(self.grads) > 1 else []
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         """Keeps in `ctx` what backward's arguments are when forward ends."""
@@ -88,7 +90,7 @@ class Plan:
         for i in tensors:
             values[i] = None
         ctx.values, ctx.tensors = values, tensors
-        ctx.likes = [(o.shape, o.dtype, o.device) for o in outputs]
+        ctx.likes = {i: (outputs[i].shape, outputs[i].dtype, outputs[i].device) for i in self.zeros}
 
     def restore(self, ctx: Any, grads: tuple[Tensor | None, ...], needs: list[bool]) -> list[Any]:
         """Backward's arguments."""

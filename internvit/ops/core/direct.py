@@ -25,15 +25,24 @@ def nothing_watches() -> bool:
 
 def plain(args: Iterable[Any]) -> bool:
     """Whether no argument is of a tensor subclass, with a `__torch_dispatch__` of its own, or on the meta device."""
-    return all((type(a) in PLAIN and not a.is_meta) or not isinstance(a, Tensor) for a in args)
+    for a in args:
+        if type(a) in PLAIN:
+            if a.is_meta:
+                return False
+        elif isinstance(a, Tensor):
+            return False
+    return True
 
 
 def transformed(args: Iterable[Any]) -> bool:
     """Whether torch.func, or forward-mode differentiation, is at work on `args`."""
     if torch.compiler.is_compiling():
         return False
-    if maybe_current_level() is not None:
-        return True
+    return maybe_current_level() is not None or has_tangent(args)
+
+
+def has_tangent(args: Iterable[Any]) -> bool:
+    """Whether forward-mode differentiation is at work on `args`."""
     return forward_ad._current_level >= 0 and any(
         isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from internvit.ops.backends.registry import implementation
 from internvit.ops.core.autocast import autocast_dtype, cast
 from internvit.ops.core.derivative import Plan, below_autograd, derive_function, empty_grad, underivable
-from internvit.ops.core.direct import PLAIN, nothing_watches, plain, transformed
+from internvit.ops.core.direct import PLAIN, has_tangent, nothing_watches, plain, transformed
 from internvit.ops.core.fallback import (
     AutoBackend,
     CallClass,
@@ -147,8 +147,10 @@ class Op:
 
     def _run_in_backend(self, *args: Any) -> Any:
         outputs = implementation(self.name, args[-1])(*args[:-1])
-        if type(outputs) is tuple and any(o is None for o in outputs):
-            return fill_gradients(outputs, next(a for a in args if isinstance(a, Tensor)))
+        if type(outputs) is tuple:
+            for output in outputs:
+                if output is None:
+                    return fill_gradients(outputs, next(a for a in args if isinstance(a, Tensor)))
         return outputs
 
     def _dispatch_autograd(self, *args: Any) -> Any:
@@ -225,7 +227,7 @@ class PublicOp(Op):
             if len(self._choices) >= _MOST_CHOICES:
                 self._choices.clear()
             self._choices[tuple(key)] = name
-        if transformed(args):
+        if has_tangent(args):  # nothing watches: torch.func is not at work
             return self.run(*args, "reference")
         run = self.function.apply if differentiate and torch.is_grad_enabled() else self.run
         try:

@@ -248,3 +248,19 @@ def test_families_of_matrix_instructions():
         **{"sm_90": "wgmma", "sm_100": "tcgen05", "gfx1100": "wmma"},
         **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), "mfma"),
     }
+
+
+@pytest.mark.parametrize("kernel", ["norm_kernel", "attention_kernel"])
+def test_a_quick_profile_says_the_same_of_what_it_reads(kernel):
+    if kernel == "norm_kernel":
+        found = specializations("sm_90", rms_norm, torch.empty(4, 384), torch.empty(384), 1e-6, "fused")
+    else:
+        heads = [torch.empty(1, 257, 2, 64, dtype=torch.bfloat16) for _ in range(3)]
+        found = specializations("sm_90", attention, *heads, 0.125, None, None, None, None)
+    (one,) = (KernelUse(each, [], 0.0, 0.0) for each in found)
+    whole, quick = (profile(one, TARGETS["sm_90"], quick=each) for each in (False, True))
+    if kernel == "norm_kernel":
+        assert whole["global_16_byte_share"] is not None
+        assert quick["global_16_byte_share"] is None, "it was not disassembled"
+        whole |= {"global_16_byte_share": None}
+    assert quick == whole

@@ -106,7 +106,7 @@ def test_planted_early_return_does_not_compile(copy, tmp_path):
     return tl.load(p_row_scale + o_rows // rows_per_image, mask=m_rows, other=0.0).to(tl.float32)
 """,
     )
-    arguments = ("--arch", "sm_90", "--only", "300m-448px bfloat16: train$")
+    arguments = ("--quick", "--arch", "sm_90", "--only", "300m-448px bfloat16: train$")
     rows = profile(tmp_path, *arguments, root=copy, PYTHONPATH=str(copy))
     found = {row["kernel"]: list(failures(row)) for row in rows}
     assert "does not compile: CompilationError" in found["layer_scale_residual_norm_backward_kernel"][0]

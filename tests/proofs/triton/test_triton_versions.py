@@ -1,31 +1,76 @@
 """Other versions of Triton compile every kernel for every target as well: fetched by pip, in processes of their own."""
 
-import json
-import os
-import subprocess
-import sys
+import re
 
 import pytest
 
-from internvit.kernels.tools.static_profile import failures
-from tests.support import ROOT
+from internvit.kernels.common.target import TARGETS
+from tests.proofs.triton import versions
+from tests.proofs.triton.test_models_compile import kernels
+
+
+def test_the_record_has_every_target_in_the_dtype_of_the_models():
+    record = versions.read()
+    assert set(record) == set(versions.VERSIONS)
+    for version, targets in record.items():
+        assert set(targets) == set(TARGETS), version
+        assert all("bfloat16" in entries for entries in targets.values()), version
+
+
+def test_everything_in_the_record_compiled_in_the_same_modes():
+    entries = [
+        (version, dtype, entry)
+        for version, targets in versions.read().items()
+        for target in targets.values()
+        for dtype, entry in target.items()
+    ]
+    assert all(entry["failures"] == [] for _, _, entry in entries)
+    for dtype in {dtype for _, dtype, _ in entries}:
+        assert len({entry["modes"] for _, d, entry in entries if d == dtype}) == 1, dtype
+    named = {re.match(r"\w+", kernel)[0] for _, _, entry in entries for kernel in entry["spills"]}
+    assert named <= kernels()
+
+
+TOLERATED = {
+    ("3.9.0", "sm_100"): 8,
+    **dict.fromkeys([("3.8.0", "sm_120"), ("3.9.0", "sm_120")], 8),
+    ("3.8.0", "gfx1100"): 204,
+    ("3.9.0", "gfx1100"): 224,
+}
+"""Bytes in versions after 3.6. sm_100: the fused residual's backward at C = 3200. sm_120: grad_kv at D = 128 with
+QK-norm where its last tile of queries is masked, which no published size asks for. gfx1100: attention's backward at
+D = 128."""
+
+
+def test_what_versions_after_3_6_spill_is_known():
+    for version, targets in versions.read().items():
+        for arch, entries in targets.items():
+            spilled = [n for entry in entries.values() for n in entry["spills"].values()]
+            if version != "3.6.0":
+                assert max(spilled, default=0) <= TOLERATED.get((version, arch), 0), (version, arch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
-def test_compiles(version, tmp_path):
-    folder = tmp_path / "triton"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-    fetched = subprocess.run([*command, f"triton=={version}"], capture_output=True, text=True, check=False)
-    if fetched.returncode:
-        pytest.skip(f"pip cannot fetch triton {version}: {fetched.stderr.strip().splitlines()[-1]}")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
-        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+def test_the_record_is_of_these_kernels():
+    old = {
+        (version, arch, dtype)
+        for version, targets in versions.read().items()
+        for arch, entries in targets.items()
+        for dtype, entry in entries.items()
+        if entry["device code"] != versions.device_code()
     }
-    rows = tmp_path / "rows.json"
-    profile = [sys.executable, "-m", "internvit.kernels.tools.static_profile", "--json", str(rows)]
-    subprocess.run(profile, env=environment, check=True, capture_output=True)
-    found = [failure for row in json.loads(rows.read_text()) for failure in failures(row)]
-    assert not found, f"triton {version}: " + "\n".join(found)
+    assert not old, "python -m tests.proofs.triton.versions compiles what changed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [v for v in versions.VERSIONS if v != "3.8.0"])
+def test_compiles(version, tmp_path):
+    try:
+        environment = versions.installed(version, tmp_path / "triton")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    for arch in TARGETS:
+        entry = versions.summary(versions.profile(environment, arch, "bfloat16", tmp_path))
+        recorded = versions.read()[version][arch]["bfloat16"]
+        assert entry["failures"] == [], (version, arch)
+        assert entry["spills"].items() <= recorded["spills"].items(), (version, arch)
