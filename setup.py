@@ -52,6 +52,7 @@ UNIT_FLAGS = {
         "-mavx512vnni",
         "-mamx-tile",
         "-mamx-bf16",
+        "-mamx-int8",
         "-mprefer-vector-width=512",
     ],
 }

@@ -60,7 +60,7 @@ def timed(request: pytest.FixtureRequest, benchmark):
             function = param.implementation.build()
         except MissingPeerError as gap:
             pytest.skip(str(gap))
-        failures = checked(param.case, param.implementation, param.mode, function) if param.implementation.ours else []
+        failures, _ = checked(param.case, param.implementation, param.mode, function)
         if failures:
             pytest.fail(f"refused, the result is wrong: {'; '.join(failures)}")
         call = rotating(*callable_for(param.case, param.mode, function))

@@ -6,10 +6,12 @@
     grad_residual = norm's grad_x(grad_normed) + grad_residual_out    reads 4, writes 2 (reads 3 without grad_gamma)
     grad_branch   = row_scale[b] * gamma * grad_residual,  and the sums over rows for gamma, weight and bias
 
-All [M, C]. The statistics are those of residual_out as rounded to its dtype.
+All [M, C]. The statistics are those of residual_out as rounded to its dtype. With QUANT, normed is written as int8 or
+float8 with a scale a row (`quantize_rows`), from float32, and no statistics are.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +24,7 @@ from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.strides import in_elements, row_strides
 from internvit.kernels.layer_scale_residual import add_branch, load_gamma, load_row_scale, rows_per_image
 from internvit.kernels.norm import is_small, load_x_hat, norm_backward, scale_and_shift, standardize
+from internvit.kernels.quantize_rows import outputs, quantization, store_rows
 
 OP = "layer_scale_residual_norm"
 
@@ -34,14 +37,15 @@ def layer_scale_residual_norm_kernel(
     p_weight,  # [C]
     p_bias,  # [C] or None
     p_residual_out, p_normed,  # [M, C]
+    p_scale, p_zero,  # [M] or None, with QUANT
     p_mean,  # [M] or None, LayerNorm
-    p_rstd,  # [M]
+    p_rstd,  # [M] or None
     M,
     stride_residual, stride_branch,
     rows_per_image,
     eps,
     C: tl.constexpr, STRIDE_UNIT: tl.constexpr, NORM_TYPE: tl.constexpr, ROUNDING: tl.constexpr,
-    SMALL_EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    SMALL_EPS: tl.constexpr, QUANT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     o_cols = columns(BLOCK_C, p_residual.dtype.element_ty, p_branch.dtype.element_ty)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
@@ -53,9 +57,10 @@ def layer_scale_residual_norm_kernel(
     store_tile(p_residual_out, o_rows, C, o_cols, m_tile, b_sum)
     b_x_hat, b_mean, b_rstd = standardize(b_sum.to(tl.float32), m_tile, eps, C, NORM_TYPE, SMALL_EPS)
     b_normed = scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, dtype, C, ROUNDING)
-    store_tile(p_normed, o_rows, C, o_cols, m_tile, b_normed)
-    tl.store(p_rstd + o_rows, b_rstd, mask=m_rows)
-    if NORM_TYPE == "layer_norm":
+    store_rows(p_normed, p_scale, p_zero, o_rows, m_rows, o_cols, m_tile, b_normed, C, QUANT)
+    if p_rstd is not None:
+        tl.store(p_rstd + o_rows, b_rstd, mask=m_rows)
+    if p_mean is not None:
         tl.store(p_mean + o_rows, b_mean, mask=m_rows)
 
 
@@ -132,26 +137,63 @@ def layer_scale_residual_norm(
     norm_type: str,
     rounding: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    residual_rows, branch_rows = rows.as_rows(residual), rows.as_rows(branch)
-    M, C = residual_rows.shape
-    residual_out = residual.new_empty(residual.shape)
-    normed = branch.new_empty(branch.shape)
+    residual_out, normed = residual.new_empty(residual.shape), branch.new_empty(branch.shape)
     rstd = residual.new_empty(residual.shape[:-1], dtype=torch.float32)
     mean = torch.empty_like(rstd) if norm_type == "layer_norm" else None
+    written = (residual_out, normed, None, None, mean, rstd)
+    read = (residual, branch, gamma, row_scale, weight, bias)
+    _launch(config, read, written, eps, norm_type, rounding if norm_type == "rms_norm" else "fused", "none")
+    return residual_out, normed, mean, rstd
+
+
+@rows.configured(f"{OP}_quant")
+def layer_scale_residual_norm_quant(
+    config: rows.RowConfig,
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    norm_type: str,
+    symmetric: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residual_out = residual.new_empty(residual.shape)
+    x_q, scale, zero, x_bytes = outputs(branch, dtype)
+    written = (residual_out, x_bytes, scale, zero, None, None)
+    read = (residual, branch, gamma, row_scale, weight, bias)
+    _launch(config, read, written, eps, norm_type, "fused", quantization(symmetric, dtype))
+    return residual_out, x_q, scale, zero
+
+
+def _launch(
+    config: rows.RowConfig,
+    read: tuple[Any, ...],
+    written: tuple[Tensor | None, ...],
+    eps: float,
+    norm_type: str,
+    rounding: str,
+    quant: str,
+) -> None:
+    residual, branch, gamma, row_scale, weight, bias = read
+    residual_rows, branch_rows = rows.as_rows(residual), rows.as_rows(branch)
+    M, C = residual_rows.shape
     strides, unit = row_strides(residual_rows, branch_rows)
     launch.run(
         layer_scale_residual_norm_kernel,
         (cdiv(M, config.rows),),
         *(residual_rows, branch_rows, rows.contiguous(gamma), rows.contiguous(row_scale)),
-        *(weight.contiguous(), rows.contiguous(bias), residual_out, normed, mean, rstd),
+        *(weight.contiguous(), rows.contiguous(bias), *written),
         *(M, *strides, rows_per_image(M, row_scale), eps),
         STRIDE_UNIT=unit,
         NORM_TYPE=norm_type,
-        ROUNDING=rounding if norm_type == "rms_norm" else "fused",
+        ROUNDING=rounding,
         SMALL_EPS=is_small(eps),
+        QUANT=quant,
         **config.constants(C),
     )
-    return residual_out, normed, mean, rstd
 
 
 @rows.configured(f"{OP}_backward", by=2)  # of residual_out

@@ -2,6 +2,8 @@
 
     y = gelu(z),  z = x weight^T + bias                        z is written too where backward needs it
     y = residual + gamma * (x weight^T + bias)
+    y = z,  gelu(z)  or  residual + z                          of int8 or float8 operands,
+        z = x_scale * weight_scale * ((x - x_zero) weight^T) + bias
 
 Products accumulate in float32, the epilogue is float32, and each output is rounded once; GELU is taken of z as rounded,
 so that `gelu` rebuilds y from z to the bit. Beside torch's GEMM and a pass of its own, the epilogue saves reading and
@@ -9,6 +11,9 @@ writing y's size once with GELU, and once with the residual.
 
 One program computes one tile of y. A row's products are added in the same order wherever the row stands, and tiles are
 never chosen by the number of rows: a row's result does not depend on its batch. float32 products are exact ("ieee").
+Sums of int8 products are exact (int32); those of float8 leave the tensor core, which keeps 14 bits of them on Hopper,
+every BLOCK_K terms. Beside torch's GEMM of the same operands, which leaves the sums in memory in 32 bits, the epilogue
+saves writing and reading those: 8 of the 10 bytes of each output.
 """
 
 import dataclasses
@@ -53,7 +58,7 @@ class LinearConfig:
         return tile | {"num_warps": self.warps, "num_stages": self.stages}
 
     @classmethod
-    def rule(cls, K: int, N: int, itemsize: int, target: Target) -> "LinearConfig":
+    def rule(cls, K: int, N: int, itemsize: int, target: Target, promotes: bool = False) -> "LinearConfig":
         """Tiles of which two programs fit a multiprocessor, so that one's epilogue runs during the other's products.
 
         The epilogue with GELU issues 5500 cycles of instructions for a tile of 128 x 128 on sm_90, whose products take
@@ -62,9 +67,16 @@ class LinearConfig:
 
         Rows of K or N elements that 16 does not divide are loaded and stored 2 bytes at a time, through eight times the
         pointers: tiles of 128 x 128 spill then, of 64 x 64 not.
+
+        Sums that are promoted from the tensor core's to float32 ones take twice the registers, 175 a thread for 128
+        columns on sm_90: they get 64 columns.
         """
         if itemsize == 4:
             return cls._float32(target)
+        if itemsize == 1:
+            config = cls.rule(K, N, 2, target)
+            depth = 2 * config.depth  # as many bytes
+            return dataclasses.replace(config, depth=depth, columns=64 if promotes else config.columns)
         if K % 16 or N % 16:
             return cls(64, 64, 32, 256 // target.warp_size, 2)
         depth = 64 if target.matrix_instructions in ("wgmma", "tcgen05", "mfma") else 32
@@ -113,7 +125,11 @@ def halves(b_x):
 
 @triton.jit
 def finish(
-    b_y,  # [BLOCK_M, BLOCK_N] float32, products
+    b_y,  # [BLOCK_M, BLOCK_N] float32 or int32, products
+    p_x_scale,
+    p_weight_scale,
+    p_x_zero,
+    p_weight_sum,
     p_bias,
     p_gamma,
     p_residual,
@@ -131,10 +147,20 @@ def finish(
     """The epilogue of tile (i_m, i_n), and its stores."""
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_n = o_n < N
-    m_y = (i_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[:, None] & m_n[None, :]  # [BLOCK_M, BLOCK_N]
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    m_y = (o_m < M)[:, None] & m_n[None, :]  # [BLOCK_M, BLOCK_N]
+    if p_x_zero is not None:
+        b_zero = tl.load(p_x_zero + o_m, mask=o_m < M, other=0)
+        b_y -= b_zero[:, None] * tl.load(p_weight_sum + o_n, mask=m_n, other=0)[None, :]
+    if p_x_scale is not None:
+        b_scale = tl.load(p_x_scale + o_m, mask=o_m < M, other=0.0)
+        b_weight_scale = tl.load(p_weight_scale + o_n, mask=m_n, other=0.0)
+        b_y = b_y.to(tl.float32) * b_scale[:, None] * b_weight_scale[None, :]
     if p_bias is not None:
         b_y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    if GELU:
+    if GELU and p_x_scale is not None:
+        b_y = exact_gelu(b_y)
+    elif GELU:
         b_z = b_y.to(p_y.dtype.element_ty)
         if p_z is not None:
             tl.store(tile_pointers(p_z, i_m, N, o_n, BLOCK_M), b_z, mask=m_y)
@@ -151,6 +177,10 @@ def finish(
 def linear_kernel(
     p_x,  # [M, K]
     p_weight,  # [N, K]
+    p_x_scale,  # [M] or None
+    p_weight_scale,  # [N] or None
+    p_x_zero,  # [M] int32 or None
+    p_weight_sum,  # [N] int32 or None, of weight over K
     p_bias,  # [N] or None
     p_gamma,  # [N] or None
     p_residual,  # [M, N] or None
@@ -175,7 +205,9 @@ def linear_kernel(
     m_b = (i_n * BLOCK_N + tl.arange(0, BLOCK_N) < N)[:, None]
     p_a = tile_pointers(p_x, i_m, stride_x, o_k, BLOCK_M)
     p_b = tile_pointers(p_weight, i_n, stride_weight, o_k, BLOCK_N)
-    b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    is_int8: tl.constexpr = p_x.dtype.element_ty == tl.int8
+    is_float8: tl.constexpr = p_x.dtype.element_ty == tl.float8e4nv
+    b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if is_int8 else tl.float32)
     for i_k in range(0, K, BLOCK_K):
         if WHOLE_K:
             b_a = tl.load(p_a + i_k, mask=m_a, other=0.0)  # [BLOCK_M, BLOCK_K]
@@ -184,13 +216,91 @@ def linear_kernel(
             m_k = (o_k < K - i_k)[None, :]
             b_a = tl.load(p_a + i_k, mask=m_a & m_k, other=0.0)
             b_b = tl.load(p_b + i_k, mask=m_b & m_k, other=0.0)
-        b_y = tl.dot(b_a, tl.trans(b_b), b_y, input_precision="ieee")
+        if is_int8:
+            b_y = tl.dot(b_a, tl.trans(b_b), b_y, out_dtype=tl.int32)
+        elif is_float8:
+            b_y = tl.dot(b_a, tl.trans(b_b), b_y, max_num_imprecise_acc=BLOCK_K)
+        else:
+            b_y = tl.dot(b_a, tl.trans(b_b), b_y, input_precision="ieee")
     # One half after the other: the whole tile's epilogue holds 155 to 184 registers a thread (sm_90), a half's at most
     # 128, of which two programs share a multiprocessor.
     b_left, b_right = halves(b_y)
-    tensors = (p_bias, p_gamma, p_residual, p_z, p_y)
+    tensors = (p_x_scale, p_weight_scale, p_x_zero, p_weight_sum, p_bias, p_gamma, p_residual, p_z, p_y)
     finish(b_left, *tensors, i_m, 2 * i_n, M, N, stride_residual, GELU, BLOCK_M, BLOCK_N // 2)
     finish(b_right, *tensors, i_m, 2 * i_n + 1, M, N, stride_residual, GELU, BLOCK_M, BLOCK_N // 2)
+
+
+@triton.jit(do_not_specialize=["M"])
+def epilogue_kernel(
+    p_sums,  # [M, N] float32 or int32
+    p_x_scale,  # [M]
+    p_weight_scale,  # [N]
+    p_x_zero,  # [M] int32 or None
+    p_weight_sum,  # [N] int32 or None
+    p_bias,  # [N] or None
+    p_residual,  # [M, N] or None
+    p_y,  # [M, N]
+    M,
+    N,
+    stride_residual,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The epilogue alone, of sums that another GEMM left in memory."""
+    i_m, i_n = tl.program_id(0), tl.program_id(1)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    m_sums = (i_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[:, None] & (o_n < N)[None, :]
+    b_sums = tl.load(tile_pointers(p_sums, i_m, N, o_n, BLOCK_M), mask=m_sums, other=0)
+    tensors = (p_x_scale, p_weight_scale, p_x_zero, p_weight_sum, p_bias, None, p_residual, None, p_y)
+    finish(b_sums, *tensors, i_m, i_n, M, N, stride_residual, GELU, BLOCK_M, BLOCK_N)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a product of int8 or float8 operands is multiplied by, and the dtype of y.
+
+    Attributes:
+        x_scale: [...] float32; weight_scale: [N] float32.
+        x_zero: [...] int32; weight_sum: [N] int32, of the weight's rows. Both or none.
+    """
+
+    x_scale: Tensor
+    weight_scale: Tensor
+    x_zero: Tensor | None
+    weight_sum: Tensor | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, x_scale: Tensor, weight_scale: Tensor, x_zero: Tensor | None, weight_q: Tensor, dtype: torch.dtype
+    ) -> "Quantized":
+        """The sums of the weight's rows are of this weight, now: a pass over it, where there is a zero point."""
+        weight_sum = None if x_zero is None else weight_q.sum(-1, dtype=torch.int32)
+        return cls(x_scale.contiguous(), weight_scale.contiguous(), contiguous(x_zero), weight_sum, dtype)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.x_scale, self.weight_scale, self.x_zero, self.weight_sum
+
+
+def scale_sums(sums: Tensor, quantized: Quantized, bias: Tensor | None, residual: Tensor | None, gelu: bool) -> Tensor:
+    """y [M, N] from the sums [M, N] of a GEMM, float32 or int32."""
+    M, N = sums.shape
+    residual_rows = None if residual is None else _operand(residual)
+    y = sums.new_empty((M, N), dtype=quantized.dtype)
+    block_m, block_n = 16, 128
+    launch.run(
+        epilogue_kernel,
+        (cdiv(M, block_m), cdiv(N, block_n)),
+        *(sums, *quantized.tensors, contiguous(bias), residual_rows, y),
+        *(M, N, 0 if residual_rows is None else residual_rows.stride(0)),
+        GELU=gelu,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
+    return y
 
 
 def multiply(
@@ -202,21 +312,30 @@ def multiply(
     residual: Tensor | None,
     gelu: bool,
     save_pre_activation: bool,
+    quantized: Quantized | None,
 ) -> tuple[Tensor, Tensor | None]:
     """y [..., N] and z, where it is to be saved."""
+    target = launch.target_of(x)
+    if x.dtype == torch.float8_e4m3fn and not target.multiplies_float8:
+        raise ValueError(
+            f"linear_fp8: backend 'triton_gemm' needs a GPU that multiplies float8_e4m3fn (compute capability 8.9 or "
+            f"higher, gfx950), got {target.name}; use backend='triton', which multiplies in bfloat16 there"
+        )
     x_rows, weight_rows = _operand(x), _operand(weight)
     residual_rows = None if residual is None else _operand(residual)
     (M, K), N = x_rows.shape, weight.shape[0]
     if N >= MAX_STRIDE:
         raise ValueError(f"linear: weight must have fewer than {MAX_STRIDE} rows for backend 'triton_gemm', got {N}")
     shape = (*x.shape[:-1], N)
-    y = x.new_empty(shape, dtype=x.dtype if residual is None else residual.dtype)
+    dtype = x.dtype if residual is None else residual.dtype
+    y = x.new_empty(shape, dtype=dtype if quantized is None else quantized.dtype)
+    scales = (None,) * 4 if quantized is None else quantized.tensors
     z = x.new_empty(shape) if save_pre_activation else None
     stride_residual = 0 if residual_rows is None else residual_rows.stride(0)
     launch.run(
         linear_kernel,
         (cdiv(M, config.rows) * cdiv(N, config.columns),),
-        *(x_rows, weight_rows, contiguous(bias), contiguous(gamma), residual_rows, z, y),
+        *(x_rows, weight_rows, *scales, contiguous(bias), contiguous(gamma), residual_rows, z, y),
         *(M, N, K, x_rows.stride(0), weight_rows.stride(0), stride_residual),
         GELU=gelu,
         WHOLE_K=K % config.depth == 0,
@@ -235,7 +354,9 @@ def _operand(x: Tensor) -> Tensor:
 @functools.cache
 def linear_config(kernel: str, K: int, N: int, dtype: torch.dtype, target: Target) -> LinearConfig:
     key = tuned_key(K, N, dtype)
-    return configs.choose(LinearConfig, kernel, key, target, lambda: LinearConfig.rule(K, N, dtype.itemsize, target))
+    promotes = dtype == torch.float8_e4m3fn and target.matrix_instructions == "wgmma"
+    rule = functools.partial(LinearConfig.rule, K, N, dtype.itemsize, target, promotes)
+    return configs.choose(LinearConfig, kernel, key, target, rule)
 
 
 def tuned_key(K: int, N: int, dtype: torch.dtype) -> str:
@@ -251,9 +372,10 @@ def linear(
     residual: Tensor | None = None,
     gelu: bool = False,
     save_pre_activation: bool = False,
+    quantized: Quantized | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`multiply` in the configuration that `kernel` has for this weight."""
     N, K = weight.shape
     config = linear_config(kernel, K, N, x.dtype, launch.target_of(x))
-    args = (x, weight, bias, gamma, residual, gelu, save_pre_activation)
+    args = (x, weight, bias, gamma, residual, gelu, save_pre_activation, quantized)
     return configs.call(kernel, tuned_key(K, N, x.dtype), config, multiply, *args)

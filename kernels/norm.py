@@ -5,6 +5,7 @@
 
 RMSNorm takes mean = 0 and drops mean(g). Forward reads x once and writes y and one or two float32 a row. The device
 functions here are also the norm of `layer_scale_residual_norm` and `qk_norm`. A gradient that is not asked for is None.
+With QUANT, y is written as int8 or float8 with a scale a row (`quantize_rows`), from float32, and no statistics are.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from internvit.kernels.common import launch, rows
 from internvit.kernels.common.rows import load_tile, load_vector, product, row_tile, store_partial, store_tile
 from internvit.kernels.common.sizes import cdiv
 from internvit.kernels.common.strides import in_elements, row_strides
+from internvit.kernels.quantize_rows import outputs, quantization, store_rows
 
 LEAST_EPS = 1e-29
 
@@ -105,13 +107,14 @@ def norm_kernel(
     p_weight,  # [C]
     p_bias,  # [C] or None
     p_y,  # [M, C]
+    p_scale, p_zero,  # [M] or None, with QUANT
     p_mean,  # [M] or None, LayerNorm
-    p_rstd,  # [M]
+    p_rstd,  # [M] or None
     M,
     stride_x,
     eps,
     C: tl.constexpr, STRIDE_UNIT: tl.constexpr, NORM_TYPE: tl.constexpr, ROUNDING: tl.constexpr,
-    SMALL_EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    SMALL_EPS: tl.constexpr, QUANT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     o_cols = tl.arange(0, BLOCK_C)
     o_rows, m_rows, m_tile = row_tile(tl.program_id(0), M, o_cols, C, ROWS)
@@ -119,9 +122,10 @@ def norm_kernel(
     b_x = load_tile(p_x, o_rows, in_elements(stride_x, STRIDE_UNIT), o_cols, m_tile)
     b_x_hat, b_mean, b_rstd = standardize(b_x, m_tile, eps, C, NORM_TYPE, SMALL_EPS)
     b_y = scale_and_shift(b_x_hat, b_weight, p_bias, o_cols, p_x.dtype.element_ty, C, ROUNDING)
-    store_tile(p_y, o_rows, C, o_cols, m_tile, b_y)
-    tl.store(p_rstd + o_rows, b_rstd, mask=m_rows)
-    if NORM_TYPE == "layer_norm":
+    store_rows(p_y, p_scale, p_zero, o_rows, m_rows, o_cols, m_tile, b_y, C, QUANT)
+    if p_rstd is not None:
+        tl.store(p_rstd + o_rows, b_rstd, mask=m_rows)
+    if p_mean is not None:
         tl.store(p_mean + o_rows, b_mean, mask=m_rows)
 
 
@@ -166,24 +170,56 @@ def norm(
     config: rows.RowConfig, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm_type: str, rounding: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, mean (None for RMSNorm), rstd."""
-    x_rows = rows.as_rows(x)
-    M, C = x_rows.shape
     y = x.new_empty(x.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     mean = torch.empty_like(rstd) if norm_type == "layer_norm" else None
+    _launch(config, x, weight, bias, (y, None, None, mean, rstd), eps, norm_type, rounding, "none")
+    return y, mean, rstd
+
+
+def norm_quant(
+    config: rows.RowConfig,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    norm_type: str,
+    symmetric: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_q, x_scale, x_zero."""
+    x_q, scale, zero, x_bytes = outputs(x, dtype)
+    written = (x_bytes, scale, zero, None, None)
+    _launch(config, x, weight, bias, written, eps, norm_type, "fused", quantization(symmetric, dtype))
+    return x_q, scale, zero
+
+
+def _launch(
+    config: rows.RowConfig,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    written: tuple[Tensor | None, ...],
+    eps: float,
+    norm_type: str,
+    rounding: str,
+    quant: str,
+) -> None:
+    x_rows = rows.as_rows(x)
+    M, C = x_rows.shape
     strides, unit = row_strides(x_rows)
     launch.run(
         norm_kernel,
         (cdiv(M, config.rows),),
-        *(x_rows, weight.contiguous(), rows.contiguous(bias), y, mean, rstd),
+        *(x_rows, weight.contiguous(), rows.contiguous(bias), *written),
         *(M, *strides, eps),
         STRIDE_UNIT=unit,
         NORM_TYPE=norm_type,
         ROUNDING=rounding,
         SMALL_EPS=is_small(eps),
+        QUANT=quant,
         **config.constants(C),
     )
-    return y, mean, rstd
 
 
 def norm_gradients(
@@ -232,6 +268,20 @@ def rms_norm_backward(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return rows.call("layer_norm", x.shape[-1], x, norm, x, weight, bias, eps, "layer_norm", "fused")
+
+
+def rms_norm_quant(
+    x: Tensor, weight: Tensor, eps: float, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (x, weight, None, eps, "rms_norm", symmetric, dtype)
+    return rows.call("rms_norm_quant", x.shape[-1], x, norm_quant, *args)
+
+
+def layer_norm_quant(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (x, weight, bias, eps, "layer_norm", symmetric, dtype)
+    return rows.call("layer_norm_quant", x.shape[-1], x, norm_quant, *args)
 
 
 def layer_norm_backward(

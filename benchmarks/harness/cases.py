@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from internvit.numerics import relative_error
 from internvit.ops.backends.registry import backends_for
-from internvit.ops.core.spec import SPECS, Inputs, OpSpec, Size, cost
+from internvit.ops.core.spec import Inputs, OpSpec, Size, cost, every_spec
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS = "internvit"
@@ -52,12 +52,15 @@ class Implementation:
         build: makes the callable that takes the case's inputs; raises MissingPeerError where the peer is not to be had.
         trains: False for those that have no backward.
         compiles: torch.compile's, whose building takes as long as timing many others.
+        most_error: of lower precision: the relative error up to which a result of ours is timed, instead of the case's
+            numerics contract.
     """
 
     name: str
     build: Callable[[], Callable[..., Any]]
     trains: bool = True
     compiles: bool = False
+    most_error: float | None = None
 
     @property
     def ours(self) -> bool:
@@ -77,6 +80,7 @@ class BenchmarkCase:
         gradient_violations: the same for the gradients of the inputs, in order, with the gradient that came in last.
         bytes, flops: the least that a forward must move and multiply, and of a forward and backward.
         sizes: numbers that plots are drawn over, such as tokens and batch.
+        error: (result, inputs) -> the relative error to float32, which the table prints beside each forward's time.
     """
 
     bench: str
@@ -89,6 +93,7 @@ class BenchmarkCase:
     bytes: Mapping[str, float] = field(default_factory=dict)
     flops: Mapping[str, float] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    error: Callable[[Any, tuple[Any, ...]], float] | None = None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -239,7 +244,7 @@ def op_case(
         bench, shape: as the table prints them; the op's name, and rows x channels, by default.
         peers: take the example's arguments in order.
     """
-    spec = SPECS[name]
+    spec = every_spec()[name]
     case = _OpCase(setting, spec, size, dtype, variant)
     available = backends_for(spec.implemented_as, setting.device.partition(":")[0], dtype, size.head_dim)
     # The reference is the truth, sdpa and flash are peers; with no other, what a call without `backend=` takes.
@@ -257,16 +262,26 @@ def op_case(
         case.inputs,
         tuple(implementations),
         case.violations,
-        case.gradient_violations if trains else None,
+        case.gradient_violations if trains and spec.trains else None,
         {FORWARD: least.forward_bytes, BOTH: least.both_bytes},
         {FORWARD: least.forward_flops, BOTH: least.both_flops},
     )
 
 
 def row_cases(setting: Setting, name: str, norm: str | None = None, peers: Peers | None = None) -> list[BenchmarkCase]:
-    """`op_case` of a row op at each size, in each dtype."""
-    sizes = [size for _, size in row_sizes(setting, norm)]
-    return [op_case(setting, name, size, dtype, peers=peers) for size in sizes for dtype in setting.dtypes]
+    """`op_case` of a row op at each size, in each dtype; one that fuses a norm has that of the size's model."""
+    cases = []
+    for model_norm, size in row_sizes(setting, norm):
+        variant = model_norm if model_norm in every_spec()[name].examples else ""
+        shape = f"{size.batch * size.tokens}x{size.hidden_size} {variant}".rstrip()
+        cases += [op_case(setting, name, size, dtype, variant, shape=shape, peers=peers) for dtype in setting.dtypes]
+    return cases
+
+
+def quantized_linear_cases(setting: Setting, name: str) -> list[BenchmarkCase]:
+    """`op_case` of a Linear of int8 or float8 operands with a bfloat16 output, at each size of GEMMs."""
+    sizes = dict.fromkeys(size for size, _ in gemm_sizes(setting))
+    return [op_case(setting, name, size, torch.bfloat16) for size in sizes]
 
 
 def attention_cases(

@@ -36,6 +36,7 @@ class Row:
         peak_mib: memory held at the peak of a call over what was held before.
         share: of the machine's measured limit that the median reaches, 1 the limit itself.
         limit: which limit, "copy" or "gemm".
+        error: the result's relative error to float32, where the case measures it.
         note: why nothing was timed: a missing peer, or what a result breaks of the numerics contract.
     """
 
@@ -55,6 +56,7 @@ class Row:
     limit: str = ""
     note: str = ""
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    error: float | None = None
 
     @property
     def work(self) -> tuple[str, ...]:
@@ -118,7 +120,7 @@ def _row(fields: dict[str, str]) -> Row:
     """A row of bench.csv, its numbers as numbers."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Row):
-        text = fields[field.name]
+        text = fields.get(field.name, "")  # results of before a column was there have none
         if field.name == "sizes":
             values[field.name] = json.loads(text)
         elif field.name == "rounds":
@@ -218,11 +220,11 @@ def compare(old: Results, new: Results) -> list[Change]:
 
 
 def with_speedups(rows: Iterable[Row]) -> list[Row]:
-    """The same rows, each with its median over that of the fastest of ours for the same work."""
+    """The same rows, each with its median over that of the fastest of ours for the same work, in the work's dtype."""
     rows = list(rows)
     best: dict[tuple[str, ...], float] = {}
     for row in rows:
-        if row.variant.startswith("internvit") and row.p50_ms is not None:
+        if row.variant.startswith("internvit") and not row.variant.endswith("int8") and row.p50_ms is not None:
             best[row.work] = min(row.p50_ms, best.get(row.work, row.p50_ms))
     return [
         dataclasses.replace(row, speedup=round(row.p50_ms / best[row.work], 3))

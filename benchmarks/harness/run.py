@@ -35,7 +35,7 @@ from internvit.benchmarks.harness.timing import (
     rotating,
     seconds_of,
 )
-from internvit.ops.core.spec import SPECS, TINY, Inputs
+from internvit.ops.core.spec import TINY, Inputs, every_spec
 
 _FOLDER = Path(__file__).resolve().parents[1]
 
@@ -44,7 +44,7 @@ def has_file(op: str) -> bool:
     return (_FOLDER / f"ops/bench_{op}.py").is_file()
 
 
-OPS = tuple(name for name, spec in SPECS.items() if has_file(name) or spec.implemented_as == name)
+OPS = tuple(name for name, spec in every_spec().items() if has_file(name) or spec.implemented_as == name)
 LEAST_ROUNDS, MOST_SECONDS = 5, 6.0
 """A case that takes longer than so many seconds gets no more than five rounds: its spread is small beside it."""
 BENCHES = (*OPS, "block", "patch", "model")
@@ -63,18 +63,29 @@ def cases(benches: tuple[str, ...], setting: Setting) -> list[BenchmarkCase]:
     return found
 
 
-def checked(case: BenchmarkCase, implementation: Implementation, mode: str, function: Callable[..., Any]) -> list[str]:
-    """What an implementation's result, or its gradients, break of the numerics contract; `function` as built."""
+def checked(
+    case: BenchmarkCase, implementation: Implementation, mode: str, function: Callable[..., Any]
+) -> tuple[list[str], float | None]:
+    """What an implementation's result, or its gradients, break of the numerics contract, for ours; and the result's
+    error to float32, where the case has one. `function` as built."""
+    error: float | None = None
+    failures: list[str] = []
     with torch.no_grad() if mode == FORWARD else nullcontext():
         inputs = case.inputs()
-        if mode == FORWARD:
-            failures = case.violations(function(*inputs), inputs)
-        else:
+        if mode == FORWARD and (implementation.ours or case.error is not None):
+            result = function(*inputs)
+            error = None if case.error is None else case.error(result, inputs)
+            most = implementation.most_error
+            if most is not None and (error is None or not error <= most):
+                failures = [f"a relative error of {error} is over {most}"]
+            elif most is None and implementation.ours:
+                failures = case.violations(result, inputs)
+        elif mode != FORWARD and implementation.ours:
             assert case.gradient_violations is not None
             inputs = leaves(inputs)
             incoming = tuple(torch.randn_like(t) for t in tensors(function(*inputs)))
             failures = case.gradient_violations(gradients(function, inputs, incoming), inputs, incoming)
-    return failures
+    return failures, error
 
 
 def callable_for(
@@ -93,6 +104,25 @@ def callable_for(
     sets = [leaves(inputs) for inputs in sets]
     incoming = tuple(torch.randn_like(t) for t in tensors(function(*sets[0])))
     return lambda *inputs: gradients(function, inputs, incoming), sets
+
+
+def _prepare(
+    case: BenchmarkCase, implementation: Implementation, mode: str, setting: Setting
+) -> tuple[Callable[[], object], Callable[..., Any], list[tuple], int | None, float | None] | str:
+    """What is timed, its call and arguments, the memory it takes and its error; or why it is not timed."""
+    try:
+        function = implementation.build()
+        failures, error = checked(case, implementation, mode, function)
+        if failures:
+            return f"refused, the result is wrong: {'; '.join(failures)}"
+        call, sets = callable_for(case, mode, function)
+        candidate = rotating(call, sets)
+        return candidate, call, sets, peak_bytes(candidate, setting.device), error
+    except MissingPeerError as gap:
+        return str(gap)
+    except Exception as problem:
+        lines = str(problem).strip().splitlines() or [""]
+        return f"failed: {type(problem).__name__}: {lines[0]}"
 
 
 def run_case(
@@ -115,35 +145,25 @@ def run_case(
     ready: dict[tuple[str, str], Callable[[], object]] = {}
     calls: dict[tuple[str, str], int] = {}
     memory: dict[tuple[str, str], int | None] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for implementation in case.implementations:
         if not _is_asked(implementation, mode, peers):
             continue
         row = Row(**common, launch="eager", variant=implementation.name)  # type: ignore[arg-type]
-        try:
-            function = implementation.build()
-            failures = checked(case, implementation, mode, function) if implementation.ours else []
-            if not failures:
-                call, sets = callable_for(case, mode, function)
-                candidate = rotating(call, sets)
-                held = peak_bytes(candidate, setting.device)
-        except MissingPeerError as gap:
-            gaps.append(dataclasses.replace(row, note=str(gap)))
+        prepared = _prepare(case, implementation, mode, setting)
+        if isinstance(prepared, str):
+            gaps.append(dataclasses.replace(row, note=prepared))
             continue
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            gaps.append(dataclasses.replace(row, note=f"failed: {type(error).__name__}: {lines[0]}"))
-            continue
-        if failures:
-            gaps.append(dataclasses.replace(row, note=f"refused, the result is wrong: {'; '.join(failures)}"))
-            continue
+        candidate, call, sets, held, error = prepared
+        facts[implementation.name] = common | {"error": error}
         ready[implementation.name, "eager"] = candidate
         calls[implementation.name, "eager"] = 1
         memory[implementation.name, "eager"] = held
         if setting.device.startswith("cuda"):
             try:
                 replay, count = graphed(call, sets)
-            except RuntimeError as error:
-                note = f"no CUDA graph: {str(error).splitlines()[0]}"
+            except RuntimeError as problem:
+                note = f"no CUDA graph: {str(problem).splitlines()[0]}"
                 gaps.append(dataclasses.replace(row, launch="CUDA graph", note=note))
                 continue
             ready[implementation.name, "CUDA graph"], calls[implementation.name, "CUDA graph"] = replay, count
@@ -154,8 +174,8 @@ def run_case(
     begin = time.monotonic()
     for done, times in enumerate(interleaved(candidates, rounds, device=setting.device), 1):
         timed = [
-            _row(common, labels[label], found, calls[labels[label]], memory.get(labels[label]), least, limit)
-            for label, found in times.items()
+            _row(facts[key[0]], key, times[label], calls[key], memory.get(key), least, limit)
+            for label, key in labels.items()
         ]
         yield with_speedups([*timed, *gaps])
         if done >= LEAST_ROUNDS and time.monotonic() - begin > MOST_SECONDS:
@@ -185,7 +205,7 @@ def _row(
 def call_costs(setting: Setting) -> dict[str, float]:
     """Microseconds that a call of each op costs on a few rows, where there is next to nothing to compute."""
     costs = {}
-    for name, spec in SPECS.items():
+    for name, spec in every_spec().items():
         arguments = next(iter(spec.examples.values()))(Inputs(TINY, setting.generator(), device=setting.device))
         with torch.no_grad():
             call = functools.partial(spec.function, **arguments)

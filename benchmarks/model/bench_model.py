@@ -1,6 +1,7 @@
 """InternViT end to end in bfloat16, next to transformers, torch.compile, timm, OpenVINO and onnxruntime.
 
-Random weights, the same in every model; the result of ours is judged against the reference in float32.
+Random weights, the same in every model; the result of ours is judged against the reference in float32, and every one's
+error to that stands beside its time. Ours in int8 quantises every block.
 """
 
 import functools
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from internvit import InternViT, InternViTConfig, optimize_for_inference, reference
 from internvit.benchmarks.harness import peers
-from internvit.benchmarks.harness.cases import FORWARD, OURS, BenchmarkCase, Implementation, Setting
-from internvit.numerics import product_violations
+from internvit.benchmarks.harness.cases import FORWARD, OURS, BenchmarkCase, Implementation, MissingPeerError, Setting
+from internvit.inference import linear_int8
+from internvit.numerics import product_violations, relative_error
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,8 +56,11 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
         model = ours()
         return lambda x: model(x).last_hidden_state
 
-    def optimized() -> Callable[[Tensor], Tensor]:
-        model = optimize_for_inference(ours())
+    def optimized(precision: str | None = None) -> Callable[[Tensor], Tensor]:
+        reason = linear_int8.unavailable_reason() if precision == "int8" else None
+        if reason is not None:
+            raise MissingPeerError(reason)
+        model = optimize_for_inference(ours(), precision=precision, skip=() if precision == "int8" else None)
         return lambda x: model(x).last_hidden_state
 
     def transformers() -> Callable[[Tensor], Tensor]:
@@ -68,8 +73,8 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
     def timm() -> Callable[[Tensor], Tensor]:
         return peers.timm_model(config, weights()).forward_features
 
-    def openvino() -> Callable[[Tensor], Tensor]:
-        return peers.openvino(peers.transformers_model(config, weights()), inputs()[0], dtype)
+    def openvino(precision: torch.dtype = dtype) -> Callable[[Tensor], Tensor]:
+        return peers.openvino(peers.transformers_model(config, weights()), inputs()[0], precision)
 
     def onnxruntime() -> Callable[[Tensor], Tensor]:
         return peers.onnxruntime(peers.transformers_model(config, weights()), inputs()[0])
@@ -88,8 +93,14 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
     def inputs() -> tuple[Tensor]:
         return (torch.randn(images, 3, size, size, generator=generator).to(setting.device, dtype),)
 
+    def error(result: Tensor, inputs: tuple[Tensor]) -> float:
+        return relative_error(result, truth_and_emulation(inputs[0])[0])
+
+    name_of_int8 = f"{OURS} optimize_for_inference, int8"
+    int8 = [Implementation(name_of_int8, functools.partial(optimized, "int8"), trains=False, most_error=0.03)]
     variants = [
         Implementation(f"{OURS} optimize_for_inference", optimized, trains=False),
+        *(int8 if setting.device == "cpu" else []),
         Implementation(f"{OURS} InternViT", module),
         Implementation("transformers SDPA", transformers),
         Implementation("timm", timm),
@@ -98,6 +109,7 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
         variants.append(Implementation("transformers, torch.compile freezing", compiled, trains=False, compiles=True))
         if setting.device == "cpu":
             variants.append(Implementation("OpenVINO bf16", openvino, trains=False))
+            variants.append(Implementation("OpenVINO int8", functools.partial(openvino, torch.int8), trains=False))
             variants.append(Implementation("onnxruntime float32", onnxruntime, trains=False))
     tokens = 1 + (size // config.patch_size) ** 2
     from internvit.benchmarks.model.bench_block import flops_of
@@ -112,6 +124,7 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
         violations,
         flops={FORWARD: layers * flops_of(config, images, tokens)},
         sizes={"batch": images, "tokens": tokens, "size": size, "layers": layers},
+        error=error,
     )
 
 

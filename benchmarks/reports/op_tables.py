@@ -14,7 +14,7 @@ from internvit import ops
 from internvit.benchmarks.harness.results import FOLDER
 from internvit.benchmarks.reports.table import markdown, write_page
 from internvit.kernels.tools.roofline import CEILINGS
-from internvit.ops.core.spec import SIZES, SPECS, cost
+from internvit.ops.core.spec import SIZES, cost, every_spec
 
 PAGE = FOLDER.parents[1] / "docs" / "api" / "ops.md"
 
@@ -22,10 +22,11 @@ PAGE = FOLDER.parents[1] / "docs" / "api" / "ops.md"
 def table(model: str) -> str:
     """A row an op and example: megabytes and GFLOP forward and backward, and the least time for both on each device."""
     rows = []
-    for spec in SPECS.values():
+    for spec in every_spec().values():
         for variant in spec.examples:
             least = cost(spec, SIZES[model], torch.bfloat16, variant)
-            times = [1e6 * c.seconds(least.both_bytes, least.both_flops) for c in CEILINGS]
+            bfloat16_flops = least.both_flops / (1 if spec.trains else 2)  # int8 and float8 have twice the rate
+            times = [1e6 * c.seconds(least.both_bytes, bfloat16_flops) for c in CEILINGS]
             rows.append(
                 [
                     f"`{spec.name}`" + (f" {variant}" if variant else ""),
@@ -46,7 +47,8 @@ def page() -> str:
         "# Ops",
         "Written by `python -m internvit.benchmarks.reports.op_tables` from the ops' specs. The least that one image "
         "of 448 pixels costs in bfloat16, forward and backward: each tensor read or written once, and the least time "
-        "for that and the products at data-sheet rates. Arithmetic, not measured.",
+        "for that and the products at data-sheet rates, of int8 and float8 at twice bfloat16's. Arithmetic, not "
+        "measured.",
     ]
     for model, size in SIZES.items():
         if model != "tiny":

@@ -21,20 +21,21 @@ def ms(value: float | None) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """What a row prints: way, p50, p20-p80, how many times ours is faster, peak memory, share of the limit."""
+    """What a row prints: way, p50, p20-p80, how many times ours is faster, error, peak memory, share of the limit."""
     if row.p50_ms is None:
-        return [row.variant, "-", "", "", "", row.note]
+        return [row.variant, "-", "", "", "", "", row.note]
     return [
         row.variant,
         ms(row.p50_ms),
         f"{ms(row.p20_ms)} - {ms(row.p80_ms)}",
         "" if row.speedup is None else f"{row.speedup:.2f}",
+        "" if row.error is None else f"{row.error:.2%}",
         "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
         "" if row.share is None else f"{100 * row.share:.0f} % of {row.limit}",
     ]
 
 
-HEADINGS = ("way", "p50, ms", "p20 - p80", "ours is × faster", "peak, MiB", "share of the measured limit")
+HEADINGS = ("way", "p50, ms", "p20 - p80", "ours is × faster", "error", "peak, MiB", "share of the measured limit")
 
 
 def heading(work: tuple[str, ...]) -> str:

@@ -129,6 +129,12 @@ class Checks {
                     "', got '", value, "'");
   }
   void rounding(const std::string& value) const { one_of("rounding", value, "fused", "reference"); }
+  void quantized(bool symmetric, ScalarType dtype) const {
+    STD_TORCH_CHECK(dtype == ScalarType::Char || dtype == ScalarType::Float8_e4m3fn, op_,
+                    ": dtype must be int8 or float8_e4m3fn, got ", dtype);
+    STD_TORCH_CHECK(symmetric || dtype == ScalarType::Char, op_,
+                    ": symmetric must be True for dtype float8_e4m3fn, which has no zero point");
+  }
   void output_mask(const std::vector<bool>& mask, size_t length) const {
     STD_TORCH_CHECK(mask.size() == length, op_, ": output_mask must have ", length, " elements, got ", mask.size());
   }

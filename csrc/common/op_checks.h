@@ -8,12 +8,23 @@ namespace internvit::check {
 
 inline int64_t channels_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
-inline void rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::string& rounding) {
-  const Checks check("rms_norm", "x", x);
+inline void norm(const Checks& check, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps) {
   check.rows();
   check.parameter("weight", weight, channels_of(x));
+  check.bias(bias, weight);
   check.eps(eps);
+}
+
+inline void rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::string& rounding) {
+  const Checks check("rms_norm", "x", x);
+  norm(check, x, weight, {}, eps);
   check.rounding(rounding);
+}
+
+inline void rms_norm_quant(const Tensor& x, const Tensor& weight, double eps, bool symmetric, ScalarType dtype) {
+  const Checks check("rms_norm_quant", "x", x);
+  norm(check, x, weight, {}, eps);
+  check.quantized(symmetric, dtype);
 }
 
 inline void rms_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& rstd,
@@ -27,11 +38,14 @@ inline void rms_norm_backward(const Tensor& grad_y, const Tensor& x, const Tenso
 }
 
 inline void layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps) {
-  const Checks check("layer_norm", "x", x);
-  check.rows();
-  check.parameter("weight", weight, channels_of(x));
-  check.bias(bias, weight);
-  check.eps(eps);
+  norm(Checks("layer_norm", "x", x), x, weight, bias, eps);
+}
+
+inline void layer_norm_quant(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps,
+                             bool symmetric, ScalarType dtype) {
+  const Checks check("layer_norm_quant", "x", x);
+  norm(check, x, weight, bias, eps);
+  check.quantized(symmetric, dtype);
 }
 
 inline void layer_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& mean,
@@ -87,18 +101,33 @@ inline void layer_scale_residual_backward(const Tensor& grad_residual_out, const
   fused_add_backward(check, grad_residual_out, branch, gamma, row_scale, "branch_dtype", branch_dtype, output_mask[1]);
 }
 
+inline void fused_add_norm(const char* op, const Checks& check, const Tensor& residual, const Tensor& branch,
+                           const OptionalTensor& gamma, const OptionalTensor& row_scale, const Tensor& weight,
+                           const OptionalTensor& bias, double eps, const std::string& norm_type) {
+  fused_add(check, residual, branch, gamma, row_scale);
+  norm(check, branch, weight, bias, eps);
+  check.one_of("norm_type", norm_type, "rms_norm", "layer_norm");
+  STD_TORCH_CHECK(!bias || norm_type == "layer_norm", op, ": bias must be None for norm_type 'rms_norm', got shape ",
+                  list_of(bias->sizes()));
+}
+
 inline void layer_scale_residual_norm(const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma,
                                       const OptionalTensor& row_scale, const Tensor& weight, const OptionalTensor& bias,
                                       double eps, const std::string& norm_type, const std::string& rounding) {
-  const Checks check("layer_scale_residual_norm", "branch", branch);
-  fused_add(check, residual, branch, gamma, row_scale);
-  check.parameter("weight", weight, channels_of(branch));
-  check.eps(eps);
-  check.one_of("norm_type", norm_type, "rms_norm", "layer_norm");
+  const char* op = "layer_scale_residual_norm";
+  const Checks check(op, "branch", branch);
+  fused_add_norm(op, check, residual, branch, gamma, row_scale, weight, bias, eps, norm_type);
   check.rounding(rounding);
-  check.bias(bias, weight);
-  STD_TORCH_CHECK(!bias || norm_type == "layer_norm", "layer_scale_residual_norm: bias must be None for norm_type ",
-                  "'rms_norm', got shape ", list_of(bias->sizes()));
+}
+
+inline void layer_scale_residual_norm_quant(const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma,
+                                            const OptionalTensor& row_scale, const Tensor& weight,
+                                            const OptionalTensor& bias, double eps, const std::string& norm_type,
+                                            bool symmetric, ScalarType dtype) {
+  const char* op = "layer_scale_residual_norm_quant";
+  const Checks check(op, "branch", branch);
+  fused_add_norm(op, check, residual, branch, gamma, row_scale, weight, bias, eps, norm_type);
+  check.quantized(symmetric, dtype);
 }
 
 inline void layer_scale_residual_norm_backward(const OptionalTensor& grad_residual_out, const Tensor& grad_normed,
@@ -120,6 +149,18 @@ inline void layer_scale_residual_norm_backward(const OptionalTensor& grad_residu
   check.parameter("weight", weight, channels_of(residual_out));
   if (norm_type == "layer_norm") check.floating("mean", mean, leading_sizes(residual_out));
   check.floating("rstd", rstd, leading_sizes(residual_out));
+}
+
+inline void per_token_quant(const Tensor& x, bool symmetric, ScalarType dtype) {
+  const Checks check("per_token_quant", "x", x);
+  check.rows();
+  check.quantized(symmetric, dtype);
+}
+
+inline void gelu_quant(const Tensor& pre_activation, bool symmetric, ScalarType dtype) {
+  const Checks check("gelu_quant", "pre_activation", pre_activation);
+  check.rows();
+  check.quantized(symmetric, dtype);
 }
 
 inline void qk_norm_stats(const Tensor& q, const Tensor& k, double eps) {

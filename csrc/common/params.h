@@ -10,6 +10,15 @@
 
 namespace internvit {
 
+// Rows as int8 or float8 with a scale and a zero point each: x = x_scale * (x_q - x_zero).
+struct QuantizedRows {
+  void* x_q;        // [rows, C] contiguous; null: not asked for
+  float* x_scale;   // [rows]
+  int32_t* x_zero;  // [rows]
+  DType dtype;      // int8 or float8_e4m3fn
+  bool symmetric;
+};
+
 // Every norm, QK-norm, their statistics, and layer_scale_residual.
 template <class Parameter>
 struct NormParamsOf {
@@ -23,14 +32,15 @@ struct NormParamsOf {
   Parameter weight;
   Parameter bias;
   void* residual_out;  // [rows, C]
-  void* normed;        // [rows, C], null: statistics only
+  void* normed;        // [rows, C], null: statistics only, or quantised
   float* mean;         // [rows], null for RMSNorm
-  float* rstd;         // [rows], null: stop after residual_out
+  float* rstd;         // [rows]; null without quantised rows: stop after residual_out
   int64_t rows;
   int32_t channels;
   float eps;
   bool layer_norm;
   bool round_before_weight;  // rounding="reference"
+  QuantizedRows quantized;   // the normed rows, in the place of `normed`
   DType dtype;               // of x (or branch) and normed
   DType residual_dtype;      // of residual and residual_out
 };
@@ -75,6 +85,16 @@ struct QKNormStatsBackwardParams {
   int64_t rows;
   int32_t channels;
   DType dtype;
+};
+
+struct QuantizeRowsParams {
+  const void* x;  // [rows, C]
+  int64_t x_stride;
+  QuantizedRows quantized;
+  int64_t rows;
+  int32_t channels;
+  DType dtype;  // of x
+  bool gelu;    // of x's GELU
 };
 
 struct GeluParams {

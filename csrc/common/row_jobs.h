@@ -12,6 +12,18 @@
 
 namespace internvit {
 
+// The tensors of quantised rows like x.
+struct Quantized {
+  Tensor x_q, x_scale, x_zero;
+
+  QuantizedRows allocate(const Tensor& x, bool symmetric, ScalarType dtype) {
+    x_q = empty_like_of(x, dtype);
+    x_scale = empty_floats(x, leading_sizes(x));
+    x_zero = empty_like_of(x_scale, ScalarType::Int);
+    return {x_q.data_ptr(), floats(x_scale), static_cast<int32_t*>(x_zero.data_ptr()), dtype_of(dtype), symmetric};
+  }
+};
+
 // A norm, or the statistics or the residual's addition alone.
 template <class Vector>
 struct NormJob {
@@ -22,6 +34,7 @@ struct NormJob {
   Vector gamma, weight, bias;
   Floats row_scale;
   Tensor residual_out, normed, mean, rstd;
+  Quantized quantized;
   NormParamsOf<decltype(Vector::parameter)> params = {};
 
   NormJob(const Tensor& x, double eps, int channel_dims = 1)
@@ -60,16 +73,41 @@ struct NormJob {
 
   void normalize(const Tensor& weight_given, const OptionalTensor& bias_or_none, bool layer_norm,
                  bool round_before_weight) {
-    weight = Vector(weight_given, x.scalar_type());
-    bias = Vector(bias_or_none, x.scalar_type());
+    scale_and_shift(weight_given, bias_or_none, layer_norm);
     normed = empty_like_of(x, x.scalar_type());
     keep_statistics(layer_norm);
-    params.weight = weight.parameter;
-    params.bias = bias.parameter;
     params.normed = normed.data_ptr();
-    params.layer_norm = layer_norm;
     params.round_before_weight = round_before_weight;
   }
+
+  void normalize_and_quantize(const Tensor& weight_given, const OptionalTensor& bias_or_none, bool layer_norm,
+                              bool symmetric, ScalarType dtype) {
+    scale_and_shift(weight_given, bias_or_none, layer_norm);
+    params.quantized = quantized.allocate(x, symmetric, dtype);
+  }
+
+ private:
+  void scale_and_shift(const Tensor& weight_given, const OptionalTensor& bias_or_none, bool layer_norm) {
+    weight = Vector(weight_given, x.scalar_type());
+    bias = Vector(bias_or_none, x.scalar_type());
+    params.weight = weight.parameter;
+    params.bias = bias.parameter;
+    params.layer_norm = layer_norm;
+  }
+};
+
+struct QuantizeRowsJob {
+  const Tensor x;
+  const Rows x_rows;
+  Quantized quantized;
+  QuantizeRowsParams params;
+
+  QuantizeRowsJob(const Tensor& x, bool symmetric, ScalarType dtype, bool gelu)
+      : x(x),
+        x_rows(x),
+        params{
+            x_rows.data, x_rows.stride, quantized.allocate(x, symmetric, dtype), x_rows.rows, int32_t(x_rows.channels),
+            dtype_of(x), gelu} {}
 };
 
 struct NormBackwardInputs {

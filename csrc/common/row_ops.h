@@ -2,7 +2,7 @@
 //
 // A `Backend` has `Vector` (row_jobs.h) and runs jobs, those of one call at a time:
 //   norm(op, {job, ...}),  norm_backward(op, {job, ...}),  qk_norm_stats_backward(op, {job, ...}),
-//   gelu(op, like, params)
+//   gelu(op, like, params),  quantize_rows(op, job)
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -62,6 +62,51 @@ struct RowOps {
     job.normalize(weight, bias, layer_norm, rounding == "reference" && !layer_norm);
     Backend::norm("layer_scale_residual_norm", {&job});
     return {job.residual_out, job.normed, layer_norm ? job.mean : empty_grad(residual), job.rstd};
+  }
+
+  // ---- rows in int8 and float8 --------------------------------------------------------------------------------------
+
+  using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+  static ThreeTensors per_token_quant(const Tensor& x, bool symmetric, ScalarType dtype) {
+    check::per_token_quant(x, symmetric, dtype);
+    return quantize_rows("per_token_quant", x, symmetric, dtype, false);
+  }
+
+  static ThreeTensors gelu_quant(const Tensor& pre_activation, bool symmetric, ScalarType dtype) {
+    check::gelu_quant(pre_activation, symmetric, dtype);
+    return quantize_rows("gelu_quant", pre_activation, symmetric, dtype, true);
+  }
+
+  static ThreeTensors rms_norm_quant(const Tensor& x, const Tensor& weight, double eps, bool symmetric,
+                                     ScalarType dtype) {
+    check::rms_norm_quant(x, weight, eps, symmetric, dtype);
+    Norm job(x, eps);
+    job.normalize_and_quantize(weight, {}, false, symmetric, dtype);
+    Backend::norm("rms_norm_quant", {&job});
+    return {job.quantized.x_q, job.quantized.x_scale, job.quantized.x_zero};
+  }
+
+  static ThreeTensors layer_norm_quant(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps,
+                                       bool symmetric, ScalarType dtype) {
+    check::layer_norm_quant(x, weight, bias, eps, symmetric, dtype);
+    Norm job(x, eps);
+    job.normalize_and_quantize(weight, bias, true, symmetric, dtype);
+    Backend::norm("layer_norm_quant", {&job});
+    return {job.quantized.x_q, job.quantized.x_scale, job.quantized.x_zero};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> layer_scale_residual_norm_quant(
+      const Tensor& residual, const Tensor& branch, const OptionalTensor& gamma, const OptionalTensor& row_scale,
+      const Tensor& weight, const OptionalTensor& bias, double eps, const std::string& norm_type, bool symmetric,
+      ScalarType dtype) {
+    check::layer_scale_residual_norm_quant(residual, branch, gamma, row_scale, weight, bias, eps, norm_type, symmetric,
+                                           dtype);
+    Norm job(branch, eps);
+    job.add_to(residual, gamma, row_scale);
+    job.normalize_and_quantize(weight, bias, norm_type == "layer_norm", symmetric, dtype);
+    Backend::norm("layer_scale_residual_norm_quant", {&job});
+    return {job.residual_out, job.quantized.x_q, job.quantized.x_scale, job.quantized.x_zero};
   }
 
   // ---- their backward -----------------------------------------------------------------------------------------------
@@ -188,6 +233,11 @@ struct RowOps {
     m.impl("qk_norm_backward", TORCH_BOX(&RowOps::qk_norm_backward));
     m.impl("gelu", TORCH_BOX(&RowOps::gelu));
     m.impl("gelu_backward", TORCH_BOX(&RowOps::gelu_backward));
+    m.impl("per_token_quant", TORCH_BOX(&RowOps::per_token_quant));
+    m.impl("gelu_quant", TORCH_BOX(&RowOps::gelu_quant));
+    m.impl("rms_norm_quant", TORCH_BOX(&RowOps::rms_norm_quant));
+    m.impl("layer_norm_quant", TORCH_BOX(&RowOps::layer_norm_quant));
+    m.impl("layer_scale_residual_norm_quant", TORCH_BOX(&RowOps::layer_scale_residual_norm_quant));
   }
 
  private:
@@ -202,6 +252,12 @@ struct RowOps {
     in.mask = {x_asked, false, false, weight_asked, false};
     in.channel_dims = channel_dims;
     return in;
+  }
+
+  static ThreeTensors quantize_rows(const char* op, const Tensor& x, bool symmetric, ScalarType dtype, bool gelu) {
+    const QuantizeRowsJob job(x, symmetric, dtype, gelu);
+    Backend::quantize_rows(op, job);
+    return {job.quantized.x_q, job.quantized.x_scale, job.quantized.x_zero};
   }
 
   static Tensor run_gelu(const char* op, const Tensor& pre_activation, const OptionalTensor& grad_y) {

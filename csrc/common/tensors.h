@@ -18,6 +18,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Of those that checks.h lets pass.
 inline DType dtype_of(ScalarType dtype) {
+  if (dtype == ScalarType::Char) return kInt8;
+  if (dtype == ScalarType::Float8_e4m3fn) return kFloat8E4M3;
   return dtype == ScalarType::Float ? kFloat32 : dtype == ScalarType::BFloat16 ? kBFloat16 : kFloat16;
 }
 inline DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }

@@ -5,7 +5,7 @@
 
 namespace internvit {
 
-enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFloat8E4M3 = 4 };
 
 struct bf16 {
   uint16_t bits;

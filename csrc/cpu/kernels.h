@@ -75,18 +75,6 @@ struct PackWeightParams {
   int64_t in_features, out_features;
 };
 
-// Rows of x as int8 with one scale each, and one zero point: x = x_scale * (x_q - x_zero); see quantize_rows.h.
-struct QuantizeRowsParams {
-  const void* x;  // [rows, K]
-  int64_t x_stride;
-  int8_t* x_q;      // [rows, K] contiguous
-  float* x_scale;   // [rows]
-  int32_t* x_zero;  // [rows]
-  int64_t rows, channels;
-  DType dtype;
-  bool symmetric;
-};
-
 // y = epilogue(x_scale * weight_scale * ((x_q - x_zero) W_q^T) + bias), W_q packed once by pack_weight_int8.
 struct LinearInt8Params {
   const void* x;      // [rows, K] of x_dtype, quantised while it is packed; null with x_q
@@ -97,16 +85,27 @@ struct LinearInt8Params {
   const int8_t* packed_weight;
   const float* weight_scale;  // [M]
   const float* bias;          // [M] or null
-  void* y;                    // [rows, M] contiguous, bf16 or float32
+  const void* residual;       // [rows, M] of dtype or null: added in the epilogue; not with gelu
+  int64_t residual_stride;
+  void* y;  // [rows, M] contiguous, bf16 or float32
   int64_t rows, in_features, out_features;
   DType dtype;  // of y
   DType x_dtype;
   bool gelu;
+  bool grouped;  // packed_weight has ratios of groups
 };
 
+// y = fc2(gelu(fc1(x))): fc1 has no y, fc2 no x; fc1's gelu is set.
+struct MlpInt8Params {
+  LinearInt8Params fc1, fc2;
+};
+
+constexpr int64_t kInt8GroupSize = 128;  // of depth, where a weight has a scale for each group
+
 struct PackWeightInt8Params {
-  const int8_t* weight_q;  // [M, K] contiguous
-  int8_t* packed;          // packed_weight_int8_size(M, K) bytes
+  const int8_t* weight_q;    // [M, K] contiguous
+  const float* group_ratio;  // [M, ceil(K / kInt8GroupSize)] contiguous: of each group's scale to weight_scale; or null
+  int8_t* packed;            // packed_weight_int8_size(M, K, group_ratio != null) bytes
   int64_t in_features, out_features;
 };
 
@@ -124,15 +123,16 @@ struct Kernels {
   void (*norm_backward)(const NormBackwardParams&, const Executor&);
   void (*qk_norm_stats_backward)(const QKNormStatsBackwardParams&, const Executor&);
   void (*gelu)(const GeluParams&, const Executor&);  // with grad_y: its derivative
+  void (*quantize_rows)(const QuantizeRowsParams&, const Executor&);
   void (*attention)(const AttentionParams&, const Executor&);
   void (*attention_backward)(const AttentionBackwardParams&, const Executor&);
   // Null where the unit has no GEMM of its own; torch's is used then.
   void (*pack_weight)(const PackWeightParams&, const Executor&);
   void (*linear)(const LinearParams&, const Executor&);
   // Null without AVX512-VNNI.
-  void (*quantize_rows)(const QuantizeRowsParams&, const Executor&);
   void (*pack_weight_int8)(const PackWeightInt8Params&, const Executor&);
   void (*linear_int8)(const LinearInt8Params&, const Executor&);
+  void (*mlp_int8)(const MlpInt8Params&, const Executor&);
   void (*peak)(const PeakParams&, const Executor&);
 };
 
@@ -149,6 +149,6 @@ const Kernels* const* supported_kernels();
 
 int64_t norm_backward_chunks(int64_t rows);
 int64_t packed_weight_size(int64_t out_features, int64_t in_features);
-int64_t packed_weight_int8_size(int64_t out_features, int64_t in_features);
+int64_t packed_weight_int8_size(int64_t out_features, int64_t in_features, bool grouped);
 
 }  // namespace internvit

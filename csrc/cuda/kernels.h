@@ -35,9 +35,11 @@ struct Jobs {
 
 struct Kernels {
   const char* (*norm)(const Jobs<NormParams>&, void* stream);
+  const char* (*norm_quantized)(const Jobs<NormParams>&, void* stream);
   const char* (*norm_backward)(const Jobs<NormBackwardParams>&, void* stream);
   int (*norm_backward_blocks)(int64_t channels);  // that a multiprocessor of the current device holds; 0: none known
   // Null for a float32 residual beside 16-bit activations: these know no residual.
+  const char* (*quantize_rows)(const QuantizeRowsParams&, void* stream);
   const char* (*qk_norm_stats_backward)(const Jobs<QKNormStatsBackwardParams>&, void* stream);
   const char* (*gelu)(const GeluParams&, void* stream);  // with grad_y: its derivative
 };

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from internvit.checkpoint.files import Checkpoint, TensorFile, naming
+from internvit.checkpoint.files import CONFIG, Checkpoint, TensorFile, naming
 from internvit.checkpoint.hub import locate
+from internvit.checkpoint.quantized import check_scale, read_scales
 from internvit.checkpoint.resample import resize_embeddings
 from internvit.checkpoint.state_dict import Piece, compare_shapes, infer_config, target_shapes
 from internvit.config import InternViTConfig
@@ -67,7 +68,8 @@ def load_pretrained(
 
     Raises:
         ValueError: a broken file, pickled objects, several towers and no prefix, weights that do not fit the
-            configuration (the message lists them), float8 or other quantised weights.
+            configuration (the message lists them), float8 or other quantised weights but int8 ones as
+            `OptimizedInternViT.save_pretrained` writes them, which become floating point.
         FileNotFoundError: no such checkpoint, or one of its files is missing.
         OSError: the hub cannot be reached, or has no such repository.
         ImportError: a hub id without huggingface_hub.
@@ -91,9 +93,11 @@ def _load(
     strict: bool,
 ) -> Model:
     path, plan = checkpoint.path, checkpoint.plan
-    scales = [key for key in plan.unexpected if SCALES.fullmatch(key)]
-    if scales:
-        raise ValueError(f"{path}: expected plain weights, got quantised ones with their scales: {listed(scales)}")
+    scales = read_scales(checkpoint.folder / CONFIG, plan.unexpected, plan.sources())
+    unexpected = [key for key in plan.unexpected if key not in scales.values()]
+    unread = [key for key in unexpected if SCALES.fullmatch(key)]
+    if unread:
+        raise ValueError(f"{path}: expected plain weights, got quantised ones with their scales: {listed(unread)}")
     sources = checkpoint.shapes(plan.sources())
     with naming(path):
         shapes = target_shapes(plan, sources)
@@ -102,7 +106,7 @@ def _load(
             head_dim = config.head_dim
             logger.warning("%s: no config.json; from the weights, with head_dim=%d: %s", path, head_dim, config)
     plan.log_set_aside(str(path))
-    compare_shapes(shapes, config, plan.unexpected, source=str(path), strict=strict)
+    compare_shapes(shapes, config, unexpected, source=str(path), strict=strict)
     with torch.device("meta"):
         model = model_class(config)
     expected = [name for name, _ in model.named_parameters()]
@@ -112,7 +116,7 @@ def _load(
     where = torch.get_default_device() if device is None else device
     parameters = {name: tensor.to(device=where, dtype=dtype) for name, tensor in parameters.items()}
     wanted = {name: shapes[name] for name in expected if name in shapes}
-    parameters.update(_read_parameters(checkpoint, wanted, dtype, device))
+    parameters.update(_read_parameters(checkpoint, wanted, scales, dtype, device))
     model.load_state_dict(parameters, assign=True)
     return model
 
@@ -124,17 +128,41 @@ class _Copy(NamedTuple):
     piece: Piece
     name: str  # of the parameter
     position: int  # of the piece in it
+    scale: Tensor | None = None  # [rows, 1] float32, of int8 values
+    dtype: torch.dtype | None = None  # what the checkpoint's weights are in that are not int8
+
+    def stored(self) -> torch.dtype:
+        return self.file.dtype(self.piece.key) if self.scale is None or self.dtype is None else self.dtype
+
+
+def _copies(checkpoint: Checkpoint, shapes: _Shapes, scales: Mapping[str, str]) -> Iterator[_Copy]:
+    """Every stored tensor that a parameter is made of, and of int8 ones the scales."""
+    plan = checkpoint.plan
+    plain = {checkpoint.file(checkpoint.keys[key]).dtype(key) for key in plan.sources() if key not in scales}
+    wide = [dtype for dtype in plain if dtype.is_floating_point and dtype.itemsize > 1]
+    dtype = min(wide, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    for name in shapes:
+        for index, piece in enumerate(plan.targets[name]):
+            key, scale_key = piece.key, scales.get(piece.key)
+            copy = _Copy(checkpoint.file(checkpoint.keys[key]), piece, name, index)
+            if scale_key is not None:
+                file, stored = checkpoint.file(checkpoint.keys[scale_key]), copy.stored()
+                if stored != torch.int8:
+                    raise ValueError(f"{copy.file.path}: expected {key} in int8, as it has a scale, got {stored}")
+                scale = check_scale(file.path, scale_key, file.read(scale_key), copy.file.shapes[key][0])
+                copy = copy._replace(scale=scale, dtype=dtype)
+            yield copy
 
 
 def _read_parameters(
-    checkpoint: Checkpoint, shapes: _Shapes, dtype: torch.dtype | None, device: _Device
+    checkpoint: Checkpoint,
+    shapes: _Shapes,
+    scales: Mapping[str, str],
+    dtype: torch.dtype | None,
+    device: _Device,
 ) -> dict[str, Tensor]:
     """Copies parameters of these shapes out of the files, file by file in the order of the keys."""
-    copies = [
-        _Copy(checkpoint.file(checkpoint.keys[piece.key]), piece, name, index)
-        for name in shapes
-        for index, piece in enumerate(checkpoint.plan.targets[name])
-    ]
+    copies = list(_copies(checkpoint, shapes, scales))
     copies.sort(key=lambda copy: str(copy.file.path))
     files = dict.fromkeys(copy.file for copy in copies)
     # How many bytes of a file may be mapped and touched at once: a sixteenth of the checkpoint, 16 to 256 MiB.
@@ -160,7 +188,7 @@ def _allocate(
     parameters: dict[str, Tensor], copy: _Copy, shape: tuple[int, ...], dtype: torch.dtype | None, device: _Device
 ) -> Tensor:
     """The parameter that a stored tensor goes to, made at its first piece."""
-    stored, place = copy.file.dtype(copy.piece.key), f"{copy.file.path}: expected {copy.piece.key} in"
+    stored, place = copy.stored(), f"{copy.file.path}: expected {copy.piece.key} in"
     if not stored.is_floating_point:
         raise ValueError(f"{place} floating point, got {stored}")
     if stored.itemsize == 1 and dtype is None:
@@ -188,6 +216,8 @@ def _copy(copy: _Copy, parameter: Tensor, window: int, mapped: int, advance: Any
     step = max(1, _PART // max(1, numel // max(1, rows) * copy.file.dtype(key).itemsize))
     for start in range(0, rows, step):
         part = copy.file.read(key, start, start + step)
+        if copy.scale is not None:
+            part = part.float() * copy.scale[start : start + step]
         offset = copy.position * rows + start
         parameter[offset : offset + len(part)].copy_(part)
         problem = problem or _not_finite(key, part, parameter.dtype)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from internvit.checkpoint.files import CONFIG, INDEX, WEIGHTS, read_index
+from internvit.checkpoint.quantized import SUFFIX, is_scale
 from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.checkpoint.tower import find_tower
 from internvit.config import InternViTConfig
@@ -60,23 +61,34 @@ def save_pretrained(
             rest of an InternVL.
         OSError: the disk is full, or the folder cannot be written.
     """
+    tensors, fields = contents(model, layout)
+    return write_checkpoint(tensors, fields, folder, max_shard_size, overwrite)
+
+
+def write_checkpoint(
+    tensors: Mapping[str, Tensor],
+    fields: Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    max_shard_size: int | str,
+    overwrite: bool,
+) -> Path:
+    """Writes the tensors and config.json's fields; all else as `save_pretrained`."""
     limit = _bytes(max_shard_size)
-    tensors, fields = _contents(model, layout)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_to_replace(folder, overwrite)
+    refuse_to_replace(folder, overwrite)
     shards = _shards(tensors, limit)
     with staging(folder, "checkpoint") as stage:
         for number, shard in enumerate(shards):
             _write_shard(stage.path(f"{number}{_STAGED}"), _plain(tensors, shard))
         stage.flush()
         with locked(folder):
-            _refuse_to_replace(folder, overwrite)  # another process may have saved meanwhile
+            refuse_to_replace(folder, overwrite)  # another process may have saved meanwhile
             _publish(stage, folder, tensors, shards, fields)
     return folder
 
 
-def _contents(model: nn.Module, layout: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def contents(model: nn.Module, layout: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and config.json's fields to write."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -110,7 +122,8 @@ def _refuse_unplain(name: str, tensor: Any) -> None:
         raise ValueError("model: expected weights, got parameters on the meta device")
 
 
-def _refuse_to_replace(folder: Path, overwrite: bool) -> None:
+def refuse_to_replace(folder: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where a save into the folder would lose something."""
     present = [entry.name for entry in folder.iterdir()]
     if not overwrite and any(_WEIGHTS.fullmatch(name) for name in present):
         raise FileExistsError(f"{folder}: holds weights; pass overwrite=True to replace them")
@@ -119,7 +132,7 @@ def _refuse_to_replace(folder: Path, overwrite: bool) -> None:
             continue
         try:
             tower = find_tower(keys)
-            others = [*tower.set_aside, *tower.unexpected]
+            others = [key for key in (*tower.set_aside, *tower.unexpected) if not is_scale(key)]
         except ValueError:  # no InternViT, or several
             others = keys
         if others:
@@ -200,7 +213,7 @@ def _replaced_shards(folder: Path, present: set[str]) -> set[str]:
 
 def _is_ours(path: Path) -> bool:
     """Whether every tensor of a shard is an InternViT's, as this module writes it: without a prefix."""
-    meanings = [match(key) for key in _keys_of(path)]
+    meanings = [match(key.removesuffix(SUFFIX) if is_scale(key) else key) for key in _keys_of(path)]
     return bool(meanings) and all(meaning and not meaning.prefix for meaning in meanings)
 
 

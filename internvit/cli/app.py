@@ -1,4 +1,4 @@
-"""The command line: info, check, plan and convert; features, bench, export and precision are in files of their own.
+"""The command line: info, check, plan, convert; features, bench, export, precision and calibrate have own files.
 
 A wrong argument or file ends in one line and exit code 2, a check that fails in exit code 1, Ctrl-C in 130.
 """
@@ -20,6 +20,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from internvit.cli.bench import bench
+from internvit.cli.calibrate import calibrate
 from internvit.cli.export import export
 from internvit.cli.features import features
 from internvit.cli.network import DTYPES, Size
@@ -98,8 +99,9 @@ def info(as_json: bool) -> None:
 @click.option("--quick", is_flag=True, help="A minute's worth: fewer shapes and data.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--seed", type=int, help="Repeats a run's random data; fresh otherwise.")
+@click.option("--precision", type=click.Choice(["int8"]), help="Only whole models with their Linears in this.")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
-def check(quick: bool, device: str, seed: int | None, as_json: bool) -> None:
+def check(quick: bool, device: str, seed: int | None, precision: str | None, as_json: bool) -> None:
     """Check every op and backend, and a whole model, against float64 on this machine; exit 1 if anything fails.
 
     \b
@@ -108,8 +110,8 @@ def check(quick: bool, device: str, seed: int | None, as_json: bool) -> None:
     """
     from internvit.cli.selfcheck import checks, run
 
-    total = sum(1 for _ in checks(quick, device))
-    results = list(tqdm(run(quick, device, seed), total=total, unit="check", disable=None))
+    total = sum(1 for _ in checks(quick, device, seed, precision))
+    results = list(tqdm(run(quick, device, seed, precision), total=total, unit="check", disable=None))
     failed = [r for r in results if not r.passed]
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
@@ -248,6 +250,7 @@ cli.add_command(features)
 cli.add_command(bench)
 cli.add_command(export)
 cli.add_command(precision)
+cli.add_command(calibrate)
 
 
 def run(arguments: list[str] | None = None) -> None:

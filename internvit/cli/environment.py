@@ -9,7 +9,7 @@ import torch
 
 from internvit.ops.backends import registry
 from internvit.ops.core.select import resolve
-from internvit.ops.core.spec import SPECS
+from internvit.ops.core.spec import every_spec
 
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "timm", "flash-attn", "huggingface-hub")
@@ -69,7 +69,7 @@ def info() -> dict[str, Any]:
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     device = "cuda" if devices else "cpu"
     x = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
-    chosen = {name: resolve(spec.implemented_as, x, head_dim=64) for name, spec in SPECS.items()}
+    chosen = {name: resolve(spec.implemented_as, x, head_dim=64) for name, spec in every_spec().items()}
     return {
         "versions": versions,
         "cpu": {"name": cpu_name(), "threads": torch.get_num_threads(), "instruction sets": cpu_flags()},

@@ -10,7 +10,16 @@ import click
 from tqdm import tqdm
 
 from internvit.cli.environment import usable_device
-from internvit.cli.network import DTYPES, Layers, configuration, load_network, network_options, source_of
+from internvit.cli.network import (
+    DTYPES,
+    Layers,
+    configuration,
+    load_in_precision,
+    load_network,
+    network_options,
+    precision_options,
+    source_of,
+)
 
 if TYPE_CHECKING:
     from internvit.data.bulk import BulkExtraction, Engine
@@ -53,6 +62,7 @@ def _folder_options(command: Callable) -> Callable:
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True)
+@precision_options
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at once.")
 @click.option("--out", required=True, help="A .safetensors file, or a folder (path or URL).")
 @click.option("--pca", type=click.Path(dir_okay=False, path_type=Path), help="Draw the principal components here.")
@@ -68,6 +78,8 @@ def features(
     layers: tuple[int, ...] | None,
     dtype: str,
     device: str,
+    precision: str | None,
+    skip: tuple[str, ...],
     batch: int,
     out: str,
     pca: Path | None,
@@ -98,10 +110,17 @@ def features(
         target = Path(out)
         _check_outputs(target, pca, overwrite)
         how = {"layers": layers, "batch": batch, "strict": strict, "overwrite": overwrite}
-        _write_features(images, lambda: load_network(model, weights, prefix, dtype, device), size, target, pca, how)
+
+        def network(dtype: str) -> "tuple[InternViT, str]":
+            return load_network(model, weights, prefix, dtype, device)
+
+        load = partial(load_in_precision, precision, skip, dtype, network)
+        _write_features(images, load, size, target, pca, how)
         return
     if pca or overwrite:
         raise click.UsageError("--pca, --overwrite: for a .safetensors file as --out; a folder is never replaced")
+    if precision or skip:
+        raise click.UsageError("--precision, --skip: for a .safetensors file as --out")
     if folder["keep_size"] and size:
         raise click.UsageError("--keep-size: not with --size")
     embedder = {
@@ -162,7 +181,7 @@ def _engine(folder: dict[str, Any]) -> "Engine":
 
 def _write_features(
     patterns: Iterable[str],
-    load: "Callable[[], tuple[InternViT, str]]",
+    load: Callable[[], tuple[Any, str]],
     size: tuple[int, int] | None,
     target: Path,
     pca: Path | None,

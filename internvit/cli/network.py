@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
+from click.core import ParameterSource
 
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
+from internvit.inference.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from internvit.model.vit import InternViT
@@ -55,6 +57,17 @@ def network_options(command: Callable) -> Callable:
     return images(command)
 
 
+def precision_options(command: Callable) -> Callable:
+    """--precision and --skip, as `optimize_for_inference` has them."""
+    precision = click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        help="Compute by optimize_for_inference, the blocks' Linears in this; the rest in bfloat16.",
+    )
+    skip = click.option("--skip", multiple=True, help="Linears that stay bfloat16, such as encoder.layers.0.")
+    return precision(skip(command))
+
+
 def load_network(
     model: str | None, weights: str | None, prefix: str | None, dtype: str, device: str
 ) -> "tuple[InternViT, str]":
@@ -64,6 +77,23 @@ def load_network(
     source, config = source_of(model, weights), configuration(model, weights)
     network = InternViT.from_pretrained(source, config=config, dtype=DTYPES[dtype], device=device, prefix=prefix)
     return network.eval(), source
+
+
+def load_in_precision(
+    precision: str | None, skip: tuple[str, ...], dtype: str, network: "Callable[[str], tuple[InternViT, str]]"
+) -> tuple[Any, str]:
+    """The network that `network` loads in a dtype; with a precision in bfloat16, and optimised for inference."""
+    from internvit.inference.optimize import optimize_for_inference
+
+    if precision is None:
+        if skip:
+            raise click.UsageError("--skip names Linears that --precision int8 or fp8 leaves out")
+        return network(dtype)
+    given = click.get_current_context().get_parameter_source("dtype")
+    if dtype != "bfloat16" and given is not ParameterSource.DEFAULT:
+        raise click.UsageError(f"--precision {precision} computes in bfloat16, got --dtype {dtype}")
+    loaded, source = network("bfloat16")
+    return optimize_for_inference(loaded, precision=precision, skip=skip or None), source
 
 
 def source_of(model: str | None, weights: str | None) -> str:

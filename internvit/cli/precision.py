@@ -1,7 +1,7 @@
 """`internvit precision`: how far bfloat16 and int8 are from float32 on your images."""
 
-import dataclasses
 import json
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -9,10 +9,13 @@ from rich.table import Table
 
 from internvit.cli.network import load_network, network_options
 
+_MAX_DRAWN = 16
+
 
 @click.command()
 @network_options
 @click.option("--skip", multiple=True, help="Linears that stay bfloat16; the first and the last block by default.")
+@click.option("--pca", type=click.Path(dir_okay=False, path_type=Path), help="Draw bfloat16 beside int8 here.")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def precision(
     images: tuple[str, ...],
@@ -21,6 +24,7 @@ def precision(
     prefix: str | None,
     size: tuple[int, int] | None,
     skip: tuple[str, ...],
+    pca: Path | None,
     as_json: bool,
 ) -> None:
     """How far the hidden states of IMAGES are from float32, in bfloat16 and with Linears in int8, on this CPU.
@@ -31,6 +35,7 @@ def precision(
     Example:
       internvit precision photos/ --weights ./checkpoint --skip encoder.layers.0 --skip '*.mlp.fc2'
     """
+    from internvit.data.pca import check_picture_name, draw_pca_columns
     from internvit.images import find_images, load_pixels
     from internvit.inference import linear_int8
     from internvit.inference.compare import StateError, compare_precisions
@@ -38,12 +43,23 @@ def precision(
     reason = linear_int8.unavailable_reason()
     if reason is not None:
         raise RuntimeError(f"nothing to compare: {reason}")
+    if pca:
+        check_picture_name(pca)
     paths = find_images(images)
     network, _ = load_network(model, weights, prefix, "float32", "cpu")
     height, width = size or network.config.image_hw
     report = compare_precisions(network, [load_pixels(path, (height, width))[None] for path in paths], skip or None)
+    if pca:
+        draw_pca_columns(
+            pca,
+            paths[:_MAX_DRAWN],
+            [[x[0] for x in pair] for pair in report.features[:_MAX_DRAWN]],
+            (height, width),
+            network.config.patch_size,
+            ("bfloat16", "int8"),
+        )
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report), indent=2))
+        click.echo(json.dumps(report.to_dict(), indent=2))
         return
     title = f"{len(paths)} images at {height}x{width}, against float32"
     table = Table("after", title=title, title_justify="left")

@@ -11,10 +11,13 @@ import torch
 
 from internvit import ops, reference
 from internvit.config import InternViTConfig
+from internvit.inference import linear_int8
+from internvit.inference.emulate import emulate_int8, int8_violations
+from internvit.inference.optimize import optimize_for_inference
 from internvit.model.vit import InternViT
 from internvit.numerics import DISTRIBUTIONS, product_violations, relative_error
 from internvit.ops.backends.registry import BACKENDS, backends_for
-from internvit.ops.core.spec import SPECS, Inputs, OpSpec, Size
+from internvit.ops.core.spec import Inputs, OpSpec, Size, every_spec
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,28 @@ def _model(backend: str, name: str, dtype: torch.dtype, device: str, generator: 
     return product_violations(out, truth, eager, 2.0 if dtype == torch.float32 else 1.02), relative_error(out, truth)
 
 
+def _int8_model(name: str, generator: torch.Generator) -> Outcome:
+    """Two layers of a published variant with every Linear in int8, against an emulation of its operands."""
+    config = InternViTConfig.from_name(name, num_hidden_layers=2, drop_path_rate=0.0)
+    config = config.replace(initializer_factor=1.0)  # at 0.1 the branches, and int8's error, are lost in the stream
+    model = InternViT(config, dtype=torch.bfloat16).eval()
+    fast = optimize_for_inference(model, out_dtype=torch.float32, precision="int8", skip=())
+    pixels = torch.randn(1, 3, *config.image_hw, generator=generator)
+    with torch.no_grad():
+        out = fast(pixels).last_hidden_state
+        plain = optimize_for_inference(model, out_dtype=torch.float32)(pixels).last_hidden_state
+        truth = emulate_int8(model, ())(pixels).last_hidden_state
+        emulation = emulate_int8(model, fast.int8)(pixels).last_hidden_state
+    return int8_violations(out, truth, plain, emulation), relative_error(out, truth)
+
+
 def _op_checks(quick: bool, device: str, dtype: torch.dtype, generator: torch.Generator) -> Iterator[Check]:
     """Every op, variant and backend, by the specs: at both models' widths, on every distribution that an op is for."""
     tokens, name = 257 if quick else 1025, str(dtype).removeprefix("torch.")
     distributions = ("normal", "massive") if quick else DISTRIBUTIONS
-    for spec in SPECS.values():
+    for spec in every_spec().values():
+        if not spec.trains and spec.multiplies_matrices and dtype != torch.bfloat16:
+            continue  # int8 and float8 operands are the same in any dtype
         for heads, head_dim in ((16, 64), (25, 128)):
             size = Size(1, tokens, heads, head_dim)
             for backend in backends_for(spec.implemented_as, device, dtype, head_dim):
@@ -108,8 +128,19 @@ def _op_checks(quick: bool, device: str, dtype: torch.dtype, generator: torch.Ge
                         yield what, backend, name, str(size), run
 
 
-def checks(quick: bool = False, device: str = "cpu", seed: int | None = None) -> Iterator[Check]:
-    """What there is to check on this machine: (what, backend, dtype, shape, run); without `seed` on fresh data."""
+def checks(
+    quick: bool = False, device: str = "cpu", seed: int | None = None, precision: str | None = None
+) -> Iterator[Check]:
+    """What there is to check on this machine: (what, backend, dtype, shape, run); without `seed` on fresh data.
+
+    With a precision, only models with Linears in it.
+
+    Raises:
+        ValueError: a precision that this machine or device does not have.
+    """
+    if precision is not None:
+        yield from _precision_checks(precision, quick, device, seed)
+        return
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -127,9 +158,24 @@ def checks(quick: bool = False, device: str = "cpu", seed: int | None = None) ->
             yield f"{variant}, 2 layers", "auto", str(dtype).removeprefix("torch."), "448x448", run_model
 
 
-def run(quick: bool = False, device: str = "cpu", seed: int | None = None) -> Iterator[Result]:
+def _precision_checks(precision: str, quick: bool, device: str, seed: int | None) -> Iterator[Check]:
+    reason = "no check of it yet" if precision != "int8" else linear_int8.unavailable_reason()
+    if device != "cpu" or reason is not None:
+        raise ValueError(f"precision: expected int8 on a CPU that has it, got {precision} on {device}: {reason}")
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    for name in ("internvit-300m-448px",) if quick else ("internvit-300m-448px", "internvit-6b-448px-v2.5"):
+        yield f"{name}, 2 layers", "cpu", "int8", "448x448", functools.partial(_int8_model, name, generator)
+
+
+def run(
+    quick: bool = False, device: str = "cpu", seed: int | None = None, precision: str | None = None
+) -> Iterator[Result]:
     """Runs every check; an exception is a failure of that check alone."""
-    for what, backend, dtype, shape, call in checks(quick, device, seed):
+    for what, backend, dtype, shape, call in checks(quick, device, seed, precision):
         try:
             failures, error = call()
         except Exception as problem:

@@ -160,6 +160,7 @@ def _settings(model: "InternViT", size: tuple[int, int], layers: Sequence[int] |
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": "last" if layers is None else ",".join(map(str, layers)),
         "device": model.device.type,
+        "precision": getattr(model, "settings", "the model's own"),
         **{f"config.{key}": json.dumps(value) for key, value in model.config.to_dict().items()},
     }
 

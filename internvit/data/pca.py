@@ -56,21 +56,38 @@ def draw_pca(out: Path, features: Path, images: Sequence[Path], size: tuple[int,
 
     At most 16 images are drawn; the file is replaced atomically.
     """
-    from matplotlib.figure import Figure
-
     images = images[:_MAX_DRAWN]
-    grid = size[0] // patch_size, size[1] // patch_size
-    figure = Figure(figsize=(7, 3.4 * len(images)), layout="constrained")
     with safe_open(features, framework="pt") as file:
         names = list(file.keys())
-        for row, path in enumerate(images):
-            tokens = file.get_tensor([n for n in names if n.rpartition(":")[0] == str(path)][-1])
-            picture = open_photo(path).resize((size[1], size[0]))
-            for column, shown in enumerate((np.asarray(picture), pca_map(tokens, grid).numpy())):
-                axis = figure.add_subplot(len(images), 2, 2 * row + column + 1)
-                axis.imshow(shown)
-                axis.set_axis_off()
-            figure.axes[2 * row].set_title(path.name, fontsize=9, parse_math=False)
+        last = [[n for n in names if n.rpartition(":")[0] == str(path)][-1] for path in images]
+        draw_pca_columns(out, images, [[file.get_tensor(name)] for name in last], size, patch_size)
+    return len(images)
+
+
+def draw_pca_columns(
+    out: Path,
+    images: Sequence[Path],
+    tokens: Sequence[Sequence[Tensor]],
+    size: tuple[int, int],
+    patch_size: int,
+    titles: Sequence[str] = (),
+) -> None:
+    """Draws each photograph and beside it the principal components of its `tokens` [N, C], one column each.
+
+    The file is replaced atomically. `titles` are those of the columns, in the first row.
+    """
+    from matplotlib.figure import Figure
+
+    grid = size[0] // patch_size, size[1] // patch_size
+    columns = 1 + len(tokens[0])
+    figure = Figure(figsize=(3.5 * columns, 3.4 * len(images)), layout="constrained")
+    for row, (path, states) in enumerate(zip(images, tokens, strict=True)):
+        picture = open_photo(path).resize((size[1], size[0]))
+        shown = [np.asarray(picture), *(pca_map(t, grid).numpy() for t in states)]
+        for column, (image, title) in enumerate(zip(shown, [path.name, *(titles or [""] * len(states))], strict=True)):
+            axis = figure.add_subplot(len(images), columns, columns * row + column + 1)
+            axis.imshow(image)
+            axis.set_axis_off()
+            axis.set_title(title if column == 0 or row == 0 else "", fontsize=9, parse_math=False)
     with atomic_write(out) as temporary:
         figure.savefig(temporary, dpi=110, format=out.suffix[1:].lower() or "png")
-    return len(images)

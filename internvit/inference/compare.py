@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,22 @@ class PrecisionReport:
         bfloat16, int8: after the embeddings and each block, L + 1.
         alone: for each block, what its int8 Linears alone add to the relative error (median channel) at the end.
         skipped: the Linears that stay bfloat16.
+        features: of each image, last_hidden_state [1, N, C] in bfloat16's arithmetic and in int8's, float32.
     """
 
     bfloat16: list[StateError]
     int8: list[StateError]
     alone: list[float]
     skipped: list[str]
+    features: list[tuple[Tensor, Tensor]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the features."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "features"}
+
+
+def _plain(values: list[Any]) -> list[Any]:
+    return [asdict(value) if isinstance(value, StateError) else value for value in values]
 
 
 class _Sums:
@@ -62,6 +73,14 @@ class _Sums:
         error, truth = torch.as_tensor(self.error), torch.as_tensor(self.truth)
         channels = (error / truth.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         return StateError((error.sum() / truth.sum()).sqrt().item(), channels.median().item(), self.cosine)
+
+
+def state_error(states: Iterable[Tensor], truths: Iterable[Tensor]) -> StateError:
+    """The error of one image's hidden states [1, N, C] each, over all of the images."""
+    sums = _Sums()
+    for x, truth in zip(states, truths, strict=True):
+        sums.add(x, truth)
+    return sums.result()
 
 
 @torch.no_grad()
@@ -89,7 +108,8 @@ def compare_precisions(
     pixels = list(images)
     if not pixels:
         raise ValueError("compare_precisions: images must have at least one, got none")
-    plain = []
+    plain: list[Tensor] = []
+    quantised: list[Tensor] = []
     for int8, sums in states.items():
         fast.int8 = int8
         for x in pixels:
@@ -97,12 +117,12 @@ def compare_precisions(
             truth = model(x, output_hidden_states=True).hidden_states
             for total, ours, exact in zip(sums, hidden, truth, strict=True):
                 total.add(ours, exact)
-            if not int8:
-                plain.append(hidden[-1])
+            (quantised if int8 else plain).append(hidden[-1])
     for index, total in enumerate(alone):
         fast.int8 = frozenset(name for name in everything if name.startswith(f"encoder.layers.{index}."))
         for x, without in zip(pixels, plain, strict=True):
             total.add(fast(x).last_hidden_state, without)
     bfloat16, int8_errors = ([total.result() for total in sums] for sums in (states[frozenset()], states[chosen]))
     skipped = [name for name in everything if name not in chosen]
-    return PrecisionReport(bfloat16, int8_errors, [total.result().channel for total in alone], skipped)
+    added = [total.result().channel for total in alone]
+    return PrecisionReport(bfloat16, int8_errors, added, skipped, list(zip(plain, quantised or plain, strict=True)))

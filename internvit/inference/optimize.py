@@ -13,7 +13,9 @@ become stale, or is verified at each call, is derived from them:
   are those of the capture; if not, the graphs are captured again, or the blocks run without.
 """
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +24,10 @@ from torch import Tensor, nn
 from internvit.config import InternViTConfig
 from internvit.inference import linear_int8
 from internvit.inference.cuda_graph import LIMIT, CaptureGuard, GraphedFunction
+from internvit.inference.fp8 import fp8_parts
 from internvit.inference.packed_block import LINEARS, PackedBlock, can_pack
-from internvit.inference.precision import int8_linears
+from internvit.inference.precision import quantised_linears
+from internvit.inference.save import save_quantized
 from internvit.model import recompute
 from internvit.model.block import is_unmodified
 from internvit.model.embeddings import embed
@@ -42,6 +46,7 @@ class OptimizedInternViT(nn.Module):
         model: the `InternViT`. What is done to it is done to this one.
         residual_dtype, out_dtype: as in `optimize_for_inference`.
         int8: the names of the Linears that are computed in int8 wherever their layer is packed.
+        float8: those of the Linears that are computed in float8 wherever nothing in their layer was modified.
     """
 
     def __init__(
@@ -52,13 +57,14 @@ class OptimizedInternViT(nn.Module):
         residual_dtype: torch.dtype | str | None = "auto",
         out_dtype: torch.dtype | None = None,
         int8: Collection[str] = (),
+        float8: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.pack = pack
         self.residual_dtype = residual_dtype
         self.out_dtype = out_dtype
-        self.int8 = frozenset(int8)
+        self.int8, self.float8 = frozenset(int8), frozenset(float8)
         self._graphs = graphs
         self._guard: CaptureGuard | None = None
         self._packed: dict[int, PackedBlock] = {}
@@ -74,13 +80,13 @@ class OptimizedInternViT(nn.Module):
         if not self.pack or not can_pack(layer):
             return None
         block, int8 = self._packed.get(index), self._int8_of(index)
-        if block is None or block.int8 != int8 or not block.is_current(layer):
+        if block is None or block.requested != int8 or not block.is_current(layer):
             block = self._packed[index] = PackedBlock(layer, int8)
         return block
 
     def _int8_of(self, index: int) -> tuple[str, ...]:
         """The layer's Linears in int8; none on a machine without it, to which a pickled model may come."""
-        names = tuple(name for name in LINEARS if f"encoder.layers.{index}.{name}" in self.int8)
+        names = _of_layer(index, self.int8)
         return names if names and linear_int8.unavailable_reason() is None else ()
 
     @torch.no_grad()
@@ -140,7 +146,10 @@ class OptimizedInternViT(nn.Module):
     def _run_blocks(self, embedded: Tensor, output_hidden_states: bool) -> tuple[Tensor, ...]:
         layers: list[Any] = list(self.model.encoder.layers)
         blocks = [self._packed_block(index) for index in range(len(layers))]
-        runs = [_Run(layer, block, embedded.dtype) for layer, block in zip(layers, blocks, strict=True)]
+        runs = [
+            _Run(layer, block, embedded.dtype, _of_layer(index, self.float8))
+            for index, (layer, block) in enumerate(zip(layers, blocks, strict=True))
+        ]
         x = embedded.to(self._stream_dtype(embedded))
         hidden_states = [x]
         # Images go through the blocks one by one where the GEMMs want that: nothing is copied between them.
@@ -158,11 +167,33 @@ class OptimizedInternViT(nn.Module):
         x = torch.cat([piece for piece, _ in states]) if len(states) > 1 else states[0][0]
         return (x, *hidden_states) if output_hidden_states else (x,)
 
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        layout: str = "opengvlab",
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes config.json and safetensors, the Linears of `int8` as int8 values with a scale for each row.
+
+        `InternViT.from_pretrained(folder)` reads it as floating point; optimised again with precision="int8", which
+        then takes the same Linears by itself, it computes the same bits. Otherwise as `InternViT.save_pretrained`.
+        """
+        return save_quantized(self.model, self.int8, folder, layout, max_shard_size, overwrite)
+
     def undo(self) -> InternViT:
         """The model; CUDA graphs are freed now, packed copies with this object."""
         if self._graphs is not None:
             self._graphs.clear()
         return self.model
+
+    @property
+    def settings(self) -> str:
+        """What results depend on beside the weights: two objects of equal settings and weights compute the same."""
+        int8 = sorted(self.int8) if linear_int8.unavailable_reason() is None else []
+        names = f"int8 {' '.join(int8) or 'none'}, float8 {' '.join(sorted(self.float8)) or 'none'}"
+        return f"residual {self.residual_dtype}, out {self.out_dtype}, {names}"
 
     @property
     def config(self) -> InternViTConfig:
@@ -203,9 +234,16 @@ class OptimizedInternViT(nn.Module):
         layers = self.model.encoder.layers
         packed = sum(can_pack(layer) for index, layer in enumerate(layers) if index in self._packed)
         int8 = sum(len(block.int8) for block in self._packed.values())
-        quantised = f", {int8} Linears in int8" if int8 else ""
+        quantised = "".join(
+            f", {n} Linears in {name}" for n, name in ((int8, "int8"), (len(self.float8), "float8")) if n
+        )
         graphs = "" if self._graphs is None else ", CUDA graph by shape"
         return f"{packed} of {len(layers)} layers packed{quantised}{graphs}"
+
+
+def _of_layer(index: int, names: Collection[str]) -> tuple[str, ...]:
+    """Which of a layer's Linears are among these."""
+    return tuple(name for name in LINEARS if f"encoder.layers.{index}.{name}" in names)
 
 
 class _Run:
@@ -215,12 +253,16 @@ class _Run:
     parts may know no other.
     """
 
-    def __init__(self, layer: Any, block: PackedBlock | None, model_dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: Any, block: PackedBlock | None, model_dtype: torch.dtype, float8: Collection[str]
+    ) -> None:
         self.layer, self.model_dtype = layer, model_dtype
-        if block is not None:
-            self.parts: BlockParts | None = block.parts(layer)
+        if float8 and is_unmodified(layer):
+            self.parts: BlockParts | None = fp8_parts(layer, float8)
+        elif block is not None:
+            self.parts = block.parts(layer)
         else:
-            self.parts = layer.parts() if is_unmodified(layer) else None
+            self.parts = layer.parts() if is_unmodified(layer, quantised=True) else None
         norm = None if self.parts is None else self.parts.norm1
         self.first_norm = norm if isinstance(norm, Norm) else None
 
@@ -285,11 +327,13 @@ def optimize_for_inference(
             torch.float32 returns a float32 stream as it is.
         precision: of the blocks' Linears. None or "bf16": the model's dtype. "int8" (bfloat16 models on CPUs): weights
             in int8 with a scale for each output channel; their inputs, quantised at each call, with a scale for each
-            token. Attention stays bfloat16. Needs AVX-512 VNNI and BF16, without AMX; elsewhere the Linears stay
-            bfloat16 and a warning says why.
-        skip: names or patterns of Linears, or of modules around them, that stay bfloat16 with precision="int8":
-            "encoder.layers.0", "*.mlp.fc2". None: the first and the last block, which make nearly half of the error of
-            a trained ViT-S; () for none.
+            token. Attention stays bfloat16. Needs AVX-512 VNNI and BF16; elsewhere the Linears stay bfloat16 and a
+            warning says why. "fp8" (bfloat16 models on GPUs from compute capability 8.9 on): weights and
+            inputs in float8_e4m3fn, quantised at each call, with a scale for each row; unmeasured.
+        skip: names or patterns of Linears, or of modules around them, that stay bfloat16 with "int8" or "fp8":
+            "encoder.layers.0", "*.mlp.fc2". () for none. None: of a calibrated model, or one loaded from an int8
+            checkpoint, what is not int8 in it; of others the first and the last block, which make nearly half of the
+            error of a trained ViT-S.
 
     Returns:
         A module with the model's forward and state_dict, which can be copied and pickled; `.undo()` gives the model.
@@ -301,11 +345,14 @@ def optimize_for_inference(
             capture only; a limit or batch size below 1.
     """
     _check(model, residual_dtype, out_dtype, cuda_graph)
-    int8 = int8_linears(model, precision, skip)
+    quantised = quantised_linears(model, precision, skip)
+    int8, float8 = ((), quantised) if precision == "fp8" else (quantised, ())
     if int8 and not pack:
         raise ValueError("optimize_for_inference: precision='int8' packs weights, got pack=False")
     graphs = GraphedFunction(graph_limit, graph_batches)
-    return OptimizedInternViT(model, pack, graphs if cuda_graph else None, residual_dtype, out_dtype, int8).eval()
+    return OptimizedInternViT(
+        model, pack, graphs if cuda_graph else None, residual_dtype, out_dtype, int8, float8
+    ).eval()
 
 
 def _check(

@@ -4,17 +4,20 @@
 
 Passes over one [N, C] tensor per block in bf16 with epilogues: 26. norm1 2, qkv 4, attention 4, proj with its residual
 3, norm2 2, fc1 with GELU 5, fc2 with its residual 6. The two norms stay passes of their own because a row's statistics
-need all columns, which the threads of the GEMM before share. Linears in int8 quantise
-their input in the pass that packs it for the product.
+need all columns, which the threads of the GEMM before share.
+
+In int8 a norm writes int8 rows for qkv and fc1, proj quantises attention's output in the pass that packs it for the
+product, and the MLP's hidden rows stay in cache: 20 passes in bf16's units, whose Linears write what they wrote before.
 """
 
 from collections.abc import Collection
 from functools import partial
-from typing import TypeAlias, TypeGuard, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
+from internvit.inference import linear_int8
 from internvit.inference.linear import (
     PackedLinear,
     PrepackedLinear,
@@ -22,9 +25,11 @@ from internvit.inference.linear import (
     packed_linear_class,
     row_checksums,
 )
-from internvit.inference.linear_int8 import Int8Linear
+from internvit.inference.linear_int8 import Int8Linear, Int8MLP
+from internvit.inference.torchao_int8 import int8_linear_values
 from internvit.model.block import InternViTLayer, is_unmodified
-from internvit.model.fused_block import BlockParts, BranchOutput, attention_output
+from internvit.model.fused_block import BlockParts, BranchOutput, Function, Norm, attention_output, identity
+from internvit.model.hooks import is_plain_linear
 from internvit.model.layers import fusible
 
 Packed: TypeAlias = PackedLinear | PrepackedLinear | Int8Linear
@@ -45,21 +50,23 @@ class PackedBlock:
     """
 
     def __init__(self, layer: InternViTLayer, int8: Collection[str] = ()) -> None:
-        make = packed_linear_class(layer.attn.qkv.weight)
-        if make is None:
+        makes = {name: _packed_class(layer, name, name in int8) for name in LINEARS}
+        if None in makes.values():
             raise ValueError(f"layer: no packed Linear for {layer.attn.qkv.weight.dtype}")
         self.checksums = row_checksums(_sources(layer))
 
         def pack(name: str, gamma: Tensor | None = None) -> Packed:
             linear = _linear(layer, name)
-            weight, bias = linear.weight.detach(), _detached(linear.bias)
-            if name in int8:
+            weight, bias, make = linear.weight.detach(), _detached(linear.bias), makes[name]
+            if make is Int8Linear:
                 return Int8Linear(weight, bias, _detached(gamma))
+            assert make is not None
             return make(weight, bias) if gamma is None else make(*fold_layer_scale(weight, bias, gamma.detach()))
 
         self.qkv, self.proj = pack("attn.qkv"), pack("attn.proj", layer.ls1)
         self.fc1, self.fc2 = pack("mlp.fc1"), pack("mlp.fc2", layer.ls2)
-        self.int8 = tuple(name for name in LINEARS if name in int8)
+        self.requested = tuple(name for name in LINEARS if name in int8)
+        self.int8 = tuple(name for name in LINEARS if makes[name] is Int8Linear)
         self.one_image = any(linear.one_image for linear in (self.qkv, self.proj, self.fc1, self.fc2))
 
     def is_current(self, layer: InternViTLayer) -> bool:
@@ -67,14 +74,25 @@ class PackedBlock:
         return torch.equal(self.checksums, row_checksums(_sources(layer)))
 
     def parts(self, layer: InternViTLayer) -> BlockParts:
+        fc1_gelu: Any = partial(self.fc1, gelu=True)
+        fc2 = _branch_output(self.fc2)
+        if isinstance(self.fc1, Int8Linear) and isinstance(self.fc2, Int8Linear):
+            fc1_gelu, fc2 = Int8MLP(self.fc1, self.fc2), BranchOutput(identity, None)
         return BlockParts(
-            fusible(layer.norm1),
+            _norm_before(self.qkv, fusible(layer.norm1)),
             partial(attention_output, layer.attn.parts()._replace(qkv=(self.qkv,))),
             _branch_output(self.proj),
-            fusible(layer.norm2),
-            partial(self.fc1, gelu=True),
-            _branch_output(self.fc2),
+            _norm_before(self.fc1, fusible(layer.norm2)),
+            fc1_gelu,
+            fc2,
         )
+
+
+def _norm_before(linear: Packed, norm: Norm | Function) -> Norm | Function:
+    """The norm, writing int8 rows where `linear` takes them."""
+    if isinstance(linear, Int8Linear) and isinstance(norm, Norm) and norm.rounding == "fused":
+        return norm._replace(quantized=True)
+    return norm
 
 
 def _branch_output(linear: Packed) -> BranchOutput:
@@ -91,16 +109,26 @@ def _detached(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach()
 
 
+def _packed_class(layer: InternViTLayer, name: str, int8: bool) -> Any:
+    """What a Linear of the layer is packed as: in int8 where that is asked for, or torchao has made it so."""
+    linear = _linear(layer, name)
+    if int8_linear_values(linear) is not None:
+        return Int8Linear if linear_int8.unavailable_reason() is None else None
+    make = packed_linear_class(linear.weight) if is_plain_linear(linear) else None
+    return Int8Linear if int8 and make is not None else make
+
+
 def _sources(layer: InternViTLayer) -> list[Tensor | None]:
     """What packed copies are made of."""
     linears = [_linear(layer, name) for name in LINEARS]
-    return [*(t for m in linears for t in (m.weight, m.bias)), layer.ls1, layer.ls2]
+    weights = [int8_linear_values(m) or (m.weight,) for m in linears]
+    return [*(t for values in weights for t in values), *(m.bias for m in linears), layer.ls1, layer.ls2]
 
 
 def can_pack(layer: nn.Module) -> TypeGuard[InternViTLayer]:
     """Whether nothing but InternViT's own forward happens in `layer` now, and its Linears have a packed form here."""
-    if not is_unmodified(layer) or layer.shares_heads or (layer.training and layer.drop_path_rate > 0):
+    if not is_unmodified(layer, quantised=True) or layer.shares_heads or (layer.training and layer.drop_path_rate > 0):
         return False
     weights = [_linear(layer, name).weight for name in LINEARS]
     same = all(w.dtype == weights[0].dtype and w.device == weights[0].device for w in weights)
-    return same and packed_linear_class(weights[0]) is not None
+    return same and all(_packed_class(layer, name, False) is not None for name in LINEARS)

@@ -26,7 +26,7 @@ from internvit.model.fused_block import (
     run_after_attention,
     run_block,
 )
-from internvit.model.hooks import has_hooks, is_plain_linear
+from internvit.model.hooks import has_hooks, is_plain_linear, is_unhooked_linear
 from internvit.model.layers import MLP, Attention, fusible, is_plain_norm, make_norm
 from internvit.reference import drop_path_scale
 
@@ -133,13 +133,14 @@ class InternViTLayer(nn.Module):
         """The softmax probabilities [B, H, N, N] of the block's attention; see `Attention.attention_map`."""
         return self.attn.attention_map(self.norm1(hidden_states))
 
-    def has_plain_parts(self) -> bool:
-        """Whether nothing but InternViT's own forward happens in the block's parts."""
+    def has_plain_parts(self, quantised: bool = False) -> bool:
+        """Whether nothing but InternViT's own forward happens in the block's parts; `quantised`: as `is_unmodified`."""
         attn, mlp = self.attn, self.mlp
         if type(attn) is not Attention or type(mlp) is not MLP or has_hooks(attn) or has_hooks(mlp):
             return False
         norms = [self.norm1, self.norm2, *((attn.q_norm, attn.k_norm) if attn.qk_normalization else ())]
-        return all(map(is_plain_linear, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))) and all(map(is_plain_norm, norms))
+        is_own = is_unhooked_linear if quantised else is_plain_linear
+        return all(map(is_own, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))) and all(map(is_plain_norm, norms))
 
     def _row_scale(self, branch: Tensor) -> Tensor:
         return drop_path_scale(branch.shape[0], self.drop_path_rate, branch.device)
@@ -163,6 +164,9 @@ def passes_branch(layer: nn.Module) -> TypeGuard[InternViTLayer]:
     return hooks == layer.wrapping_hooks and not (layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def is_unmodified(layer: nn.Module) -> TypeGuard[InternViTLayer]:
-    """Whether nothing but InternViT's own forward happens in `layer` and its parts: no hook, adapter or replacement."""
-    return is_plain_layer(layer) and layer.has_plain_parts()
+def is_unmodified(layer: nn.Module, quantised: bool = False) -> TypeGuard[InternViTLayer]:
+    """Whether nothing but InternViT's own forward happens in `layer` and its parts: no hook, adapter or replacement.
+
+    With `quantised` a Linear's weight may be a tensor subclass, as torchao's are: the Linear is called then.
+    """
+    return is_plain_layer(layer) and layer.has_plain_parts(quantised)

@@ -23,39 +23,63 @@ from internvit.ops import (
     attention,
     gelu,
     layer_norm,
+    layer_norm_quant,
     layer_scale_residual,
     layer_scale_residual_norm,
+    layer_scale_residual_norm_quant,
     linear_gelu,
     linear_layer_scale,
     qk_norm_attention,
     qk_norm_attention_qkvpacked,
     rms_norm,
+    rms_norm_quant,
 )
 from internvit.ops.linear import linear
 from internvit.ops.linear_gelu import linear_gelu_with_pre_activation
 from internvit.ops.linear_layer_scale import adds_residual
 
-Function: TypeAlias = Callable[[Tensor], Tensor]
+Function: TypeAlias = Callable[[Any], Tensor]
+
+
+class QuantizedRows(NamedTuple):
+    """A normed tensor [B, N, C] in int8, with a scale and a zero point for each token: x_scale * (x_q - x_zero)."""
+
+    x_q: Tensor
+    x_scale: Tensor
+    x_zero: Tensor
+
+
+Normed: TypeAlias = Tensor | QuantizedRows
 
 
 class Norm(NamedTuple):
-    """A block norm that the fused ops may compute: the parameters of its module."""
+    """A block norm that the fused ops may compute: the parameters of its module.
+
+    Attributes:
+        quantized: whether it writes `QuantizedRows`, for int8 Linears; with rounding "fused", without gradients.
+    """
 
     norm_type: str
     weight: Tensor
     bias: Tensor | None
     eps: float
     rounding: str = "fused"
+    quantized: bool = False
 
-    def compute(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Any:
         """norm(x), in the dtype that the Linears behind it take."""
+        if self.quantized and self.norm_type == "rms_norm":
+            return QuantizedRows(*rms_norm_quant(x, self.weight, eps=self.eps, symmetric=False))
+        if self.quantized:
+            return QuantizedRows(*layer_norm_quant(x, self.weight, self.bias, eps=self.eps, symmetric=False))
         if self.norm_type == "rms_norm":
             return cast_for_linear(rms_norm(x, self.weight, eps=self.eps, rounding=self.rounding), self.weight)
         return cast_for_linear(layer_norm(x, self.weight, self.bias, eps=self.eps), self.weight)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Any:
         """norm(x), recomputed in backward."""
-        return self.rematerialize(x, self.compute(x))
+        y = self.compute(x)
+        return y if self.quantized else self.rematerialize(x, y)
 
     def rematerialize(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns y = norm(x); backward recomputes it from x instead of keeping it."""
@@ -141,7 +165,7 @@ class BlockParts(NamedTuple):
 
 
 def run_block(
-    parts: BlockParts, x: Tensor, normed: Tensor | None, next_norm: Norm | Defer | None
+    parts: BlockParts, x: Tensor, normed: Normed | None, next_norm: Norm | Defer | None
 ) -> tuple[Tensor, Any]:
     """One block between two neighbours.
 
@@ -200,12 +224,11 @@ def _add_scaled(
     if not isinstance(norm, Norm):
         out = layer_scale_residual(x, branch, gamma, row_scale)
         return out, None if norm is None else norm(out)
-    out, normed = layer_scale_residual_norm(
-        *(x, branch, norm.weight, norm.bias, gamma, row_scale),
-        eps=norm.eps,
-        norm_type=norm.norm_type,
-        rounding=norm.rounding,
-    )
+    args = (x, branch, norm.weight, norm.bias, gamma, row_scale)
+    if norm.quantized:
+        out, *rows = layer_scale_residual_norm_quant(*args, eps=norm.eps, norm_type=norm.norm_type, symmetric=False)
+        return out, QuantizedRows(*rows)
+    out, normed = layer_scale_residual_norm(*args, eps=norm.eps, norm_type=norm.norm_type, rounding=norm.rounding)
     return out, norm.rematerialize(out, normed)
 
 

@@ -26,5 +26,10 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     return is_plain(module, nn.Linear)
 
 
+def is_unhooked_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` is an `nn.Linear` without hooks, adapters or parametrisation; its weight may be a subclass."""
+    return type(module) is nn.Linear and not has_hooks(module)
+
+
 def _is_plain_tensor(t: Any) -> bool:
     return type(t) in (nn.Parameter, Tensor)

@@ -35,14 +35,14 @@ def layer_norm_backward_reference(
     )
 
 
-def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-    check.rows("layer_norm", "x", x)
-    check.floating("layer_norm", x=x, weight=weight, bias=bias)
-    check.device("layer_norm", "x", x, weight=weight, bias=bias)
-    check.vector("layer_norm", "weight", weight, x.shape[-1], "x's last dimension")
-    check.vector("layer_norm", "bias", bias, x.shape[-1], "x's last dimension")
-    check.bias("layer_norm", bias, weight)
-    check.eps("layer_norm", eps)
+def validate_layer_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    check.rows(op, "x", x)
+    check.floating(op, x=x, weight=weight, bias=bias)
+    check.device(op, "x", x, weight=weight, bias=bias)
+    check.vector(op, "weight", weight, x.shape[-1], "x's last dimension")
+    check.vector(op, "bias", bias, x.shape[-1], "x's last dimension")
+    check.bias(op, bias, weight)
+    check.eps(op, eps)
 
 
 def _validate_backward(  # type: ignore[no-untyped-def]
@@ -59,7 +59,7 @@ LAYER_NORM = define(
         x.new_empty(x.shape),
         *(x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x)) for _ in range(2)),
     ),
-    validate=_validate,
+    validate=lambda *args: validate_layer_norm("layer_norm", *args),
     compiled=("cpu", "cuda"),
 )
 define_backward(

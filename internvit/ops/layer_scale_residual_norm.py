@@ -63,20 +63,27 @@ def layer_scale_residual_norm_backward_reference(  # type: ignore[no-untyped-def
     )
 
 
-def _validate(*args: Any) -> None:
-    residual, branch, gamma, row_scale, weight, bias, eps, norm_type, rounding = args
-    validate_residual(OP, residual, branch, gamma, row_scale)
-    check.floating(OP, weight=weight, bias=bias)
-    check.device(OP, "residual", residual, weight=weight, bias=bias)
-    check.vector(OP, "weight", weight, residual.shape[-1], "residual's last dimension")
-    check.vector(OP, "bias", bias, residual.shape[-1], "residual's last dimension")
-    check.eps(OP, eps)
-    check.choice(OP, "norm_type", norm_type, check.NORM_TYPES)
-    check.choice(OP, "rounding", rounding, check.ROUNDINGS)
+def validate_fused_norm(  # type: ignore[no-untyped-def]
+    op: str, residual, branch, gamma, row_scale, weight, bias, eps, norm_type
+) -> None:
+    """For the ops whose arguments begin as this one's."""
+    validate_residual(op, residual, branch, gamma, row_scale)
+    check.floating(op, weight=weight, bias=bias)
+    check.device(op, "residual", residual, weight=weight, bias=bias)
+    check.vector(op, "weight", weight, residual.shape[-1], "residual's last dimension")
+    check.vector(op, "bias", bias, residual.shape[-1], "residual's last dimension")
+    check.eps(op, eps)
+    check.choice(op, "norm_type", norm_type, check.NORM_TYPES)
     if bias is not None:
         if norm_type == "rms_norm":
-            raise ValueError(f"{OP}: bias must be None for norm_type='rms_norm', got shape {check.shape_of(bias)}")
-        check.bias(OP, bias, weight)
+            raise ValueError(f"{op}: bias must be None for norm_type='rms_norm', got shape {check.shape_of(bias)}")
+        check.bias(op, bias, weight)
+
+
+def _validate(*args: Any) -> None:
+    *norm, rounding = args
+    validate_fused_norm(OP, *norm)
+    check.choice(OP, "rounding", rounding, check.ROUNDINGS)
 
 
 def _validate_backward(  # type: ignore[no-untyped-def]
@@ -194,10 +201,10 @@ def _formula(
     **norm: Any,
 ) -> tuple[Tensor, Tensor]:
     out = residual_formula(residual, branch, gamma, row_scale)
-    return out, _norm(out, weight, bias, **norm)
+    return out, norm_formula(out, weight, bias, **norm)
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, norm_type: str, eps: float = 1e-6) -> Tensor:
+def norm_formula(x: Tensor, weight: Tensor, bias: Tensor | None, norm_type: str, eps: float = 1e-6) -> Tensor:
     if norm_type == "rms_norm":
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -211,12 +218,12 @@ def _violations(arguments: dict[str, Any], actual: tuple[Tensor, ...], truth: An
     terms = None
     if norm_type == "layer_norm":
         terms = layer_norm_terms(out, weight, torch.zeros_like(weight) if bias is None else bias)
-    plain = _norm(out.to(weight.dtype), weight, bias, norm_type)
-    exact = _norm(wide[0], wide[1], wide[2], norm_type)
+    plain = norm_formula(out.to(weight.dtype), weight, bias, norm_type)
+    exact = norm_formula(wide[0], wide[1], wide[2], norm_type)
     return residual_violations(arguments, out) + norm_violations(normed, exact, plain, terms)
 
 
-def _example(make: Inputs, norm_type: str) -> dict[str, Any]:
+def example(make: Inputs, norm_type: str) -> dict[str, Any]:
     return {
         "residual": make.hidden_states(),
         "branch": make.branch(),
@@ -234,8 +241,8 @@ register_spec(
         OP,
         _formula,
         {
-            "rms_norm": lambda make: _example(make, "rms_norm"),
-            "layer_norm": lambda make: _example(make, "layer_norm"),
+            "rms_norm": lambda make: example(make, "rms_norm"),
+            "layer_norm": lambda make: example(make, "layer_norm"),
         },
         _violations,
     )

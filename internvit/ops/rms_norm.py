@@ -34,12 +34,16 @@ def rms_norm_backward_reference(
     )
 
 
+def validate_rms_norm(op: str, x: Tensor, weight: Tensor, eps: float) -> None:
+    check.rows(op, "x", x)
+    check.floating(op, x=x, weight=weight)
+    check.device(op, "x", x, weight=weight)
+    check.vector(op, "weight", weight, x.shape[-1], "x's last dimension")
+    check.eps(op, eps)
+
+
 def _validate(x: Tensor, weight: Tensor, eps: float, rounding: str) -> None:
-    check.rows("rms_norm", "x", x)
-    check.floating("rms_norm", x=x, weight=weight)
-    check.device("rms_norm", "x", x, weight=weight)
-    check.vector("rms_norm", "weight", weight, x.shape[-1], "x's last dimension")
-    check.eps("rms_norm", eps)
+    validate_rms_norm("rms_norm", x, weight, eps)
     check.choice("rms_norm", "rounding", rounding, check.ROUNDINGS)
 
 

@@ -147,7 +147,7 @@ class TensorParallelLayer(InternViTLayer):
     def attention_map(self, x: Tensor) -> Tensor:
         return self.attn.attention_map(x)
 
-    def has_plain_parts(self) -> bool:
+    def has_plain_parts(self, quantised: bool = False) -> bool:
         return is_plain_layer(self) and not any(has_hooks(module) for module in self.modules())
 
     def _shared_row_scale(self, branch: Tensor) -> Tensor:

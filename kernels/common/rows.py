@@ -22,6 +22,8 @@ from internvit.kernels.common.sizes import cdiv, next_power_of_2
 from internvit.kernels.common.target import Target
 
 MAX_CHANNELS = 8192
+ONE_TENSOR = ("per_token_quant", "gelu_quant")
+"""They hold one row alone, of twice as many channels: the MLP's of 6B has 12800."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -57,16 +59,24 @@ class RowConfig:
 
 
 FUSED = "layer_scale_residual_norm"
-FOLLOWERS = ("rms_norm", "layer_norm", "layer_scale_residual")
+FOLLOWERS = (
+    "rms_norm",
+    "layer_norm",
+    "layer_scale_residual",
+    "rms_norm_quant",
+    "layer_norm_quant",
+    "layer_scale_residual_norm_quant",
+)
 """They take the measured configurations of FUSED, forward and backward: it fixes the order of a row's sums and of those
 over rows, and the fused op and its parts give the same bits."""
 
 
 @functools.cache
 def row_config(kernel: str, channels: int, target: Target) -> RowConfig:
-    if channels > MAX_CHANNELS:
+    widest = MAX_CHANNELS * (2 if kernel in ONE_TENSOR else 1)
+    if channels > widest:
         raise ValueError(
-            f"{kernel}: the last dimension must be at most {MAX_CHANNELS} for backend 'triton' (a program holds a "
+            f"{kernel}: the last dimension must be at most {widest} for backend 'triton' (a program holds a "
             f"whole row), got {channels}; use backend='reference'"
         )
     op = kernel.removesuffix("_backward")

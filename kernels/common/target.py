@@ -42,6 +42,13 @@ class Target:
         return {9: "wgmma", 10: "tcgen05"}.get(self.compute_capability // 10, "mma")
 
     @property
+    def multiplies_float8(self) -> bool:
+        """Whether its matrix instructions take float8_e4m3fn; gfx942 has another float8, with a bias of 8."""
+        if self.is_amd:
+            return self.name.startswith(("gfx95", "gfx12"))
+        return not self.name.startswith("sm_") or self.compute_capability >= 89  # the interpreter does
+
+    @property
     def compute_capability(self) -> int:
         """80 for sm_80; the interpreter counts as the least that is supported."""
         return int(self.name.removeprefix("sm_")) if self.name.startswith("sm_") else 80

@@ -5,7 +5,7 @@ What is compiled by the static profile, the budget and the tests, and measured b
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import internvit
 from internvit import InternViT, InternViTConfig
 from internvit.config import VARIANTS
+from internvit.kernels.common import launch
 from internvit.kernels.common.launch import Launch
 from internvit.kernels.common.target import Target
 from internvit.kernels.tools.compile_only import Specialization, compile_only
@@ -122,8 +123,46 @@ def _add_lora(model: InternViT) -> None:
         layer.attn.qkv, layer.mlp.fc2 = _LoRA(layer.attn.qkv), _LoRA(layer.mlp.fc2)
 
 
+def _multiply(op: Any, rows: Sequence[Tensor], out: int, residual: Tensor | None = None, **settings: Any) -> Tensor:
+    """A Linear of quantised rows: x_q, x_scale, x_zero."""
+    x_q, scale, zero = rows
+    weight, vector = x_q.new_empty(out, x_q.shape[-1]), scale.new_empty(out)
+    zeros = (zero,) if op is internvit.ops.linear_int8 else ()
+    product: Tensor = op(x_q, scale, weight, vector, vector, *zeros, residual, **settings)
+    return product
+
+
+def _quantized(to: torch.dtype, own_gemm: bool = False) -> Callable[[Any, Tensor], None]:
+    """The ops of a block with operands of dtype `to`, as they follow one another."""
+
+    def run(model: InternViT, images: Tensor) -> None:
+        config, x = model.config, model.embeddings(images)
+        float8 = to != torch.int8
+        if float8 and own_gemm and not launch.target_of(images).multiplies_float8:
+            return
+        linear = internvit.ops.linear_fp8 if float8 else internvit.ops.linear_int8
+        how: dict[str, Any] = {"symmetric": float8, "dtype": to}
+        weight, stream = x.new_empty(config.hidden_size), {"dtype": x.dtype}
+        layer_norm = config.norm_type == "layer_norm"
+        rows: Sequence[Tensor]
+        if layer_norm:
+            rows = internvit.ops.layer_norm_quant(x, weight, weight, **how)
+        else:
+            rows = internvit.ops.rms_norm_quant(x, weight, **how)
+        _multiply(linear, rows, 3 * config.hidden_size, **stream)
+        branch = _multiply(linear, internvit.ops.per_token_quant(x, **how), config.hidden_size, **stream)
+        add = internvit.ops.layer_scale_residual_norm_quant
+        norm_bias = weight if layer_norm else None
+        x, *rows = add(x, branch, weight, norm_bias, weight, norm_type=config.norm_type, **how)
+        z = _multiply(linear, rows, config.intermediate_size, gelu=True, **stream)
+        _multiply(linear, internvit.ops.gelu_quant(z, **how), config.hidden_size, x, **stream)
+
+    return lambda model, images: torch.no_grad()(run)(model, images)
+
+
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _FLOAT32 = (torch.float32,)
+_BFLOAT16 = (torch.bfloat16,)
 MODES: dict[str, Mode] = {
     "eval": Mode(),
     "optimize_for_inference": Mode(run=_optimize),
@@ -153,6 +192,10 @@ MODES: dict[str, Mode] = {
     "train, Triton GEMMs, LayerScale folded": Mode(
         prepare=lambda m: m.set_layer_scale_folding(True), run=_train, backend="triton_gemm"
     ),
+    "int8": Mode(_BFLOAT16, run=_quantized(torch.int8)),
+    "float8": Mode(_BFLOAT16, run=_quantized(torch.float8_e4m3fn)),
+    "int8, Triton GEMMs": Mode(_BFLOAT16, run=_quantized(torch.int8, True), backend="triton_gemm"),
+    "float8, Triton GEMMs": Mode(_BFLOAT16, run=_quantized(torch.float8_e4m3fn, True), backend="triton_gemm"),
     "eval, Triton GEMMs, autocast": Mode(_FLOAT32, autocast=torch.bfloat16, backend="triton_gemm"),
 }
 

@@ -13,9 +13,11 @@ from internvit.kernels.common.target import Target
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(.*?);")
 _BRANCH = re.compile(r"\bBRA\b.*?`\((\.L_x_\d+)\)")
-_PRODUCT = re.compile(r"\b(?:HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(16|8))\b")
+_PRODUCT = re.compile(r"\b(?:[HIQ]GMMA\.(\d+)x(\d+)x(\d+)|[HIQ]MMA\.(16)(8)(32|16|8))\b")
 _TENSOR_FLOPS = {"sm_80": 2048, "sm_86": 1024, "sm_89": 1024, "sm_90": 4096, "sm_120": 512}
-"""Dense bfloat16 flops of a multiprocessor a cycle: the rates of `roofline.CEILINGS` over multiprocessors and clock."""
+"""Dense bfloat16 flops of a multiprocessor a cycle: the rates of `roofline.CEILINGS` over multiprocessors and clock;
+those of int8 and float8 are twice as many."""
+_ONE_BYTE = re.compile(r"\b[IQ]G?MMA\b")
 _EXPONENTIALS = 16
 """A multiprocessor evaluates a cycle."""
 SCORES = 64 * 64
@@ -74,10 +76,11 @@ def loop_cost(sass: str, target: Target, warps: int, tile: int, products: int, h
     flops, share = _flops(main, warps), SCORES / tile
     if not flops or target.name not in _TENSOR_FLOPS:
         return None
+    rate = _TENSOR_FLOPS[target.name] * (2 if any(map(_ONE_BYTE.search, main)) else 1)
     exponentials = sum("MUFU.EX2" in instruction for instruction in main) * warps * 32
     return LoopCost(
         issue=round(len(main) * warps / 4 * share),
-        tensor=round(flops / _TENSOR_FLOPS[target.name] * share),
+        tensor=round(flops / rate * share),
         exp=round(exponentials / _EXPONENTIALS * share),
         products=round(flops * share / (2 * products * SCORES * head_dim), 3),
     )

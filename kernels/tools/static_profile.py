@@ -40,7 +40,7 @@ from internvit.kernels.tools.sass import loop_cost
 Row = dict[str, Any]
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_MATRIX_NVIDIA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|OMMA)[.\w]*")
+_MATRIX_NVIDIA = re.compile(r"\b([HIQ]G?MMA|UTC[HIQ]MMA|OMMA)[.\w]*")
 _MATRIX_AMD = re.compile(r"\b(v_(?:s?mfma|wmma)_\w+)")
 _GLOBAL_NVIDIA = re.compile(r"\b(?:LDG|STG|LDGSTS)\.([\w.]+)")
 _GLOBAL_AMD = re.compile(r"\b(?:global|buffer|flat)_(?:load|store)_(\w+)")

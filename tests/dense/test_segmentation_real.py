@@ -78,6 +78,8 @@ def test_a_short_real_run(tmp_path, monkeypatch, capsys) -> None:
     results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "work" / "results").glob("*.json")}
     trained, untrained = results["trained-linear"]["miou"], results["random-linear"]["miou"]
     assert trained > untrained + 0.1
+    # 0.5 points after a whole run; few pictures and steps move the score more.
+    assert abs(results["int8-linear"]["miou"] - results["bf16-linear"]["miou"]) < 0.02
     losses = [np.array(results[f"{name}-linear"]["losses"]) for name in ("trained", "reference")]
     assert np.abs(losses[0] - losses[1]).max() < 1e-3
     assert all(r["assembled"] > 0.999 for r in results.values())

@@ -48,6 +48,10 @@ class _OpCalls(TorchDispatchMode):
 
 def op_calls(spec: OpSpec, arguments: Arguments, backend: str = "reference") -> list[OpCall]:
     """The calls of registered ops, forward and backward, behind one call of the public function."""
+    if not spec.trains:
+        with _OpCalls() as seen:
+            spec.run(arguments, backend)
+        return seen.calls
     leaves = {n: t.detach().requires_grad_() for n, t in differentiable(arguments).items()}
     with _OpCalls() as seen:
         outputs = [t for t in spec.run({**arguments, **leaves}, backend) if t.requires_grad]

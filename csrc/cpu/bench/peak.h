@@ -8,13 +8,16 @@
 #elif defined(__AVX512BF16__)
 #include "cpu/simd/vdpbf16.h"
 #endif
+#if defined(__AVX512VNNI__)
+#include "cpu/simd/vnni.h"
+#endif
 
 namespace internvit::INTERNVIT_ISA {
 
 // Multiplies `rounds` times on this thread; returns the flops done.
 int64_t peak_of_thread(DType dtype, int64_t rounds, const Executor& executor) {
 #if defined(__AMX_BF16__)
-  if (dtype == kBFloat16) {
+  if (dtype == kBFloat16 || dtype == kInt8) {
     bf16* tile = static_cast<bf16*>(executor.scratch(kTile * int64_t(sizeof(bf16))));
     __builtin_memset(tile, 0, kTile * sizeof(bf16));
     const TileScope scope;
@@ -26,13 +29,19 @@ int64_t peak_of_thread(DType dtype, int64_t rounds, const Executor& executor) {
     _tile_loadd(5, tile, 64);
     _tile_loadd(6, tile, 64);
     _tile_loadd(7, tile, 64);
-    for (int64_t i = 0; i < rounds; ++i) {
+    for (int64_t i = 0; i < rounds && dtype == kBFloat16; ++i) {
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    return rounds * 4 * 16 * 16 * 32 * 2;
+    for (int64_t i = 0; i < rounds && dtype == kInt8; ++i) {
+      _tile_dpbusd(0, 4, 6);
+      _tile_dpbusd(1, 4, 7);
+      _tile_dpbusd(2, 5, 6);
+      _tile_dpbusd(3, 5, 7);
+    }
+    return rounds * 4 * 16 * 16 * (dtype == kInt8 ? 64 : 32) * 2;
   }
 #elif defined(__AVX512BF16__)
   if (dtype == kBFloat16) {
@@ -48,6 +57,18 @@ int64_t peak_of_thread(DType dtype, int64_t rounds, const Executor& executor) {
       block.store_to(sums, 32);
     }
     return rounds * kVdpbf16Rows * 32 * kDepth * 2;
+  }
+#endif
+#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+  if (dtype == kInt8) {
+    constexpr int64_t kBytes = 1024;
+    ScratchArena arena{static_cast<char*>(executor.scratch((kVnniRows + 32) * kBytes + kVnniRows * 32 * 4))};
+    uint8_t* a = arena.take<uint8_t>(kVnniRows * kBytes);
+    int8_t* b = arena.take<int8_t>(32 * kBytes);
+    int32_t* sums = arena.take<int32_t>(kVnniRows * 32);
+    __builtin_memset(a, 0, uint64_t(arena.used));
+    for (int64_t i = 0; i < rounds; ++i) vnni_block<kBytes>(a, b, kBytes / 4, sums, 32, sums);
+    return rounds * kVnniRows * 32 * kBytes * 2;
   }
 #endif
   constexpr int64_t kDepth = 256, kColumns = kBlockVectors * kLanes;

@@ -49,7 +49,7 @@ struct Supported {
     const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
     if ((state & 0xe0) != 0xe0 || !avx512) return;                             // opmask, zmm
     list[count++] = &kAvx512Kernels;
-    const bool amx = bit(d, 22) && bit(d, 24), vnni = bit(c, 11);                 // AMX-BF16, AMX-TILE; AVX512-VNNI
+    const bool amx = bit(d, 22) && bit(d, 24) && bit(d, 25), vnni = bit(c, 11);   // AMX-BF16, -TILE, -INT8; AVX512-VNNI
     if (!vnni || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return;  // AVX512-BF16
     list[count++] = &kAvx512Bf16Kernels;
     if ((state & 0x60000) == 0x60000 && amx && tiles_permitted()) list[count++] = &kAmxKernels;
@@ -81,9 +81,10 @@ int64_t packed_weight_size(int64_t out_features, int64_t in_features) {
   return (out_features + 31) / 32 * 32 * ((in_features + 31) / 32 * 32);
 }
 
-int64_t packed_weight_int8_size(int64_t out_features, int64_t in_features) {
-  // 32 rows of a panel by 64 of depth, and an int32 for each row.
-  return (out_features + 31) / 32 * 32 * ((in_features + 63) / 64 * 64 + int64_t(sizeof(int32_t)));
+int64_t packed_weight_int8_size(int64_t out_features, int64_t in_features, bool grouped) {
+  // 32 rows of a panel by 64 of depth, and an int32 for each row; with groups an int32 and a float for each.
+  const int64_t groups = (in_features + kInt8GroupSize - 1) / kInt8GroupSize;
+  return (out_features + 31) / 32 * 32 * ((in_features + 63) / 64 * 64 + (grouped ? groups * 8 : 4));
 }
 
 }  // namespace internvit

@@ -6,13 +6,11 @@
 
 namespace internvit::INTERNVIT_ISA {
 
-struct AmxProduct {
-  static constexpr int64_t kRows = 32, kRowBlock = 17;  // 1.1 MB of x
+struct AmxProduct : Bf16Operands {  // packed_x: A tiles [strip][K / 32][2]
+  static constexpr int64_t kRows = 32;
   using Scope = TileScope;
 
-  const LinearParams& p;
-  bf16* packed_x;  // A tiles [strip][K / 32][2]
-  int64_t strips, depth;
+  int64_t row_block() const { return 17; }  // 1.1 MB of x
 
   void pack_rows(int64_t strip) const {
     bf16* tiles = packed_x + strip * depth * 2 * kTile;
@@ -27,8 +25,9 @@ struct AmxProduct {
   }
 
   // Over `step` tiles of 32 from depth `from` on; `sums` [32][32] carries over to the next step.
-  INTERNVIT_INLINE void multiply(int64_t strip, int64_t next_strip, int64_t from, int64_t step, const bf16* b,
+  INTERNVIT_INLINE void multiply(int64_t panel, int64_t strip, int64_t next_strip, int64_t from, int64_t step,
                                  float* sums, const Epilogue& epilogue) const {
+    const bf16* b = weight(panel, from);
     const bf16* a = packed_x + (strip * depth + from) * 2 * kTile;
     const bf16* next = packed_x + (next_strip * depth + from) * 2 * kTile;
     if (from == 0) {

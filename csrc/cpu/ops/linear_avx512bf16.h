@@ -6,14 +6,13 @@
 
 namespace internvit::INTERNVIT_ISA {
 
-struct Vdpbf16Product {
-  static constexpr int64_t kRows = kVdpbf16Rows, kRowBlock = 29;  // 0.7 MB of x
+struct Vdpbf16Product : Bf16Operands {
+  static constexpr int64_t kRows = kVdpbf16Rows;
   struct Scope {};
 
-  const LinearParams& p;
-  bf16* packed_x;  // [K / 256][strip][12][256]: the strips of a step follow one another in memory as they do in time
-  int64_t strips, depth;
+  int64_t row_block() const { return 29; }  // 0.7 MB of x
 
+  // packed_x is [K / 256][strip][12][256]: the strips of a step follow one another in memory as they do in time.
   bf16* step_of(int64_t strip, int64_t d) const {
     return packed_x + (d / (kDepthStep / 32) * strips + strip) * kRows * kDepthStep;
   }
@@ -33,8 +32,9 @@ struct Vdpbf16Product {
   }
 
   // Over `step` tiles of 32 from depth d on; `sums` [12][32] carries over to the next step.
-  INTERNVIT_INLINE void multiply(int64_t strip, int64_t, int64_t d, int64_t step, const bf16* b, float* sums,
+  INTERNVIT_INLINE void multiply(int64_t panel, int64_t strip, int64_t, int64_t d, int64_t step, float* sums,
                                  const Epilogue& epilogue) const {
+    const bf16* b = weight(panel, d);
     const bf16* a = step_of(strip, d);
     const int64_t rows = min_of(kRows, p.rows - strip * kRows);
     const bool last = d + step == depth;

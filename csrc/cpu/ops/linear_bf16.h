@@ -1,21 +1,15 @@
-// y = epilogue(x W^T + bias) for bf16; W is packed once, the epilogue runs before the only store.
-//
-// x is packed first, in a parallel pass of its own. Then a task has a range of panels (32 output features) and goes
-// block by block: rows in blocks and depth in blocks of 1024, so that the x block stays in L2; within them depth in
-// steps of 256, so that a panel's step (16 KiB) stays in L1 while the strips of rows pass by. The sums between steps
-// lie in a task's scratch as float32. The order of additions over the depth depends on the depth alone.
-//
-// `Product` is the instruction set's share: kRows of a strip, kRowBlock strips of a block, Scope held by a task, the
-// layout of packed x and the product of one strip with one panel's step, whose last step calls `finish_row`.
+// y = epilogue(x W^T + bias) for bf16; W is packed once, the epilogue runs before the only store. packed_gemm.h has the
+// loops, linear_amx.h and linear_avx512bf16.h the products.
 #pragma once
 
 #include "cpu/ops/attention.h"
 #include "cpu/ops/gelu.h"
+#include "cpu/ops/packed_gemm.h"
 #include "cpu/simd/bf16.h"
 
 namespace internvit::INTERNVIT_ISA {
 
-constexpr int64_t kPanel = 32, kDepthBlock = 1024, kDepthStep = 256;
+constexpr int64_t kDepthBlock = 1024, kDepthStep = 256;
 
 inline void pack_weight_bf16(const PackWeightParams& p, const Executor& executor) {
   const int64_t panels = (p.out_features + kPanel - 1) / kPanel, depth = (p.in_features + 31) / 32;
@@ -71,45 +65,32 @@ struct Epilogue {
   }
 };
 
+// What both products have: x packed as each of them likes, and the extents.
+struct Bf16Operands {
+  using Sum = float;
+  static constexpr int64_t kStep = kDepthStep / 32;
+
+  const LinearParams& p;
+  bf16* packed_x;
+  int64_t strips, panels, depth;  // tiles of 32
+
+  Bf16Operands(const LinearParams& params, int64_t rows_of_strip, const Executor& executor)
+      : p(params),
+        strips((p.rows + rows_of_strip - 1) / rows_of_strip),
+        panels((p.out_features + kPanel - 1) / kPanel),
+        depth((p.in_features + 31) / 32) {
+    const int64_t elements = strips * rows_of_strip * round_up(p.in_features, kDepthStep);
+    packed_x = static_cast<bf16*>(executor.shared(elements * int64_t(sizeof(bf16))));
+  }
+
+  int64_t depth_block() const { return kDepthBlock / 32; }
+  Epilogue epilogue(int64_t panel) const { return {p, panel}; }
+  const bf16* weight(int64_t panel, int64_t d) const { return p.packed_weight + (panel * depth + d) * 2 * kTile; }
+};
+
 template <class Product>
 void linear_bf16(const LinearParams& p, const Executor& executor) {
-  const int64_t strips = (p.rows + Product::kRows - 1) / Product::kRows, depth = (p.in_features + 31) / 32;
-  const int64_t panels = (p.out_features + kPanel - 1) / kPanel;
-  const int64_t row_blocks = (strips + Product::kRowBlock - 1) / Product::kRowBlock;
-  const int64_t strip_sums = Product::kRows * kPanel;
-  const int64_t packed_bytes = strips * Product::kRows * round_up(p.in_features, kDepthStep) * int64_t(sizeof(bf16));
-  const Product product{p, static_cast<bf16*>(executor.shared(packed_bytes)), strips, depth};
-  parallel(executor, strips, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip) product.pack_rows(strip);
-  });
-  // Panels change slowest over the units, so that two tasks share no weights, and rows split where there are many
-  // tasks.
-  parallel(executor, panels * row_blocks, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first_panel = begin / row_blocks, last_panel = (end + row_blocks - 1) / row_blocks;
-    const int64_t floats = (last_panel - first_panel) * Product::kRowBlock * strip_sums;
-    float* all_sums = static_cast<float*>(executor.scratch(floats * int64_t(sizeof(float))));
-    const typename Product::Scope scope;
-    for (int64_t block = 0; block < row_blocks; ++block) {
-      const int64_t first_strip = strips * block / row_blocks, last_strip = strips * (block + 1) / row_blocks;
-      for (int64_t outer = 0; outer < depth; outer += kDepthBlock / 32) {
-        const int64_t outer_end = min_of(depth, outer + kDepthBlock / 32);
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-          const int64_t unit = panel * row_blocks + block;
-          if (unit < begin || unit >= end) continue;
-          const Epilogue epilogue(p, panel);
-          float* panel_sums = all_sums + (panel - first_panel) * Product::kRowBlock * strip_sums;
-          for (int64_t d = outer; d < outer_end; d += kDepthStep / 32) {
-            const int64_t step = min_of(kDepthStep / 32, outer_end - d);
-            const bf16* b = p.packed_weight + (panel * depth + d) * 2 * kTile;
-            for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-              float* sums = panel_sums + (strip - first_strip) * strip_sums;
-              product.multiply(strip, strip + 1 < last_strip ? strip + 1 : strip, d, step, b, sums, epilogue);
-            }
-          }
-        }
-      }
-    }
-  });
+  packed_gemm(Product{{p, Product::kRows, executor}}, executor);
 }
 
 }  // namespace internvit::INTERNVIT_ISA

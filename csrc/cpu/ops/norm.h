@@ -1,12 +1,14 @@
-// The row kernels behind rms_norm, layer_norm, layer_scale_residual, layer_scale_residual_norm and qk_norm, forward:
+// The row kernels behind rms_norm, layer_norm, layer_scale_residual, layer_scale_residual_norm, qk_norm and those with
+// a quantised output, forward:
 //
 //   residual_out = residual + row_scale[b] * gamma * x      where a residual is given; then x is residual_out
-//   normed       = (x - mean) * rstd * weight + bias        where a weight is given
+//   normed       = (x - mean) * rstd * weight + bias        where a weight is given; in float32 where it is quantised
 //
 // One body for all of them gives the fused op and its parts the same bits. A row is read from memory once and stays in
 // L1 for the passes after: sum, squares, output.
 #pragma once
 
+#include "cpu/ops/quantize_rows.h"
 #include "cpu/simd/simd.h"
 
 namespace internvit::INTERNVIT_ISA {
@@ -51,15 +53,16 @@ INTERNVIT_INLINE RowStatistics row_statistics(const T* x, int64_t channels, bool
       second.part[u] = second.part[u] + d;
       squares.part[u] = fma(small, small, squares.part[u]);
     });
-    float tail = 0, tail_squares = 0;
-    for (int64_t c = full; c < channels; ++c) {
-      const float d = to_float(x[c]) - s.mean;
-      tail += d;
-      tail_squares += d * shrink_by * (d * shrink_by);
+    if (full < channels) {  // as a vector too: a compiler rounds products in scalar sums as it likes, for each T
+      float deviations[kLanes] = {};
+      for (int64_t c = full; c < channels; ++c) deviations[c - full] = to_float(x[c]) - s.mean;
+      const Vec d = load(deviations), small = d * shrink;
+      second.part[1] = second.part[1] + d;
+      squares.part[1] = fma(small, small, squares.part[1]);
     }
-    s.rest = (second.total() + tail) / count;
+    s.rest = second.total() / count;
     const float rest = s.rest * shrink_by;
-    variance = (squares.total() + tail_squares) / count - rest * rest;
+    variance = squares.total() / count - rest * rest;
     variance = variance > 0 ? variance : 0;
   } else {
     for_lanes(channels, INTERNVIT_BODY(c, lanes, u) {
@@ -113,15 +116,22 @@ INTERNVIT_INLINE void normalize(const NormParams& p, const R* x, const RowStatis
 
 template <class T, class R>
 void norm_rows(const NormParams& p, const Executor& executor) {
+  const bool quantized = p.quantized.x_q != nullptr;
   parallel(executor, p.rows, row_grain(p.channels), [&](int64_t begin, int64_t end) {
+    float* values = quantized ? static_cast<float*>(executor.scratch(p.channels * int64_t(sizeof(float)))) : nullptr;
     for (int64_t row = begin; row < end; ++row) {
       const R* x = static_cast<const R*>(p.x) + row * p.x_stride;
       if (p.residual) {
         add_branch<T, R>(p, row);
         x = static_cast<const R*>(p.residual_out) + row * p.channels;
       }
-      if (!p.rstd) continue;
+      if (!p.rstd && !quantized) continue;
       const RowStatistics s = row_statistics(x, p.channels, p.layer_norm, p.eps);
+      if (quantized) {
+        normalize<float, R>(p, x, s, values);
+        quantize_row_into(p.quantized, row, values, p.channels);
+        continue;
+      }
       p.rstd[row] = s.rstd;
       if (p.mean) p.mean[row] = s.mean + s.rest;
       if (p.normed) normalize<T, R>(p, x, s, static_cast<T*>(p.normed) + row * p.channels);

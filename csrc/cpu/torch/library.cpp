@@ -92,11 +92,14 @@ namespace {
 
 // Multiplies from registers and L1 on so many threads; returns the flops done, for the caller's clock.
 int64_t peak(ScalarType dtype, int64_t rounds, int64_t threads) {
-  STD_TORCH_CHECK(is_storage_type(dtype), "peak: dtype must be float32, bfloat16 or float16, got ", dtype);
+  const bool int8 = dtype == ScalarType::Char && kernels().linear_int8;
+  STD_TORCH_CHECK(is_storage_type(dtype) || int8,
+                  "peak: dtype must be float32, bfloat16, float16, or int8 where the machine multiplies it, got ",
+                  dtype);
   STD_TORCH_CHECK(rounds >= 0, "peak: rounds must be >= 0, got ", rounds);
   STD_TORCH_CHECK(threads >= 1 && threads <= 4096, "peak: threads must be 1 to 4096, got ", threads);
   std::vector<int64_t> flops(size_t(threads), 0);
-  const DType of = dtype == ScalarType::BFloat16 ? kBFloat16 : kFloat32;
+  const DType of = int8 ? kInt8 : dtype == ScalarType::BFloat16 ? kBFloat16 : kFloat32;
   kernels().peak({of, rounds, threads, flops.data()}, kExecutor);
   return std::accumulate(flops.begin(), flops.end(), int64_t{0});
 }

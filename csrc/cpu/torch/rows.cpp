@@ -35,6 +35,7 @@ struct Cpu {
   static void qk_norm_stats_backward(const char*, std::initializer_list<const QKNormStatsBackwardJob*> jobs) {
     for (const auto* job : jobs) kernels().qk_norm_stats_backward(job->params, kExecutor);
   }
+  static void quantize_rows(const char*, const QuantizeRowsJob& job) { kernels().quantize_rows(job.params, kExecutor); }
   static void gelu(const char*, const Tensor&, const GeluParams& params) { kernels().gelu(params, kExecutor); }
 };
 

@@ -10,10 +10,26 @@
 #if !defined(__CUDACC__)
 #include "cuda_host.h"
 #else
-
 #define INTERNVIT_DEVICE __device__ __forceinline__
+#endif
 
 namespace internvit::cuda {
+
+// Sign, 4 bits of exponent with a bias of 7, 3 of mantissa. Below 2^-6 values are multiples of 2^-9: adding 2^14 leaves
+// the multiple in the low bits.
+INTERNVIT_DEVICE uint32_t e4m3_bits(float x) {
+  const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+  const float size = __uint_as_float(magnitude);
+  uint32_t code = 0x7eu;
+  if (size < 0.015625f) {
+    code = __float_as_uint(size + 16384.0f) - __float_as_uint(16384.0f);
+  } else if (size < 448.0f) {
+    code = (magnitude + 0x7ffffu + (magnitude >> 20 & 1u) - (120u << 23)) >> 20;
+  }
+  return (bits >> 24 & 0x80u) | code;
+}
+
+#if defined(__CUDACC__)
 
 // A cell of __shared__ memory; on the host it reports reads and writes that no barrier separates.
 template <class S>
@@ -50,6 +66,17 @@ INTERNVIT_DEVICE uint32_t packed(float low, float high, f16) {
   return y;
 }
 
+// The nearest float8_e4m3fn, ties to even, at most 448; x is no NaN.
+INTERNVIT_DEVICE uint32_t to_e4m3(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t y;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(0.0f), "f"(x));
+  return y & 0xffu;
+#else
+  return e4m3_bits(x);
+#endif
+}
+
 template <class Argument>
 const char* launch(void (*kernel)(Argument), dim3 grid, dim3 block, void* stream, const Argument& argument) {
   // clang-format off: it takes the launch for shifts
@@ -67,6 +94,10 @@ int resident_blocks_of(void (*kernel)(Argument), int threads) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0) == cudaSuccess ? blocks : 0;
 }
 
-}  // namespace internvit::cuda
+#else
+
+INTERNVIT_DEVICE uint32_t to_e4m3(float x) { return e4m3_bits(x); }
 
 #endif
+
+}  // namespace internvit::cuda

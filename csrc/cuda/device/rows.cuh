@@ -133,6 +133,22 @@ struct Column {
       : c((v * int(blockDim.x) + int(threadIdx.x)) * W), count(channels - c < W ? channels - c : W) {}
 };
 
+// This lane's values of a row in float32, 0 beyond its end; all are loaded before the first is converted.
+template <bool kAligned, class S, int V, int W>
+INTERNVIT_DEVICE void load_row(const S* row, int channels, float (&x)[V][W]) {
+  Chunk<S, W> chunks[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const Column<W> column(v, channels);
+    chunks[v] = load<kAligned, W>(row + column.c, column.count);
+  }
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) x[v][i] = chunks[v][i];
+  }
+}
+
 // Where the groups of a block leave their sums. Reductions take turns with the two halves: a thread that is late in
 // reading one sum is not overtaken by the next, and by the one after that the barrier between has waited for it.
 template <int N>
@@ -140,19 +156,26 @@ struct GroupSums {
   Shared<float> part[2][kMaxThreads / 16][N];
 };
 
-// Sums N numbers over the lanes of each row; every lane gets the same bits. All threads of a block call it, those of
-// rows beyond the end as well.
-template <int N>
-INTERNVIT_DEVICE void sum_over_row(float (&x)[N], GroupSums<N>& sums, int turn) {
+struct Add {
+  INTERNVIT_DEVICE static float of(float a, float b) { return a + b; }
+};
+struct Max {
+  INTERNVIT_DEVICE static float of(float a, float b) { return fmaxf(a, b); }
+};
+
+// Reduces N numbers over the lanes of each row, from 0 on; every lane gets the same bits. All threads of a block call
+// it, those of rows beyond the end as well.
+template <class Operation, int N>
+INTERNVIT_DEVICE void reduce_over_row(float (&x)[N], GroupSums<N>& sums, int turn) {
   const int lanes = int(blockDim.x), group = lanes % 32 ? 16 : 32;
 #pragma unroll
   for (int offset = 8; offset > 0; offset /= 2) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(0xffffffffu, x[n], offset);
+    for (int n = 0; n < N; ++n) x[n] = Operation::of(x[n], __shfl_xor_sync(0xffffffffu, x[n], offset));
   }
   if (group == 32) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(0xffffffffu, x[n], 16);
+    for (int n = 0; n < N; ++n) x[n] = Operation::of(x[n], __shfl_xor_sync(0xffffffffu, x[n], 16));
   }
   if (lanes == group) return;
   const int groups = lanes / group, first = int(threadIdx.y) * groups;
@@ -165,8 +188,17 @@ INTERNVIT_DEVICE void sum_over_row(float (&x)[N], GroupSums<N>& sums, int turn) 
   for (int n = 0; n < N; ++n) x[n] = 0.0f;
   for (int g = 0; g < groups; ++g) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) x[n] += sums.part[turn][first + g][n];
+    for (int n = 0; n < N; ++n) x[n] = Operation::of(x[n], sums.part[turn][first + g][n]);
   }
+}
+template <int N>
+INTERNVIT_DEVICE void sum_over_row(float (&x)[N], GroupSums<N>& sums, int turn) {
+  reduce_over_row<Add>(x, sums, turn);
+}
+// Of numbers that are not negative.
+template <int N>
+INTERNVIT_DEVICE void max_over_row(float (&x)[N], GroupSums<N>& sums, int turn) {
+  reduce_over_row<Max>(x, sums, turn);
 }
 
 }  // namespace internvit::cuda

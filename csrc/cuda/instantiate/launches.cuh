@@ -8,6 +8,7 @@
 #include "cuda/ops/norm.cuh"
 #include "cuda/ops/norm_backward.cuh"
 #include "cuda/ops/qk_norm_stats.cuh"
+#include "cuda/ops/quantize_rows.cuh"
 
 namespace internvit::cuda {
 
@@ -33,7 +34,10 @@ struct Launches {
     const bool input = p.residual ? is_aligned_branch(p.x, p.x_stride) : is_aligned(p.x, p.x_stride * kR);
     return whole_vectors(p) && input && is_aligned(p.residual, p.residual_stride * kR) &&
            is_aligned(p.residual_out, 0) && is_aligned_branch(p.normed) && is_aligned_parameter(p.gamma) &&
-           is_aligned_parameter(p.weight) && is_aligned_parameter(p.bias);
+           is_aligned_parameter(p.weight) && is_aligned_parameter(p.bias) && is_aligned(p.quantized.x_q, 0);
+  }
+  static bool aligned(const QuantizeRowsParams& p) {
+    return whole_vectors(p) && is_aligned(p.x, p.x_stride * kT) && is_aligned(p.quantized.x_q, 0);
   }
   static bool aligned(const NormBackwardParams& p) {
     return whole_vectors(p) && is_aligned_branch(p.grad_normed, p.grad_normed_stride) &&
@@ -69,6 +73,16 @@ struct Launches {
 
   static unsigned cdiv(int64_t a, int64_t b) { return unsigned((a + b - 1) / b); }
 
+  template <bool kQuantized, int V>
+  static auto norm_kernel_of(bool wide) {
+    if constexpr (kQuantized) {
+      return wide ? norm_quantized_kernel<T, R, V, true> : norm_quantized_kernel<T, R, V, false>;
+    } else {
+      return wide ? norm_kernel<T, R, V, true> : norm_kernel<T, R, V, false>;
+    }
+  }
+
+  template <bool kQuantized>
   static const char* norm(const Jobs<NormParams>& jobs, void* stream) {
     const NormParams& first = jobs.job[0];
     const RowLaunch rule = row_launch(first.channels, W);
@@ -76,8 +90,17 @@ struct Launches {
         block(unsigned(rule.lanes), unsigned(rule.rows));
     return with_vectors(rule.vectors, [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
-      return launch(all_aligned(jobs) ? norm_kernel<T, R, V, true> : norm_kernel<T, R, V, false>, grid, block, stream,
-                    jobs);
+      return launch(norm_kernel_of<kQuantized, V>(all_aligned(jobs)), grid, block, stream, jobs);
+    });
+  }
+
+  static const char* quantize_rows(const QuantizeRowsParams& p, void* stream) {
+    const RowLaunch rule = row_launch(p.channels, W);
+    const dim3 grid(cdiv(p.rows, rule.rows)), block(unsigned(rule.lanes), unsigned(rule.rows));
+    return with_vectors(rule.vectors, [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      return launch(aligned(p) ? quantize_rows_kernel<T, V, true> : quantize_rows_kernel<T, V, false>, grid, block,
+                    stream, p);
     });
   }
 
@@ -141,8 +164,9 @@ struct Launches {
 
   // A residual of a dtype of its own is for the norms alone.
   static constexpr Kernels table() {
-    Kernels kernels = {norm, norm_backward, norm_backward_blocks, nullptr, nullptr};
+    Kernels kernels = {norm<false>, norm<true>, norm_backward, norm_backward_blocks, nullptr, nullptr, nullptr};
     if constexpr (sizeof(T) == sizeof(R)) {
+      kernels.quantize_rows = quantize_rows;
       kernels.qk_norm_stats_backward = qk_norm_stats_backward;
       kernels.gelu = gelu;
     }

@@ -1,13 +1,14 @@
 // The row kernel behind every norm, QK-norm, their statistics and layer_scale_residual, forward:
 //
 //   residual_out = residual + row_scale[b] * gamma * x      where a residual is given; then x is residual_out as stored
-//   normed       = (x - mean) * rstd * weight + bias        where statistics are wanted
+//   normed       = (x - mean) * rstd * weight + bias        where statistics are wanted; or quantised from float32
 //
 // One body for all of them gives the fused op and its parts the same bits. A row is read once and stays in registers
 // between the reduction and the output.
 #pragma once
 
 #include "cuda/device/rows.cuh"
+#include "cuda/ops/quantize_rows.cuh"
 
 namespace internvit::cuda {
 
@@ -108,23 +109,41 @@ INTERNVIT_DEVICE void add_branch(const NormParams& p, int64_t row, float (&x)[V]
   }
 }
 
+// The W normed values of one vector, in float32.
+template <class T, class R, bool kAligned, int W>
+INTERNVIT_DEVICE void scale_and_shift(const NormParams& p, const Column<W>& column, const float (&x)[W],
+                                      const RowStatistics& s, float (&y)[W]) {
+  float weight[W], bias[W];
+  load_parameter<kAligned, T>(p.weight, column.c, column.count, 1.0f, weight);
+  load_parameter<kAligned, T>(p.bias, column.c, column.count, 0.0f, bias);
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    const float x_hat = ((x[i] - s.mean) - s.rest) * s.rstd;
+    y[i] = fmaf(p.round_before_weight ? rounded<R>(x_hat) : x_hat, weight[i], bias[i]);
+  }
+}
+
 template <class T, class R, int V, bool kAligned, int W>
 INTERNVIT_DEVICE void write_normed(const NormParams& p, int64_t row, const float (&x)[V][W], const RowStatistics& s) {
   T* normed = static_cast<T*>(p.normed) + row * p.channels;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const Column<W> column(v, p.channels);
-    float weight[W], bias[W], y[W];
-    load_parameter<kAligned, T>(p.weight, column.c, column.count, 1.0f, weight);
-    load_parameter<kAligned, T>(p.bias, column.c, column.count, 0.0f, bias);
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      const float x_hat = ((x[v][i] - s.mean) - s.rest) * s.rstd;
-      y[i] = fmaf(p.round_before_weight ? rounded<R>(x_hat) : x_hat, weight[i], bias[i]);
-    }
+    float y[W];
+    scale_and_shift<T, R, kAligned>(p, column, x[v], s, y);
     Chunk<T, W> chunk;
     chunk.set(y);
     store<kAligned>(normed + column.c, chunk, column.count);
+  }
+}
+
+// What is normalised, of this lane: the branch added to the residual, or x.
+template <class T, class R, int V, bool kAligned, int W>
+INTERNVIT_DEVICE void load_or_add(const NormParams& p, int64_t row, float (&x)[V][W]) {
+  if (p.residual) {
+    add_branch<T, R, V, kAligned>(p, row, x);
+  } else {
+    load_row<kAligned>(static_cast<const R*>(p.x) + row * p.x_stride, p.channels, x);
   }
 }
 
@@ -135,22 +154,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const __grid_constant
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool active = row < p.rows;  // the others meet at every barrier and shuffle
   float x[V][W] = {};
-  if (active && p.residual) {
-    add_branch<T, R, V, kAligned>(p, row, x);
-  } else if (active) {
-    const R* source = static_cast<const R*>(p.x) + row * p.x_stride;
-    Chunk<R, W> chunks[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const Column<W> column(v, p.channels);
-      chunks[v] = load<kAligned, W>(source + column.c, column.count);
-    }
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-#pragma unroll
-      for (int i = 0; i < W; ++i) x[v][i] = chunks[v][i];
-    }
-  }
+  if (active) load_or_add<T, R, V, kAligned>(p, row, x);
   if (!p.rstd) return;
   const RowStatistics s = row_statistics<W, V>(x, p.channels, p.layer_norm, p.eps);
   if (!active) return;
@@ -159,6 +163,30 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const __grid_constant
     if (p.mean) p.mean[row] = s.mean + s.rest;
   }
   if (p.normed) write_normed<T, R, V, kAligned>(p, row, x, s);
+}
+
+// The same with the normed row quantised. A kernel of its own: the row stays in registers through one more reduction.
+// The second launch bound keeps ptxas from spilling 8 bytes for more blocks a multiprocessor (sm_100, rows of odd
+// widths).
+template <class T, class R, int V, bool kAligned>
+__global__ void __launch_bounds__(kMaxThreads, 1) norm_quantized_kernel(const __grid_constant__ Jobs<NormParams> jobs) {
+  constexpr int W = kWidth<R>;
+  const NormParams& p = jobs.job[blockIdx.y];
+  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool active = row < p.rows;
+  float x[V][W] = {};
+  if (active) load_or_add<T, R, V, kAligned>(p, row, x);
+  const RowStatistics s = row_statistics<W, V>(x, p.channels, p.layer_norm, p.eps);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const Column<W> column(v, p.channels);
+    float y[W];
+    scale_and_shift<T, R, kAligned>(p, column, x[v], s, y);
+#pragma unroll
+    for (int i = 0; i < W; ++i) x[v][i] = i < column.count ? y[i] : 0.0f;
+  }
+  const RowQuantization quantization = quantization_of(x, p.quantized);
+  if (active) write_quantized<V, kAligned>(p.quantized, row, p.channels, x, quantization);
 }
 
 }  // namespace internvit::cuda

@@ -64,7 +64,15 @@ struct Cuda {
     check_channels(op, first.channels);
     if (first.rows == 0) return;
     const CurrentStream stream((*given.begin())->x);
-    check_launched(op, kernels_of(first.dtype, first.residual_dtype).norm(jobs, stream.get()));
+    const Kernels& kernels = kernels_of(first.dtype, first.residual_dtype);
+    check_launched(op, (first.quantized.x_q ? kernels.norm_quantized : kernels.norm)(jobs, stream.get()));
+  }
+
+  static void quantize_rows(const char* op, const QuantizeRowsJob& job) {
+    check_channels(op, job.params.channels);
+    if (job.params.rows == 0) return;
+    const CurrentStream stream(job.x);
+    check_launched(op, kernels_of(job.params.dtype, job.params.dtype).quantize_rows(job.params, stream.get()));
   }
 
   static void norm_backward(const char* op, std::initializer_list<NormBackwardJob<Vector>*> given) {

@@ -42,7 +42,6 @@ def _multiplies_int8() -> bool:
 
 
 if _multiplies_int8():
-    implements("per_token_quant_int8", "cpu")(torch.ops.internvit_cpu.quantize_rows_int8.default)
 
     @implements("linear_int8", "cpu")
     def linear_int8(x_q: Tensor, x_scale: Tensor, weight_q: Tensor, *others: Any) -> Tensor:

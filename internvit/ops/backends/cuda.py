@@ -7,12 +7,14 @@ and with SDPA the plain formula, an image at a time. Compiled and run on the hos
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from internvit.ops.attention import Heads, QKNorm, SavedAttention
 from internvit.ops.backends.registry import BACKENDS, implementation, implements, implements_all
+from internvit.ops.backends.torch_gemm import epilogue, float8_sums, int8_sums
 from internvit.ops.core.raw_fakes import register_fakes
 from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
@@ -42,3 +44,15 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
         out, lse = implementation("attention", name)(q, k, v, scale, None)
         saved = saved._replace(out=out, lse=lse)
     implementation("attention_backward", name)(grad_out, saved, grads)
+
+
+@implements("linear_int8", "cuda")
+def linear_int8(x_q: Tensor, x_scale: Tensor, weight_q: Tensor, *others: Any) -> Tensor:
+    return epilogue(int8_sums(x_q, weight_q), x_scale, weight_q, *others)
+
+
+@implements("linear_fp8", "cuda")
+def linear_fp8(
+    x_q: Tensor, x_scale: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None, *others: Any
+) -> Tensor:
+    return epilogue(float8_sums(x_q, weight_q), x_scale, weight_q, weight_scale, bias, None, *others)

@@ -8,8 +8,8 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Backend:
         unsupported_reason: (device type, dtype, head_dim or 0) -> why it cannot take such a tensor; None when it can.
         folds_qk_norm: its `attention` takes QK-norm's weights and statistics.
         max_channels: the widest rows that its norms take; None for any.
+        max_channels_of: op -> the same, where it differs.
         lse_devices: the device types on which its `attention` returns the log-sum-exp; None for all.
         fallback: runs the ops that it lacks, inside `internvit.backend(name)`.
     """
@@ -40,17 +41,19 @@ class Backend:
     unsupported_reason: Unsupported
     folds_qk_norm: bool = True
     max_channels: int | None = None
+    max_channels_of: Mapping[str, int] = field(default_factory=dict, hash=False)
     lse_devices: tuple[str, ...] | None = None
     fallback: str = "auto"
 
     def exposes_lse_on(self, device: str) -> bool:
         return self.lse_devices is None or device in self.lse_devices
 
-    def too_wide(self, channels: int) -> str | None:
-        """Why rows of so many channels are too wide; None where they are not."""
-        if self.max_channels is None or channels <= self.max_channels:
+    def too_wide(self, channels: int, op: str) -> str | None:
+        """Why rows of so many channels are too wide for `op`; None where they are not."""
+        widest = self.max_channels_of.get(op, self.max_channels)
+        if widest is None or channels <= widest:
             return None
-        return f"it takes rows of at most {self.max_channels} channels, got {channels}"
+        return f"it takes rows of at most {widest} channels, got {channels}"
 
     def find(self, op: str) -> Callable | None:
         """The function that runs `op`; None where this backend has none."""
@@ -215,6 +218,7 @@ BACKENDS: dict[str, Backend] = {
             _package("triton", "pip install triton (Linux; torch's CUDA builds bring it)"),
             _triton_unsupported,
             max_channels=8192,
+            max_channels_of={"per_token_quant": 16384, "gelu_quant": 16384},
         ),
         Backend(
             "triton_gemm",
@@ -230,6 +234,7 @@ BACKENDS: dict[str, Backend] = {
             _library("internvit_cuda"),
             _cuda_unsupported,
             folds_qk_norm=False,
+            max_channels=8192,
             lse_devices=(),
         ),
     )

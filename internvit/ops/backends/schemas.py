@@ -10,11 +10,12 @@ _CPU_OPS = (
     " -> Tensor",
     # int8 Linears; packed_weight is as pack_weight_int8 returns it.
     "multiplies_int8() -> bool",
-    "quantize_rows_int8(Tensor x, bool symmetric) -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
-    "pack_weight_int8(Tensor weight_q) -> Tensor",
+    "pack_weight_int8(Tensor weight_q, Tensor? group_ratio=None) -> Tensor",
     "linear_int8_packed(Tensor x_q, Tensor x_scale, Tensor packed_weight, Tensor weight_scale, Tensor? bias,"
-    " Tensor? x_zero, bool gelu, ScalarType dtype) -> Tensor",
+    " Tensor? x_zero, Tensor? residual, bool gelu, ScalarType dtype) -> Tensor",
     "linear_int8_dynamic(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias, bool gelu) -> Tensor",
+    "mlp_int8(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor fc1_weight, Tensor fc1_scale, Tensor? fc1_bias,"
+    " Tensor fc2_weight, Tensor fc2_scale, Tensor? fc2_bias, ScalarType dtype) -> Tensor",
     # The instruction set in use, for tests and benchmarks.
     "instruction_sets() -> str",
     "use_instruction_set(str name) -> str",

@@ -5,13 +5,16 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from internvit import kernels
 from internvit.kernels.attention.backward import attention_backward as attention_backward_kernels
 from internvit.kernels.attention.forward import attention as attention_kernels
+from internvit.kernels.linear import Quantized, scale_sums
 from internvit.ops.attention import Heads, QKNorm, QKNormGrads, SavedAttention
 from internvit.ops.backends.registry import implements
+from internvit.ops.backends.torch_gemm import float8_sums, int8_sums
 from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
 
@@ -38,3 +41,36 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
     inside: tuple[Any, ...] = qk_norm or _NO_QK_NORM
     outputs: Any = attention_backward_kernels(grad_out, q, k, v, out, lse, scale, *(*inside, *grads))
     return None if qk_norm is None else QKNormGrads(*outputs)
+
+
+@implements("linear_int8", "triton")
+def linear_int8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    x_zero: Tensor | None,
+    residual: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    quantized = Quantized.of(x_scale, weight_scale, x_zero, weight_q, dtype)
+    y = scale_sums(int8_sums(x_q, weight_q), quantized, bias, residual, gelu)
+    return y.view(*x_scale.shape, weight_q.shape[0])
+
+
+@implements("linear_fp8", "triton")
+def linear_fp8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    quantized = Quantized.of(x_scale, weight_scale, None, weight_q, dtype)
+    y = scale_sums(float8_sums(x_q, weight_q), quantized, bias, residual, gelu)
+    return y.view(*x_scale.shape, weight_q.shape[0])

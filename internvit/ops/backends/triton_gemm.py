@@ -1,7 +1,7 @@
 """Backend `triton_gemm`: the block's GEMMs as Triton kernels with an epilogue, beside the kernels of `triton`.
 
-fc1 with bias and GELU; proj and fc2 with LayerScale and, without gradients, the residual stream. Every other op runs on
-`triton`. Not under `auto`: no GPU has timed it beside cuBLASLt.
+fc1 with bias and GELU; proj and fc2 with LayerScale and, without gradients, the residual stream; the same of int8 and
+float8 operands. Every other op runs on `triton`. Not under `auto`: no GPU has timed it beside cuBLASLt.
 
 Backward leaves its products to PyTorch. GELU's derivative is a pass before them (reads 2, writes 1): inside the product
 for x it would be computed again for each column tile of grad_x, 8 times at C = 1024 and 25 times at 3200, 48
@@ -10,9 +10,10 @@ instructions an element.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from internvit.kernels.linear import linear
+from internvit.kernels.linear import Quantized, linear
 from internvit.ops.backends.registry import implementation, implements
 from internvit.ops.linear_layer_scale import linear_layer_scale_backward_reference
 
@@ -32,6 +33,37 @@ def linear_layer_scale(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, residual: Tensor | None
 ) -> Tensor:
     return linear("linear_layer_scale", x, weight.to(x.dtype), bias, gamma, residual)[0]
+
+
+@implements("linear_int8", "triton_gemm")
+def linear_int8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    x_zero: Tensor | None,
+    residual: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    quantized = Quantized.of(x_scale, weight_scale, x_zero, weight_q, dtype)
+    return linear("linear_int8", x_q, weight_q, bias, None, residual, gelu, quantized=quantized)[0]
+
+
+@implements("linear_fp8", "triton_gemm")
+def linear_fp8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    quantized = Quantized.of(x_scale, weight_scale, None, weight_q, dtype)
+    return linear("linear_fp8", x_q, weight_q, bias, None, residual, gelu, quantized=quantized)[0]
 
 
 @implements("linear_layer_scale_backward", "triton_gemm")

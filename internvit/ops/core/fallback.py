@@ -86,7 +86,7 @@ def first_backend(calls: CallClass, op: str, at: str | None = None) -> AutoBacke
         if reason is None and (candidate.find(calls.op) is None or (calls.folded and not candidate.folds_qk_norm)):
             continue
         reason = reason or candidate.unsupported_reason(calls.device, calls.dtype, calls.head_dim)
-        reason = reason or candidate.too_wide(calls.channels) or _failures.get((op, name, calls))
+        reason = reason or candidate.too_wide(calls.channels, calls.op) or _failures.get((op, name, calls))
         if reason is None:
             if passed_over:
                 logger.info("%s runs on backend %r: %s", op, name, "; ".join(passed_over))

@@ -171,7 +171,7 @@ def _asked_by_name(
     chosen = usable(name)
     if chosen.find(op) is None:
         raise ValueError(f"{caller}: backend {name!r} does not implement this op")
-    reason = chosen.unsupported_reason(device, dtype, head_dim) or chosen.too_wide(channels)
+    reason = chosen.unsupported_reason(device, dtype, head_dim) or chosen.too_wide(channels, op)
     if reason is None and folded and not chosen.folds_qk_norm:
         reason = "its attention has no QK-norm inside; normalise with qk_norm, or call qk_norm_attention"
     if reason is not None:

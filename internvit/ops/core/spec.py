@@ -148,6 +148,11 @@ class OpSpec:
         return self.op in FORMULAS
 
     @property
+    def trains(self) -> bool:
+        """Whether the op has a backward."""
+        return self.name in SPECS
+
+    @property
     def implemented_as(self) -> str:
         return self.resolves_as or self.op
 
@@ -164,7 +169,11 @@ class OpSpec:
 
 SPECS: dict[str, OpSpec] = {}
 INFERENCE_SPECS: dict[str, OpSpec] = {}
-"""Ops of integers, which have no backward."""
+"""Ops with integers or float8, which have no backward."""
+
+
+def every_spec() -> dict[str, OpSpec]:
+    return SPECS | INFERENCE_SPECS
 
 
 def register_spec(spec: OpSpec) -> OpSpec:
@@ -240,6 +249,8 @@ def cost(spec: OpSpec, size: Size, dtype: torch.dtype, variant: str = "") -> Cos
     arguments = example(Inputs(size, dtype=dtype, device="meta"))
     with _Count() as forward, torch.no_grad():
         spec.run(arguments, "reference")
+    if not spec.trains:
+        return Cost(forward.bytes, forward.flops, forward.bytes, forward.flops)
     leaves = {n: t.detach().requires_grad_() for n, t in differentiable(arguments).items()}
     with _Count() as both:
         outputs = spec.run({**arguments, **leaves}, "reference")

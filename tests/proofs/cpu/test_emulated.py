@@ -29,8 +29,9 @@ def folder(build_folder):
     [
         ("tests/proofs/cpu/test_units.py", "-k", emulated.UNIT),
         ("tests/ops/test_every_op.py", "-k", "cpu and attention"),
+        ("tests/inference/test_int8_fused.py", "tests/ops/test_int8.py", "-k", "fused or (test_linear and cpu)"),
     ],
-    ids=["units", "attention"],
+    ids=["units", "attention", "int8"],
 )
 def test_amx_unit(folder, arguments: tuple[str, ...], request) -> None:
     command = [

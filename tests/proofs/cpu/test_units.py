@@ -17,7 +17,7 @@ from internvit.numerics import norm_violations, product_violations, relative_err
 from internvit.ops.backends import native
 from internvit.ops.core.norm_math import statistics
 from internvit.ops.core.registration import OPS
-from internvit.ops.core.spec import SPECS, Inputs, OpSpec, Size, as_tuple
+from internvit.ops.core.spec import INFERENCE_SPECS, SPECS, Inputs, OpSpec, Size, as_tuple
 from tests.ops.shapes import in_draws, pooled
 from tests.support.implementations import call, op_calls
 
@@ -66,6 +66,7 @@ def test_norms(unit: str, dtype: torch.dtype, rows: int, width: int, distributio
 
 
 ROW_SPECS = [spec for spec in SPECS.values() if "cpu" in OPS[spec.op].compiled and not spec.multiplies_matrices]
+QUANTIZING_SPECS = [spec for spec in INFERENCE_SPECS.values() if "cpu" in OPS[spec.op].compiled]
 
 
 def widened(a: Any) -> Any:
@@ -94,6 +95,19 @@ def test_row_ops_forward_and_backward(unit: str, dtype: torch.dtype, spec: OpSpe
                     limit = 2e-6 if a.dtype == torch.float32 else torch.finfo(dtype).eps / 2
                     assert relative_error(a, t) < limit, one.op.name
             assert torch.equal(packed[:, :, 2], third)
+
+
+@each_dtype
+@pytest.mark.parametrize("spec", QUANTIZING_SPECS, ids=lambda spec: spec.name)
+def test_quantising_row_ops(unit: str, dtype: torch.dtype, spec: OpSpec, generator) -> None:
+    for example in spec.examples.values():
+        for size in (Size(2, 7, 3, 24), Size(1, 2, 1, 19)):
+            arguments = example(Inputs(size, generator, dtype, distribution="massive"))
+            outputs = spec.run(arguments, "cpu")
+            assert not spec.violations(arguments, outputs, spec.truth(arguments), outputs)
+            if spec.name == "per_token_quant":  # no arithmetic before: the same bits
+                pairs = zip(outputs, spec.run(arguments, "reference"), strict=True)
+                assert all(torch.equal(a.view(torch.int8), e.view(torch.int8)) for a, e in pairs)
 
 
 @each_dtype

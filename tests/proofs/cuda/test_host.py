@@ -44,6 +44,10 @@ def test_the_contract_on_few_rows(run_op_tests) -> None:
     run_op_tests(*(f"tests/ops/test_{name}.py" for name in files), "-k", FEW_ROWS)
 
 
+def test_quantised_rows(run_op_tests) -> None:
+    run_op_tests("tests/ops/test_quant.py", "-k", "cuda and not threads")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_op_test(run_op_tests) -> None:

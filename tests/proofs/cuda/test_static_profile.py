@@ -37,14 +37,20 @@ def test_the_library_is_that_of_the_sources() -> None:
 def test_every_instantiation_is_there(rows) -> None:
     """Three vector counts for five pairs of dtypes: forward aligned and scalar; backward twice aligned, once scalar.
 
-    Other kernels: three dtypes, aligned and scalar.
+    Quantised rows: the norms' as forward, others without a residual's dtype. Other kernels: three dtypes, aligned and
+    scalar.
     """
     listed = re.findall(r"INTERNVIT_VECTORS_\d+_BIT\(X\) (.*)", (SOURCES / "cuda/device/launch.h").read_text())
     ladders = [len(re.findall(r"X\(\d+\)", line)) for line in listed]  # 16 bit, 32 bit
     row_kernels = 2 * ladders[0] + 3 * ladders[1]
     texts = [path.read_text() for path in (SOURCES / "cuda/ops").glob("*.cuh")]
     kernels = [name for text in texts for name in re.findall(r"(\w+_kernel)\(const __grid_constant__", text)]
-    count = dict.fromkeys(kernels, 2 * 3) | {"norm_kernel": 2 * row_kernels, "norm_backward_kernel": 3 * row_kernels}
+    count = dict.fromkeys(kernels, 2 * 3) | {
+        "norm_kernel": 2 * row_kernels,
+        "norm_quantized_kernel": 2 * row_kernels,
+        "norm_backward_kernel": 3 * row_kernels,
+        "quantize_rows_kernel": 2 * (2 * ladders[0] + ladders[1]),
+    }
     assert {k: sum(r["kernel"] == k for r in rows) for k in count} == count
     assert len(rows) == sum(count.values())
 
@@ -70,11 +76,11 @@ def test_within_budget(rows) -> None:
 def test_hot_loops_move_16_bytes(rows) -> None:
     """Where an aligned kernel still loads, only statistics and row scales are narrower; a scalar one moves elements.
 
-    A 16-bit branch beside a float32 residual moves in vectors of 8 bytes. After its last load a block of backward
-    writes its one row of sums; ptxas splits some of these stores.
+    A 16-bit branch beside a float32 residual moves in vectors of 8 bytes, as quantised rows do. After its last load a
+    block of backward writes its one row of sums; ptxas splits some of these stores.
     """
-    streams = {"norm_kernel": 5, "norm_backward_kernel": 6}
-    of_residual = {"norm_kernel": 3, "norm_backward_kernel": 3}
+    streams = {"norm_kernel": 5, "norm_quantized_kernel": 4, "norm_backward_kernel": 6, "quantize_rows_kernel": 1}
+    of_residual = {"norm_kernel": 3, "norm_quantized_kernel": 3, "norm_backward_kernel": 3}
     for row in rows:
         if "scalar" in row["config"]:
             assert row["global_16_byte"] == 0, key(row)

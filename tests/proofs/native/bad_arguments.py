@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from internvit.numerics import relative_error
-from internvit.ops import linear_int8, per_token_quant_int8
+from internvit.ops import linear_int8, per_token_quant
 from internvit.ops.backends.registry import BACKENDS
 from internvit.ops.core.registration import OPS
 from tests.proofs.cuda.host import as_backend
@@ -26,6 +26,7 @@ from tests.support.implementations import call
 
 BATCH, TOKENS, HEADS, HEAD_DIM, OUT = 2, 5, 2, 8, 6
 CHANNELS = HEADS * HEAD_DIM
+ROWS = ("x_q", "x_scale", "x_zero")
 UNCHECKED = ("instruction_sets", "packs_linear", "multiplies_int8")  # no argument can be wrong
 
 Arguments = dict[str, Any]
@@ -52,6 +53,8 @@ class Made:
         if name == "output_mask":
             return [True] * argument.N
         plain = {"eps": 1e-6, "scale": 0.3, "rounding": "fused", "branch_dtype": self.dtype, "dtype": self.dtype}
+        if "quant" in self.op:
+            plain["dtype"] = torch.int8
         plain |= {
             "kind": "layer_norm",
             "norm_type": "layer_norm",
@@ -65,13 +68,21 @@ class Made:
         return plain[name]
 
     def int8_operand(self, name: str) -> Tensor:
-        weight_q, weight_scale, _ = self.raw.quantize_rows_int8(self.weight, True)
-        if name in ("x_q", "x_scale", "x_zero"):
+        if name in (*ROWS, "x"):  # of mlp_int8 x is int8 here
             x = torch.randn((BATCH, TOKENS, CHANNELS), generator=torch.Generator().manual_seed(0))
-            return self.raw.quantize_rows_int8(x, False)[("x_q", "x_scale", "x_zero").index(name)]
-        packed = {"weight_q": lambda: weight_q, "packed_weight": lambda: self.raw.pack_weight_int8(weight_q)}
-        packed |= {"weight_scale": lambda: weight_scale, "bias": lambda: self.random(OUT, dtype=torch.float32)}
-        return packed[name]()
+            return self.raw.per_token_quant(x, False, torch.int8)[0 if name == "x" else ROWS.index(name)]
+        if name == "residual":
+            return self.random(BATCH, TOKENS, OUT)
+        if name == "group_ratio":
+            return self.random(OUT, -(-CHANNELS // 128), dtype=torch.float32)
+        weight = self.weight.t() if name.startswith("fc2") else self.weight
+        weight_q, weight_scale, _ = self.raw.per_token_quant(weight, True, torch.int8)
+        kind = name.rpartition("_")[2]
+        if kind == "bias":
+            return torch.ones(len(weight_q))
+        if name == "weight_q":
+            return weight_q
+        return weight_scale if kind == "scale" else self.raw.pack_weight_int8(weight_q)
 
     def tensor(self, name: str) -> Tensor:
         if self.op == "pack_weight":
@@ -81,7 +92,7 @@ class Made:
             made["residual"] = lambda: self.random(BATCH, TOKENS, OUT)
             if name in made:
                 return made[name]()
-        if "int8" in self.op and name != "x":
+        if "int8" in self.op and (name != "x" or self.op == "mlp_int8"):
             return self.int8_operand(name)
         if name in ("weight", "bias", "gamma", "q_weight", "k_weight"):
             return self.random(CHANNELS)
@@ -184,9 +195,11 @@ def expected(made: Made, arguments: Arguments) -> list[Tensor]:
     if made.op == "pack_weight":
         return [made.raw.pack_weight(arguments["weight"].contiguous().clone())]
     if made.op == "pack_weight_int8":
-        return [made.raw.pack_weight_int8(arguments["weight_q"].contiguous().clone())]
-    if made.op == "quantize_rows_int8":
-        return list(call("per_token_quant_int8", "reference", *arguments.values()))
+        ratio = arguments["group_ratio"]
+        ratio = None if ratio is None else ratio.contiguous().clone()
+        return [made.raw.pack_weight_int8(arguments["weight_q"].contiguous().clone(), ratio)]
+    if made.op == "mlp_int8":
+        return [int8_mlp(made, arguments)]
     if made.op in ("linear_int8_packed", "linear_int8_dynamic"):
         return [int8_product(made, arguments)]
     wide = copied(arguments, lambda t: t.double())
@@ -201,15 +214,28 @@ def expected(made: Made, arguments: Arguments) -> list[Tensor]:
     return [*outputs, *(wide[n] for n in written_names(made))]
 
 
+def int8_mlp(made: Made, arguments: Arguments) -> Tensor:
+    rows = tuple(arguments[n] for n in ("x", "x_scale", "x_zero"))
+    for layer, weight in (("fc1", made.weight), ("fc2", made.weight.t())):
+        if not torch.equal(arguments[f"{layer}_weight"], made.arguments[f"{layer}_weight"]):
+            raise ValueError("another weight")
+        weight_q, _, _ = made.raw.per_token_quant(weight, True, torch.int8)
+        scale, bias = arguments[f"{layer}_scale"], arguments[f"{layer}_bias"]
+        (x_q, x_scale, x_zero), gelu = rows, layer == "fc1"
+        settings: Any = {"gelu": gelu, "dtype": torch.float32 if gelu else arguments["dtype"], "backend": "reference"}
+        y = linear_int8(x_q, x_scale, weight_q, scale, bias, x_zero, **settings)
+        rows = per_token_quant(y, symmetric=False, backend="reference")
+    return y
+
+
 def int8_product(made: Made, arguments: Arguments) -> Tensor:
     if not torch.equal(arguments["packed_weight"], made.arguments["packed_weight"]):
         raise ValueError("another weight")
-    weight_q, _, _ = made.raw.quantize_rows_int8(made.weight, True)
+    weight_q, _, _ = made.raw.per_token_quant(made.weight, True, torch.int8)
     given = {n: v for n, v in arguments.items() if n != "packed_weight"}
     if "x" in given:
         x = given.pop("x")
-        names = ("x_q", "x_scale", "x_zero")
-        given |= dict(zip(names, per_token_quant_int8(x, symmetric=False, backend="reference"), strict=True))
+        given |= dict(zip(ROWS, per_token_quant(x, symmetric=False, backend="reference"), strict=True))
         given["dtype"] = x.dtype
     return linear_int8(weight_q=weight_q, **given, backend="reference")
 
@@ -296,7 +322,7 @@ def main() -> None:
     calls, complaints, fakes = 0, [], Fakes(namespace)
     outcomes: list[tuple[str, Made, Arguments, str | None]] = []
     for op in ops_of(raw, namespace):
-        for dtype in (torch.bfloat16,) if "pack" in op else (torch.float32, torch.bfloat16):
+        for dtype in (torch.bfloat16,) if "pack" in op or op == "mlp_int8" else (torch.float32, torch.bfloat16):
             made = Made(raw, op, dtype, generator)
             if not any(w in op for w in ("peak", "use_", "pack")):
                 told = complaint(made, "", made.arguments)  # valid as it is

@@ -153,6 +153,46 @@ struct Driver {
     report("gelu", dtype);
   }
 
+  QuantizedRows quantized_rows(int64_t rows, int64_t channels, DType dtype, bool symmetric) {
+    return {guarded(rows * channels), empty_floats(rows), reinterpret_cast<int32_t*>(guarded(rows * 4)), dtype,
+            symmetric};
+  }
+
+  void add(const QuantizedRows& q, int64_t rows, int64_t channels) {
+    add(q.x_q, rows * channels);
+    add(q.x_scale, rows * 4);
+    add(q.x_zero, rows * 4);
+  }
+
+  QuantizedRows quantize(DType dtype, int64_t rows, int64_t channels, DType to, bool symmetric) {
+    QuantizeRowsParams p = {};
+    p.x = filled(dtype, rows * channels);
+    p.x_stride = channels;
+    p.quantized = quantized_rows(rows, channels, to, symmetric);
+    p.rows = rows;
+    p.channels = int32_t(channels);
+    p.dtype = dtype;
+    kernels.quantize_rows(p, executor);
+    add(p.quantized, rows, channels);
+    report("quantize_rows", dtype);
+    return p.quantized;
+  }
+
+  void quantized_norm(DType dtype, int64_t rows, int64_t channels, DType to, bool symmetric) {
+    NormParams p = {};
+    p.dtype = p.residual_dtype = dtype;
+    p.x = filled(dtype, rows * channels);
+    p.x_stride = channels;
+    p.rows = rows;
+    p.channels = int32_t(channels);
+    p.weight = floats(channels);
+    p.eps = 1e-6f;
+    p.quantized = quantized_rows(rows, channels, to, symmetric);
+    kernels.norm(p, executor);
+    add(p.quantized, rows, channels);
+    report("norm", dtype);
+  }
+
   void attention(DType dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, bool normed) {
     const int64_t width = heads * head_dim, n = batch * tokens * width, bytes = n * size_of(dtype);
     const auto view = [&](const void* data) { return HeadsView{data, tokens * width, width, head_dim}; };
@@ -230,34 +270,17 @@ struct Driver {
     report("linear", kBFloat16);
   }
 
-  QuantizeRowsParams quantized(DType dtype, int64_t rows, int64_t channels, bool symmetric) {
-    QuantizeRowsParams q = {};
-    q.x = filled(dtype, rows * channels);
-    q.x_stride = q.channels = channels;
-    q.x_q = reinterpret_cast<int8_t*>(guarded(rows * channels));
-    q.x_scale = empty_floats(rows);
-    q.x_zero = reinterpret_cast<int32_t*>(guarded(rows * 4));
-    q.rows = rows;
-    q.dtype = dtype;
-    q.symmetric = symmetric;
-    kernels.quantize_rows(q, executor);
-    add(q.x_q, rows * channels);
-    add(q.x_scale, rows * 4);
-    add(q.x_zero, rows * 4);
-    report("quantize_rows", dtype);
-    return q;
-  }
-
-  void linear_int8(DType dtype, int64_t rows, int64_t in, int64_t out) {
-    const QuantizeRowsParams x = quantized(dtype, rows, in, false), weight = quantized(kFloat32, out, in, true);
+  void linear_int8(DType dtype, int64_t rows, int64_t in, int64_t out, bool grouped) {
+    const QuantizedRows x = quantize(dtype, rows, in, kInt8, false), weight = quantize(kFloat32, out, in, kInt8, true);
     PackWeightInt8Params w = {};
-    w.weight_q = weight.x_q;
-    w.packed = reinterpret_cast<int8_t*>(guarded(packed_weight_int8_size(out, in)));
+    w.weight_q = static_cast<const int8_t*>(weight.x_q);
+    w.group_ratio = grouped ? floats(out * ((in + kInt8GroupSize - 1) / kInt8GroupSize)) : nullptr;
+    w.packed = reinterpret_cast<int8_t*>(guarded(packed_weight_int8_size(out, in, grouped)));
     w.in_features = in;
     w.out_features = out;
     kernels.pack_weight_int8(w, executor);
     LinearInt8Params p = {};
-    p.x_q = x.x_q;
+    p.x_q = static_cast<const int8_t*>(x.x_q);
     p.x_stride = p.in_features = in;
     p.x_scale = x.x_scale;
     p.x_zero = x.x_zero;
@@ -266,6 +289,7 @@ struct Driver {
     p.bias = floats(out);
     p.rows = rows;
     p.out_features = out;
+    p.grouped = grouped;
     for (DType of : {kFloat32, kBFloat16}) {
       p.dtype = of;
       p.gelu = of == kBFloat16;
@@ -273,20 +297,48 @@ struct Driver {
       kernels.linear_int8(p, executor);
       add(p.y, rows * out * size_of(of));
     }
-    p.x = x.x;
+    p.x = filled(dtype, rows * in);
     p.x_dtype = dtype;
     p.x_q = nullptr;
     p.x_scale = nullptr;
     p.x_zero = nullptr;
+    p.gelu = false;
+    p.residual = filled(p.dtype, rows * out);
+    p.residual_stride = out;
     p.y = guarded(rows * out * size_of(p.dtype));
     kernels.linear_int8(p, executor);
     add(p.y, rows * out * size_of(p.dtype));
     report("linear_int8", dtype);
+    p.residual = nullptr;
+    p.gelu = true;
+    mlp_int8(p, out, in);
+  }
+
+  // fc1 as given, and an fc2 back to `out` features.
+  void mlp_int8(LinearInt8Params fc1, int64_t hidden, int64_t out) {
+    const QuantizedRows weight = quantize(kFloat32, out, hidden, kInt8, true);
+    PackWeightInt8Params w = {};
+    w.weight_q = static_cast<const int8_t*>(weight.x_q);
+    w.packed = reinterpret_cast<int8_t*>(guarded(packed_weight_int8_size(out, hidden, false)));
+    w.in_features = hidden;
+    w.out_features = out;
+    kernels.pack_weight_int8(w, executor);
+    LinearInt8Params fc2 = {};
+    fc2.packed_weight = w.packed;
+    fc2.weight_scale = weight.x_scale;
+    fc2.rows = fc1.rows;
+    fc2.in_features = hidden;
+    fc2.out_features = out;
+    fc2.y = guarded(fc2.rows * out * 4);
+    kernels.mlp_int8({fc1, fc2}, executor);
+    add(fc2.y, fc2.rows * out * 4);
+    report("mlp_int8", fc1.x_dtype);
   }
 
   void counted(DType dtype) {
     norms(dtype, 64, 1024);
     gelu(dtype, 16384);
+    quantize(dtype, 64, 1024, kInt8, false);
     attention(dtype, 1, 129, 1, 64, true);
   }
 
@@ -297,6 +349,10 @@ struct Driver {
       norms(dtype, 1, 1);
       gelu(dtype, 1);
       gelu(dtype, 5003);
+      for (DType to : {kInt8, kFloat8E4M3}) {
+        quantize(dtype, 37, 40, to, true);
+        quantized_norm(dtype, 3, 203, to, to == kFloat8E4M3);
+      }
       attention(dtype, 1, 1, 1, 8, false);
       attention(dtype, 2, 3, 2, 40, true);
       attention(dtype, 1, 67, 2, 64, true);
@@ -307,9 +363,11 @@ struct Driver {
     linear(33, 40, 56);
     linear(70, 1088, 33);
     if (!kernels.linear_int8) return;
-    linear_int8(kBFloat16, 1, 7, 1);
-    linear_int8(kFloat32, 33, 40, 56);
-    linear_int8(kFloat16, 70, 2113, 33);
+    for (bool grouped : {false, true}) {
+      linear_int8(kBFloat16, 1, 7, 1, grouped);
+      linear_int8(kFloat32, 33, 40, 56, grouped);
+      linear_int8(kFloat16, 70, 2113, 33, grouped);
+    }
   }
 };
 

@@ -107,8 +107,8 @@ BUGS = {
     ),
     "off by one in the rows": (
         "ops/norm.cuh",
-        "const bool active = row < p.rows;",
-        "const bool active = row <= p.rows;",
+        "const bool active = row < p.rows;  // the others",
+        "const bool active = row <= p.rows;  // the others",
         "",
     ),
     "a group too few in the sum": (

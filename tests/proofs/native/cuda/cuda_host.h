@@ -80,6 +80,7 @@ inline float __uint_as_float(uint32_t bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
+inline int __float2int_rn(float x) { return x == x ? int(std::nearbyint(x)) : 0; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __frsqrt_rn(float x) { return float(1.0 / std::sqrt(double(x))); }
 inline int min(int a, int b) { return a < b ? a : b; }

@@ -110,6 +110,7 @@ struct Driver {
          1e-6f,
          layer_norm,
          false,
+         {},
          dtype,
          residual_dtype};
     if (plant_bounds) p.rows += 1;
