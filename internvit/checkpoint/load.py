@@ -93,7 +93,7 @@ def _load(
     strict: bool,
 ) -> Model:
     path, plan = checkpoint.path, checkpoint.plan
-    scales = read_scales(checkpoint.folder / CONFIG, plan.unexpected, plan.sources())
+    scales = read_scales(path, checkpoint.folder / CONFIG, plan.unexpected, plan.sources())
     unexpected = [key for key in plan.unexpected if key not in scales.values()]
     unread = [key for key in unexpected if SCALES.fullmatch(key)]
     if unread:

@@ -44,10 +44,11 @@ def is_scale(key: str) -> bool:
     return key.endswith(f".weight{SUFFIX}") and match(key.removesuffix(SUFFIX)) is not None
 
 
-def read_scales(config: Path, unexpected: Iterable[str], sources: Collection[str]) -> dict[str, str]:
+def read_scales(path: Path, config: Path, unexpected: Iterable[str], sources: Collection[str]) -> dict[str, str]:
     """The scale's key for each int8 weight, of keys that a plain checkpoint does not have.
 
     Args:
+        path: of the checkpoint, for messages.
         config: the config.json beside the weights.
         unexpected: those keys.
         sources: the keys of the parameters.
@@ -58,16 +59,16 @@ def read_scales(config: Path, unexpected: Iterable[str], sources: Collection[str
     scales = {key.removesuffix(SUFFIX): key for key in unexpected if is_scale(key)}
     scales = {weight: scale for weight, scale in scales.items() if weight in sources}
     if scales:
-        _check_config(config, sorted(scales.values()))
+        _check_config(path, config, sorted(scales.values()))
     return scales
 
 
-def _check_config(config: Path, scales: list[str]) -> None:
+def _check_config(path: Path, config: Path, scales: list[str]) -> None:
     fields = read_json(config) if config.exists() else {}
     while isinstance(fields, dict) and "quantization_config" not in fields and fields.get("vision_config"):
         fields = fields["vision_config"]
     entry = fields.get("quantization_config") if isinstance(fields, dict) else None
-    expected = f"{config}: expected a quantization_config that explains the scales {listed(scales)}"
+    expected = f"{path}: expected a quantization_config in {config.name} that explains the scales {listed(scales)}"
     if not isinstance(entry, Mapping):
         raise ValueError(f"{expected}, got none")
     if entry.get("format") != FORMAT:

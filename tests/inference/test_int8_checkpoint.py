@@ -148,7 +148,10 @@ def test_wrong_and_half_files_are_refused(change, message: str, tmp_path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.pop("quantization_config"), "expected a quantization_config that explains the scales .* got none"),
+        (
+            lambda f: f.pop("quantization_config"),
+            "expected a quantization_config in config.json that explains the scales .* got none",
+        ),
         (lambda f: f["quantization_config"].update(format="pack-quantized"), "'int-quantized', got 'pack-quantized'"),
         (
             lambda f: f["quantization_config"]["config_groups"]["group_0"]["weights"].update(strategy="group"),
