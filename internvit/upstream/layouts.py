@@ -124,21 +124,15 @@ TIMM = replace(
     dropouts=("attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"),
     idle=("attn.norm", "attn.gate", "mlp.norm"),
 )
-DINOV2 = Layout(
+DINOV2 = replace(
+    TRANSFORMERS,
     name="dinov2",
     classes=tuple(
         (f"{family}Layer", f"{family}Attention", f"{family}MLP")
         for family in ("Dinov2", "Dinov2WithRegisters", "Radio")
     ),
     norms=("norm1", "norm2"),
-    attention="attention",
-    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-    qk_norms=("attention.q_norm", "attention.k_norm"),
     proj="attention.o_proj",
-    mlp="mlp",
-    fc1="mlp.fc1",
-    activation="mlp.activation_fn",
-    fc2="mlp.fc2",
     gammas=("layer_scale1", "layer_scale2"),
     drop_paths=("drop_path", "drop_path"),
     dropouts=("attention.attention_dropout",),

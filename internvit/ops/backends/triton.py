@@ -1,11 +1,11 @@
 """Backend `triton`: the kernels of `internvit.kernels`, whose functions have the ops' names and signatures."""
 
 import functools
+from collections.abc import Callable
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from internvit import kernels
@@ -43,34 +43,18 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
     return None if qk_norm is None else QKNormGrads(*outputs)
 
 
-@implements("linear_int8", "triton")
-def linear_int8(
-    x_q: Tensor,
-    x_scale: Tensor,
-    weight_q: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    x_zero: Tensor | None,
-    residual: Tensor | None,
-    gelu: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def _scaled_sums(sums: Callable[[Tensor, Tensor], Tensor], *args: Any) -> Tensor:
+    """A quantised Linear by torch's GEMM and an epilogue; the arguments are those of `linear_int8`."""
+    x_q, x_scale, weight_q, weight_scale, bias, x_zero, residual, gelu, dtype = args
     quantized = Quantized.of(x_scale, weight_scale, x_zero, weight_q, dtype)
-    y = scale_sums(int8_sums(x_q, weight_q), quantized, bias, residual, gelu)
+    y = scale_sums(sums(x_q, weight_q), quantized, bias, residual, gelu)
     return y.view(*x_scale.shape, weight_q.shape[0])
+
+
+implements("linear_int8", "triton")(functools.partial(_scaled_sums, int8_sums))
 
 
 @implements("linear_fp8", "triton")
-def linear_fp8(
-    x_q: Tensor,
-    x_scale: Tensor,
-    weight_q: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gelu: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    quantized = Quantized.of(x_scale, weight_scale, None, weight_q, dtype)
-    y = scale_sums(float8_sums(x_q, weight_q), quantized, bias, residual, gelu)
-    return y.view(*x_scale.shape, weight_q.shape[0])
+def linear_fp8(*args: Any) -> Tensor:
+    *operands, residual, gelu, dtype = args
+    return _scaled_sums(float8_sums, *operands, None, residual, gelu, dtype)

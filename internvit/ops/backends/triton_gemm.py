@@ -10,7 +10,6 @@ instructions an element.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from internvit.kernels.linear import Quantized, linear
@@ -36,34 +35,21 @@ def linear_layer_scale(
 
 
 @implements("linear_int8", "triton_gemm")
-def linear_int8(
-    x_q: Tensor,
-    x_scale: Tensor,
-    weight_q: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    x_zero: Tensor | None,
-    residual: Tensor | None,
-    gelu: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    quantized = Quantized.of(x_scale, weight_scale, x_zero, weight_q, dtype)
-    return linear("linear_int8", x_q, weight_q, bias, None, residual, gelu, quantized=quantized)[0]
+def linear_int8(*args: Any) -> Tensor:
+    return _quantized_linear("linear_int8", *args)
 
 
 @implements("linear_fp8", "triton_gemm")
-def linear_fp8(
-    x_q: Tensor,
-    x_scale: Tensor,
-    weight_q: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gelu: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    quantized = Quantized.of(x_scale, weight_scale, None, weight_q, dtype)
-    return linear("linear_fp8", x_q, weight_q, bias, None, residual, gelu, quantized=quantized)[0]
+def linear_fp8(*args: Any) -> Tensor:
+    *operands, residual, gelu, dtype = args
+    return _quantized_linear("linear_fp8", *operands, None, residual, gelu, dtype)
+
+
+def _quantized_linear(op: str, *args: Any) -> Tensor:
+    """The arguments are those of `linear_int8`."""
+    x_q, x_scale, weight_q, weight_scale, bias, x_zero, residual, gelu, dtype = args
+    quantized = Quantized.of(x_scale, weight_scale, x_zero, weight_q, dtype)
+    return linear(op, x_q, weight_q, bias, None, residual, gelu, quantized=quantized)[0]
 
 
 @implements("linear_layer_scale_backward", "triton_gemm")
