@@ -174,9 +174,9 @@ def multiplied(monkeypatch):
     """The GEMMs that run from now on: whether they end in GELU, keep what it is taken of, and add a residual."""
     seen, multiply = [], kernels.multiply
 
-    def spy(config, x, weight, bias, gamma, residual, gelu, save):
+    def spy(config, x, weight, bias, gamma, residual, gelu, save, *quantized):
         seen.append((gelu, save, residual is not None))
-        return multiply(config, x, weight, bias, gamma, residual, gelu, save)
+        return multiply(config, x, weight, bias, gamma, residual, gelu, save, *quantized)
 
     monkeypatch.setattr(kernels, "multiply", spy)
     return seen
