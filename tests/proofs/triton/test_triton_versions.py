@@ -18,28 +18,27 @@ def test_the_record_has_every_target_in_the_dtype_of_the_models():
 
 
 def test_everything_in_the_record_compiled_in_the_same_modes():
+    """A target without float8 has fewer modes than the others, in each version the same."""
     entries = [
-        (version, dtype, entry)
-        for version, targets in versions.read().items()
-        for target in targets.values()
+        (arch, dtype, entry)
+        for targets in versions.read().values()
+        for arch, target in targets.items()
         for dtype, entry in target.items()
     ]
     assert all(entry["failures"] == [] for _, _, entry in entries)
-    for dtype in {dtype for _, dtype, _ in entries}:
-        assert len({entry["modes"] for _, d, entry in entries if d == dtype}) == 1, dtype
+    for place in {(arch, dtype) for arch, dtype, _ in entries}:
+        assert len({entry["modes"] for arch, dtype, entry in entries if (arch, dtype) == place}) == 1, place
     named = {re.match(r"\w+", kernel)[0] for _, _, entry in entries for kernel in entry["spills"]}
     assert named <= kernels()
 
 
 TOLERATED = {
-    ("3.9.0", "sm_100"): 8,
-    **dict.fromkeys([("3.8.0", "sm_120"), ("3.9.0", "sm_120")], 8),
-    ("3.8.0", "gfx1100"): 204,
+    **dict.fromkeys([("3.9.0", "sm_90"), ("3.9.0", "sm_120")], 8),
+    ("3.8.0", "gfx1100"): 4,
     ("3.9.0", "gfx1100"): 224,
 }
-"""Bytes in versions after 3.6. sm_100: the fused residual's backward at C = 3200. sm_120: grad_kv at D = 128 with
-QK-norm where its last tile of queries is masked, which no published size asks for. gfx1100: attention's backward at
-D = 128."""
+"""Bytes in versions after 3.6. sm_90, sm_120: the fused residual's backward at C = 1024. gfx1100: attention's at
+D = 128, in backward."""
 
 
 def test_what_versions_after_3_6_spill_is_known():
