@@ -142,10 +142,11 @@ def find(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", documented())
-def test_examples_of_docstrings_run(name: str, namespace) -> None:
+def test_examples_of_docstrings_run(name: str, namespace, tmp_path, monkeypatch) -> None:
     import torchvision
 
     thing = find(name)
+    monkeypatch.chdir(tmp_path)
     namespace |= {"torchvision": torchvision, **vars(sys.modules[getattr(thing, "__module__", name)])}
     for i, example in enumerate(doctest.DocTestParser().get_examples(thing.__doc__)):
         run_python(example.source, namespace, f"{name}, example {i}")
