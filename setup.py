@@ -82,7 +82,8 @@ class BuildLibraries(build_ext):
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]
         try:
-            built = build_library(PLANS[name](), Path(self.build_temp).resolve() / name)
+            # Not in self.build_temp, which is new for every editable install: objects are kept for the next build.
+            built = build_library(PLANS[name](), ROOT / "build" / name)
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             asked = name != "internvit_cuda" or os.environ.get("INTERNVIT_CUDA") == "1"

@@ -125,9 +125,14 @@ def test_python_blocks_run(page: Path, namespace, tmp_path, monkeypatch) -> None
         run_python(block, namespace, f"{page.name}, block {i}")
 
 
+def api_names() -> list[str]:
+    """What the API pages show the docstrings of."""
+    return [n for page in PAGES for n in re.findall(r"^::: (internvit\S*)$", page.read_text(), flags=re.MULTILINE)]
+
+
 def documented() -> list[str]:
     """Objects of the API pages whose docstrings have an example, and modules that begin with one."""
-    names = [n for page in PAGES for n in re.findall(r"^::: (\S+)$", page.read_text(), flags=re.MULTILINE)]
+    names = api_names()
     names += ["internvit", "internvit.integrations.transformers.model", "internvit.integrations.transformers.backbone"]
     return [name for name in names if ">>>" in (find(name).__doc__ or "")]
 
@@ -214,7 +219,7 @@ def test_wrong_commands_are_found(line) -> None:
 
 
 def test_what_api_pages_name_exists() -> None:
-    names = [n for page in PAGES for n in re.findall(r"^::: (\S+)$", page.read_text(), flags=re.MULTILINE)]
+    names = api_names()
     assert len(names) > 20
     for name in names:
         assert find(name).__doc__, name
@@ -235,5 +240,6 @@ def test_the_site_builds_without_a_warning(tmp_path) -> None:
     page = (tmp_path / "site" / "api" / "ops" / "index.html").read_text()
     assert "layer_scale_residual_norm" in page
     assert "residual_out" in page  # from its docstring
+    assert "--overwrite" in (tmp_path / "site" / "cli" / "index.html").read_text()  # from `internvit features --help`
     fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', page)
     assert not fetched, fetched

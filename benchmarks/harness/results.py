@@ -156,6 +156,37 @@ def _sources() -> str:
     return digest.hexdigest()[:16]
 
 
+_TIMED = {
+    "csrc": ("csrc",),
+    "kernels": ("kernels",),
+    "ops": ("internvit/ops",),
+    "model": ("internvit/model", "internvit/inference", "internvit/upstream"),
+}
+"""The parts of the code that times depend on, and their folders."""
+_CODE = (".py", ".h", ".cpp", ".cu")
+
+
+def code() -> dict[str, str]:
+    """A digest of the sources of each part that times depend on; any change of a file counts."""
+    root = Path(__file__).resolve().parents[2]
+    found = {}
+    for part, folders in _TIMED.items():
+        digest = hashlib.sha256()
+        files = [
+            p for folder in folders for p in (root / folder).rglob("*") if p.suffix in (".py", ".h", ".cpp", ".cu")
+        ]
+        for path in sorted(files):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+        found[part] = digest.hexdigest()[:16]
+    return found
+
+
+def changed_since(results: Results) -> list[str]:
+    """The parts of the code that are not what `results` timed; all of them where it was not recorded."""
+    recorded = results.machine.get("code", {})
+    return [part for part, digest in code().items() if recorded.get(part) != digest]
+
+
 def device_name(device: str) -> str:
     """The device as people name it."""
     if device.startswith("cuda"):
@@ -182,6 +213,7 @@ def machine(device: str) -> dict[str, Any]:
         "instruction sets": info()["cpu"]["instruction sets"],
         "git": _git_hash(),
         "sources": _sources(),
+        "code": code(),
         "command": " ".join(command),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -1,9 +1,10 @@
-"""README's tables, each machine's table of ops and docs' pictures, from the committed results: `make report`.
+"""README's table, docs' page of results with its pictures, and each machine's ops, from the results: `make report`.
 
     python -m internvit.benchmarks.reports.report [--check]
 
-Whatever stands between the markers in README.md, and benchmarks/results/*/README.md, is written from
-benchmarks/results/*/bench.json; `--check` writes nothing and exits 1 where they disagree.
+Whatever stands between the markers in README.md, docs/results.md, and benchmarks/results/*/README.md are written from
+benchmarks/results/*/bench.json; `--check` writes nothing and exits 1 where they disagree. Results of other code than
+today's are marked.
 """
 
 import argparse
@@ -11,13 +12,18 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from internvit.benchmarks.harness.results import FOLDER, Results, Row, read
+from internvit.benchmarks.harness.results import FOLDER, Results, Row, changed_since, read
 from internvit.benchmarks.reports.table import markdown, ms, replace_section
 from internvit.files import atomic_write
 
 ROOT = FOLDER.parents[1]
-_IN_README = ("model", "block")
+_WHOLE = ("model", "block")
 BEGIN, END = "<!-- results: make report -->", "<!-- end of results -->"
+_HEAD = """# Results
+
+Written by `make report` from `benchmarks/results/`. [How to measure](benchmarks.md) says what is checked before a time
+is printed and how to read the tables. No GPU has run this library; what its GPU code is predicted to do is on
+[another page](gpu-kernels.md)."""
 
 
 def all_results() -> dict[str, Results]:
@@ -73,46 +79,66 @@ def against_best(results: Results, benches: tuple[str, ...]) -> str:
     )
 
 
+def age(results: Results) -> str:
+    """When it was timed, and which parts of the code are others since."""
+    changed = changed_since(results)
+    note = f"; the code has changed since in {', '.join(changed)}" if changed else ""
+    return f"{results.machine['time'][:10]}{note}"
+
+
 def summary(name: str, results: Results) -> str:
-    """What README says of one machine."""
+    """What docs/results.md says of one machine."""
     machine = results.machine
     parts = [
-        f"**{machine['device']}**, {machine['threads']} threads, torch {machine['torch']}, {machine['time'][:10]}; "
-        f"medians, in brackets over the fastest of ours "
-        f"([every row, with spread, memory and share of the limits](benchmarks/results/{name}/bench.csv)):",
-        f"![Medians and spread of every way](docs/results/{name}.png)",
+        f"## {machine['device']}",
+        f"{machine['threads']} threads, torch {machine['torch']}, {age(results)}. Medians, in brackets over the "
+        f"fastest of ours; every row with its spread, memory and share of the limits is in "
+        f"`benchmarks/results/{name}/bench.csv`.",
+        f"![Medians and spread of every implementation](results/{name}.png)",
         ways(results, "model"),
         ways(results, "block"),
+        against_best(results, tuple(dict.fromkeys(r.bench for r in results.rows if r.bench not in _WHOLE))),
     ]
-    if ops_table(results):
-        parts.append(f"[The rest next to the best peer, one by one](benchmarks/results/{name}/README.md)")
     return "\n\n".join(part for part in parts if part)
 
 
-def ops_table(results: Results) -> str:
-    """Everything but models and blocks next to the best peer."""
-    return against_best(results, tuple(dict.fromkeys(r.bench for r in results.rows if r.bench not in _IN_README)))
+def quick_table(everything: Iterable[Results]) -> str:
+    """README's table: each model next to timm and to the best peer there, int8 next to int8."""
+    lines = []
+    for results in everything:
+        for (_, shape, dtype, mode, _), rows in _groups(results, ("model",)).items():
+            for int8 in (False, True):
+                same = [row for row in rows if ("int8" in row.variant) == int8]
+                ours, peer = _best(same, True), _best(same, False)
+                timm = _best((row for row in same if row.variant == "timm"), False)
+                if ours is None:
+                    continue
+                work = f"{shape}, {'int8' if int8 else dtype}, {mode}"
+                best = f"{peer.variant}: {_beside(peer, ours)}" if peer else ""
+                lines.append([results.machine["device"], work, _time(ours), _beside(timm, ours) if timm else "", best])
+    return markdown(["machine", "model", "internvit", "timm", "best peer"], lines)
+
+
+def _time(row: Row) -> str:
+    error = "" if row.error is None else f", error {100 * row.error:.2g} %"
+    return f"{ms(row.p50_ms)} ms{error}"
+
+
+def _beside(peer: Row, ours: Row) -> str:
+    return f"{_time(peer)}, {(peer.p50_ms or 0.0) / (ours.p50_ms or 1.0):.2f} ×"
 
 
 def pages() -> dict[Path, str]:
-    """The files that are written from the results: README, and each machine's table of ops."""
+    """The files that are written from the results."""
+    everything = all_results()
     readme = ROOT / "README.md"
-    found = {readme: with_section(readme.read_text())}
-    for name, results in all_results().items():
-        table = ops_table(results)
-        if table:
-            found[FOLDER / name / "README.md"] = f"# {results.machine['device']}: next to the best peer\n\n{table}\n"
-    return found
-
-
-def section() -> str:
-    """Everything between the markers."""
-    return "\n\n".join(summary(name, results) for name, results in all_results().items())
-
-
-def with_section(readme: str) -> str:
-    """README's text with its results replaced."""
-    return replace_section(readme, "README.md", BEGIN, END, section())
+    ages = [f"{results.machine['device']}: {age(results)}" for results in everything.values()]
+    table = f"{quick_table(everything.values())}\n\nMedians; {'. '.join(ages)}. [All results](docs/results.md)."
+    parts = [_HEAD, *(summary(name, results) for name, results in everything.items())]
+    return {
+        readme: replace_section(readme.read_text(), "README.md", BEGIN, END, table),
+        ROOT / "docs" / "results.md": "\n\n".join(parts) + "\n",
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
