@@ -17,7 +17,7 @@ from internvit.ops import backend, set_backend
 from internvit.output import InternViTOutput
 from internvit.upstream.patch import PatchHandle, patch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "HUB_IDS",
     "VARIANTS",
