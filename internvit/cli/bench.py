@@ -24,6 +24,7 @@ def _names(value: str | None) -> tuple[str, ...] | None:
 @click.option("--peers", help="Only these peers, comma-separated: eager, SDPA, timm, 'transformers SDPA', …; 'none'.")
 @click.option("--rounds", type=click.IntRange(1), help="Runs of each; 15 for ops, 5 for models by default.")
 @click.option("--out", "folder", type=click.Path(file_okay=False, path_type=Path), help="Write JSON, CSV and PNG here.")
+@click.option("--base", metavar="REF", help="Time this git revision as well: what got slower since. Builds it.")
 @click.option("--compare", nargs=2, type=click.Path(exists=True, path_type=Path), help="OLD NEW: what got slower.")
 def bench(
     benches: tuple[str, ...],
@@ -32,12 +33,13 @@ def bench(
     peers: str | None,
     rounds: int | None,
     folder: Path | None,
+    base: str | None,
     compare: tuple[Path, Path] | None,
 ) -> None:
     """Time BENCHES (all of them by default) and their peers; an implementation with wrong results is not timed.
 
     All implementations of a case run in turn, in one process, on inputs larger than the last-level cache. The exit code
-    is 1 if a result was wrong, or with --compare if anything got slower beyond its spread. After Ctrl-C the results
+    is 1 if a result was wrong, or with --compare or --base if anything got slower beyond its spread. After Ctrl-C the results
     measured so far are kept.
 
     \b
@@ -46,6 +48,7 @@ def bench(
       internvit bench attention layer_scale_residual_norm --out results
       internvit bench model --peers timm,'transformers SDPA'
       internvit bench --compare old/bench.json new/bench.json
+      internvit bench rms_norm model --peers none --base v0.1.0
     """
     from internvit.benchmarks.harness.cases import Setting
     from internvit.benchmarks.harness.run import BENCHES, run
@@ -55,6 +58,10 @@ def bench(
     unknown = [name for name in benches if name not in BENCHES]
     if unknown:
         raise click.UsageError(f"BENCHES: expected {', '.join(BENCHES)}, got {', '.join(unknown)}")
+    if base is not None:
+        if folder is not None or compare is not None:
+            raise click.UsageError("--base: compares with a revision, --out and --compare have no meaning beside it")
+        _compare_with(base, [*benches, *_given(quick, device, peers, rounds)])
     chosen = () if peers == "none" else _names(peers)
     progress = _Progress()
     setting = Setting(device or _device(), quick)
@@ -83,12 +90,31 @@ class _Progress:
             self.bar.set_description_str(text)
 
 
+def _given(quick: bool, device: str | None, peers: str | None, rounds: int | None) -> list[str]:
+    """The options as another call takes them."""
+    options = {"--device": device, "--peers": peers, "--rounds": rounds}
+    given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return [*given, *(["--quick"] if quick else [])]
+
+
+def _compare_with(ref: str, arguments: list[str]) -> None:
+    from internvit.benchmarks.harness import revision
+
+    _changes(*revision.measured(ref, arguments, lambda text: click.echo(text, err=True)))
+
+
 def _compare(old: Path, new: Path) -> None:
+    from internvit.benchmarks.harness import results as files
+
+    _changes(files.read(old), files.read(new))
+
+
+def _changes(old: Any, new: Any) -> None:
     """Prints what changed between two results, and exits with 1 if anything is slower."""
     from internvit.benchmarks.harness import results as files
     from internvit.benchmarks.reports import table
 
-    changes = files.compare(files.read(old), files.read(new))
+    changes = files.compare(old, new)
     click.echo(table.changes_as_text(changes))
     raise SystemExit(any(change.verdict == "slower" for change in changes))
 

@@ -168,6 +168,55 @@ def test_compare_names_what_got_slower(measured, tmp_path, capsys) -> None:
     assert slow.variant in printed
 
 
+def test_a_revision_is_checked_out_and_built_beside_this_one(tmp_path, monkeypatch) -> None:
+    """Of a small repository: its setup.py builds, its bench is run with the arguments given, and nothing is left."""
+    from internvit.benchmarks.harness import revision
+
+    def git(*words: str) -> str:
+        call = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(call, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    (tmp_path / "setup.py").write_text("open('built', 'w').close()")
+    (tmp_path / "file").write_text("old")
+    git("add", ".")
+    git("commit", "-qm", "old")
+    (tmp_path / "file").write_text("new")
+    monkeypatch.setattr(revision, "ROOT", tmp_path)
+    with revision.checkout("HEAD") as folder:
+        assert ((folder / "file").read_text(), (tmp_path / "file").read_text()) == ("old", "new")
+        assert (folder / "built").exists()
+        assert not (tmp_path / "built").exists()
+    assert not folder.exists()
+    assert len(git("worktree", "list").splitlines()) == 1
+    with pytest.raises(ValueError, match="--base: checking out 'nothing' failed: "), revision.checkout("nothing"):
+        pass
+
+
+def test_base_compares_with_a_revision(measured, monkeypatch, capsys) -> None:
+    from internvit.benchmarks.harness import revision
+
+    def fake(ref, arguments, progress):
+        assert (ref, arguments) == ("v1", ["rms_norm", "--peers", "none", "--rounds", "2", "--quick"])
+        return measured, measured
+
+    monkeypatch.setattr(revision, "measured", fake)
+    assert bench("rms_norm", "--quick", "--rounds", "2", "--peers", "none", "--base", "v1") == 0
+    assert "within the spread" in capsys.readouterr().out
+    assert bench("--base", "v1", "--out", "x") == 2
+
+
+def test_results_of_other_code_are_marked(measured) -> None:
+    assert results.changed_since(measured) == []
+    code = measured.machine["code"]
+    assert set(code) == {"csrc", "kernels", "ops", "model"}
+    old = dataclasses.replace(measured, machine={**measured.machine, "code": {**code, "csrc": "0"}})
+    assert results.changed_since(old) == ["csrc"]
+    assert "changed since in csrc" in report.age(old)
+    unknown = dataclasses.replace(measured, machine={k: v for k, v in measured.machine.items() if k != "code"})
+    assert results.changed_since(unknown) == list(code)
+
+
 def test_pictures(measured, tmp_path) -> None:
     from internvit.benchmarks.reports.plots import draw
 

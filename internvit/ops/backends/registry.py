@@ -25,7 +25,7 @@ class Backend:
     """One set of implementations.
 
     Attributes:
-        module: registers them; None for those that the op files register themselves.
+        module: of this folder, registers them when imported; None for those that the op files register themselves.
         unavailable_reason: why this backend cannot run on this machine and how to get it; None when it can.
         unsupported_reason: (device type, dtype, head_dim or 0) -> why it cannot take such a tensor; None when it can.
         folds_qk_norm: its `attention` takes QK-norm's weights and statistics.
@@ -117,7 +117,7 @@ def usable(name: str) -> Backend:
 @functools.cache
 def _load(backend: Backend) -> None:
     if backend.module is not None and backend.unavailable_reason() is None:
-        importlib.import_module(backend.module)
+        importlib.import_module(f".{backend.module}", __package__)
 
 
 def _library(name: str) -> Callable[[], str | None]:
@@ -202,19 +202,17 @@ BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("reference", None, _always, _anything),
-        Backend(
-            "sdpa", "internvit.ops.backends.sdpa", _always, _anything, folds_qk_norm=False, lse_devices=("cpu", "cuda")
-        ),
+        Backend("sdpa", "sdpa", _always, _anything, folds_qk_norm=False, lse_devices=("cpu", "cuda")),
         Backend(
             "flash",
-            "internvit.ops.backends.flash",
+            "flash",
             _flash_unavailable,
             _flash_unsupported,
             folds_qk_norm=False,
         ),
         Backend(
             "triton",
-            "internvit.ops.backends.triton",
+            "triton",
             _package("triton", "pip install triton (Linux; torch's CUDA builds bring it)"),
             _triton_unsupported,
             max_channels=8192,
@@ -222,15 +220,15 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             "triton_gemm",
-            "internvit.ops.backends.triton_gemm",
+            "triton_gemm",
             _package("triton", "pip install triton (Linux; torch's CUDA builds bring it)"),
             _triton_unsupported,
             fallback="triton",
         ),
-        Backend("cpu", "internvit.ops.backends.cpu", _library("internvit_cpu"), _only(("cpu",), _FLOATS)),
+        Backend("cpu", "cpu", _library("internvit_cpu"), _only(("cpu",), _FLOATS)),
         Backend(
             "cuda",
-            "internvit.ops.backends.cuda",
+            "cuda",
             _library("internvit_cuda"),
             _cuda_unsupported,
             folds_qk_norm=False,

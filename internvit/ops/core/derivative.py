@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from internvit.ops.core.direct import nothing_watches, plain
+from internvit.ops.core.namespace import NAMESPACE
 
 
 def below_autograd(op: Callable, *args: Any) -> Any:
@@ -158,7 +159,7 @@ def underivable(op: Any, overload: Callable) -> type[Function]:
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             raise RuntimeError(
-                f"internvit::{op.name} has no derivative: double backward is not implemented; "
+                f"{NAMESPACE}::{op.name} has no derivative: double backward is not implemented; "
                 "use internvit.reference or plain PyTorch where second derivatives are needed"
             )
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from internvit.ops.core.namespace import NAMESPACE
+
 _COUNTER = "torch.utils.flop_counter"
 FORMULAS: dict[str, Callable[..., int]] = {}
 """op -> FLOPs from its arguments, tensors given as their shapes; filled by the op files."""
@@ -25,7 +27,7 @@ def register_when_counted() -> None:
         return
     _registered = True
     module: Any = sys.modules[_COUNTER]
-    ops = {getattr(torch.ops.internvit, name): formula for name, formula in FORMULAS.items()}
+    ops = {getattr(getattr(torch.ops, NAMESPACE), name): formula for name, formula in FORMULAS.items()}
     for op, formula in ops.items():
         module.register_flop_formula(op)(formula)
     # A counter that is counting already took its copy of the registry before.

@@ -39,11 +39,12 @@ from internvit.ops.core.fallback import (
     pass_over,
 )
 from internvit.ops.core.flops import FORMULAS, register_when_counted
+from internvit.ops.core.namespace import NAMESPACE
 from internvit.ops.core.select import check_named, forget_resolved, requested, resolve
 
 Mask: TypeAlias = "tuple[bool, ...] | list[bool]"
 
-LIBRARY = torch.library.Library("internvit", "DEF")
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 OPS: dict[str, "Op"] = {}
 """Every registered op, backward ops too."""
 
@@ -89,7 +90,7 @@ class Op:
         self.name = schema[: schema.index("(")]
         arguments, _, returns = schema.rpartition(") -> ")
         LIBRARY.define(f"{arguments}, str backend) -> {returns}")
-        self.overload = getattr(torch.ops.internvit, self.name).default
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self.run = guarded(self.name, run or self._run_in_backend)
         self.check = check
         self.fakes: dict[str, Callable] = {}
@@ -176,7 +177,7 @@ class Op:
             self.check(*args)
             return fake(*args)
 
-        torch.library.register_fake(f"internvit::{self.name}", checked, lib=LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", checked, lib=LIBRARY)
         for backend in self.compiled:
             self.fakes[backend] = raw_fake or (lambda *args, name=backend: checked(*args, name))
 

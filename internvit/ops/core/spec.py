@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvit.numerics import layer_norm_terms, norm_violations, product_violations, sample
 from internvit.ops.core.flops import FORMULAS
+from internvit.ops.core.namespace import NAMESPACE
 from internvit.ops.core.registration import OPS
 
 
@@ -233,10 +234,10 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "internvit":
+        if func.namespace == NAMESPACE:
             tensors = [t for t in (*args, *as_tuple(out)) if isinstance(t, Tensor)]
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)
-            formula = FORMULAS.get(func._schema.name.removeprefix("internvit::"))
+            formula = FORMULAS.get(func._schema.name.removeprefix(f"{NAMESPACE}::"))
             if formula is not None:
                 shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
                 self.flops += formula(*shapes)
