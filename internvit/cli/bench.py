@@ -39,8 +39,8 @@ def bench(
     """Time BENCHES (all of them by default) and their peers; an implementation with wrong results is not timed.
 
     All implementations of a case run in turn, in one process, on inputs larger than the last-level cache. The exit code
-    is 1 if a result was wrong, or with --compare or --base if anything got slower beyond its spread. After Ctrl-C the results
-    measured so far are kept.
+    is 1 if a result was wrong, or with --compare or --base if anything got slower beyond its spread. After Ctrl-C the
+    results measured so far are kept.
 
     \b
     Examples:
