@@ -12,7 +12,7 @@ import torch
 
 from internvit.ops.backends import native
 from tests.support import ROOT
-from tests.support.building import BuildFolder, setup_module
+from tests.support.building import BuildFolder, built_by_setup, setup_module
 
 UNIT = "amx_emulated"
 
@@ -28,12 +28,15 @@ def _link_library(folder: BuildFolder, library: Path) -> None:
     flags = plan.compiles.pop(setup.CSRC / "cpu" / "isa" / "avx512_bf16.cpp")
     plan.compiles[ROOT / "tests" / "proofs" / "native" / f"{UNIT}.cpp"] = flags
     setup.write_schemas(plan.name, library.parent / "schemas.h")
-    bindings = setup.CSRC / "cpu" / "torch"
-    here = [f"-I{library.parent}"]  # schemas.h
-    objects = folder.all_compiled(
-        (source, [*command, *here] if bindings in source.parents else command)
-        for source, command in plan.compiles.items()
-    )
+    installed = ROOT / "build" / plan.name / "schemas.h"
+    same = installed.exists() and installed.read_text() == (library.parent / "schemas.h").read_text()
+
+    def flags_of(source: Path, command: list[str]) -> list[str]:
+        """Bindings include schemas.h: that of setup.py's build where it says the same."""
+        plain = setup.CSRC / "cpu" / "torch" not in source.parents or (same and built_by_setup(source, command))
+        return command if plain else [*command, f"-I{library.parent}"]
+
+    objects = folder.all_compiled((source, flags_of(source, command)) for source, command in plan.compiles.items())
     subprocess.run([*plan.link, *objects, "-o", str(library), *plan.link_end], check=True)
 
 
