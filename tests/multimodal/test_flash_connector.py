@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from internvit import InternViT, InternVLConnector, InternVLFlashConnector, InternVLFlashOutput
 from internvit.data import Embedder
+from internvit.multimodal.connector import pixel_shuffle
 from internvit.multimodal.load import load_connector
 from internvit.multimodal.router import CrossAttentionPooling, tiles_to_compress
 from internvit.numerics import relative_error
@@ -97,6 +98,23 @@ def test_a_hooked_or_replaced_attention_is_called(chat, generator) -> None:
     pooling.attn2.register_forward_hook(lambda *_: calls.append(1))
     assert relative_error(pooling(x), before) <= 1e-5
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("part", ["mlp1", "mlp1.2", "mlp2", "gating.block2", "gating.block2.1"])
+def test_hooks_of_every_part_run(part, chat, generator) -> None:
+    connector, tokens, calls = connector_of(chat), torch.randn(3, 17, 96, generator=generator), []
+    before = connector(tokens, compress=[True, False, True])
+    connector.get_submodule(part).register_forward_hook(lambda *_: calls.append(part))
+    after = connector(tokens, compress=[True, False, True])
+    assert calls == [part]
+    assert relative_error(after.image_tokens, before.image_tokens) <= 1e-5
+
+
+def test_another_gelu_is_not_taken_for_the_exact_one(chat, generator) -> None:
+    plain, tokens = InternVLConnector.from_state_dict(chat.state_dict()), torch.randn(2, 17, 96, generator=generator)
+    plain.mlp1[2] = torch.nn.GELU("tanh")
+    folded = pixel_shuffle(tokens[:, 1:].view(2, 4, 4, 96)).flatten(1, 2)
+    assert relative_error(plain(tokens), plain.mlp1(folded)) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
