@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from internvit import InternViT, InternVLConnector, InternVLFlashConnector, InternVLFlashOutput
@@ -267,3 +268,28 @@ def test_features_of_images(chat, folder, generator) -> None:
     other = Embedder(folder, connector=connector_of(chat, flash_relative_threshold=0.5), pooling="connector", size=56)
     assert other.settings()["connector_digest"] == embed.settings()["connector_digest"]
     assert other.settings()["connector"] != embed.settings()["connector"]
+
+
+def test_features_by_the_command_line(folder, tmp_path, generator) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the data extra is not installed")
+    pytest.importorskip("click", reason="the cli extra is not installed")
+    from click.testing import CliRunner
+
+    from internvit.cli.app import cli
+
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate(((60, 170, 3), (56, 56, 3))):
+        pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    arguments = ["--weights", folder, "--pooling", "connector", "--connector", folder, "--size", 56, "--tiles", 6]
+    done = CliRunner().invoke(
+        cli, ["features", *map(str, (tmp_path / "photos", *arguments, "--out", tmp_path / "out"))]
+    )
+    assert done.exit_code == 0, done.output
+    (shard,) = (tmp_path / "out" / "data").glob("*.parquet")
+    rows = sorted(parquet.read_table(shard).to_pylist(), key=lambda row: row["path"])
+    embed = Embedder(folder, connector=folder, pooling="connector", size=56, tiles=6)
+    expected = embed({"path": sorted(map(str, (tmp_path / "photos").iterdir()))})["features"]
+    for row, features in zip(rows, expected, strict=True):
+        stored = torch.tensor(row["features"])
+        assert relative_error(stored.reshape(-1, LLM), torch.from_numpy(features)) <= 1e-6
