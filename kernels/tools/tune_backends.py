@@ -4,12 +4,12 @@
     flash:  qk_norm writes q_hat and k_hat, then flash-attn 2, 3, 4 or cuDNN, whichever backend `flash` takes here
 
 The library has to be faster in a forward and in a forward with backward, each by 2 %, as exact as the fused op, and
-deterministic: cuDNN's backward is not, and is never chosen. Unmeasured: no GPU has run this yet.
+deterministic: cuDNN's backward is not; it is timed and never chosen. Unmeasured: no GPU has run this yet.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from internvit.kernels.common.rows import row_config
 from internvit.numerics import relative_error
 from internvit.ops.backends import flash
 from internvit.ops.backends.registry import BACKENDS
+from internvit.ops.core.fallback import describe
 from internvit.ops.core.spec import SPECS
 
 FUSED = "triton"
@@ -55,14 +56,21 @@ def _is_as_exact(inputs: list[Tensor], fused: Callable[..., Tensor], library: Ca
     return all(one <= max(1.1 * ours, 1.02 * eager) for one, ours, eager in zip(*errors, strict=True))
 
 
-def library_name(backend: str, head_dim: int, dtype: torch.dtype, device: str) -> str | None:
-    """The library whose attention `backend` runs; None where it does not run, or not with the same bits each time."""
+class Library(NamedTuple):
+    """What a backend's attention runs, and whether its backward gives the same bits each time."""
+
+    name: str
+    deterministic: bool
+
+
+def library_of(backend: str, head_dim: int, dtype: torch.dtype, device: str) -> Library | None:
+    """None where `backend` does not run here."""
     if backend != "flash":
-        return backend
+        return Library(backend, True)
     if BACKENDS[backend].unavailable_reason() or BACKENDS[backend].unsupported_reason(device, dtype, head_dim):
         return None
     library = flash.library_of(torch.cuda.current_device(), head_dim)
-    return None if library is None or not library.deterministic else library.name
+    return None if library is None else Library(library.name, library.deterministic)
 
 
 def faster_backend(
@@ -75,32 +83,39 @@ def faster_backend(
 ) -> tuple[TunedBackend | None, str]:
     """The library that beats the fused op, tuned as `configs` say, at a model's size, if one does; and a line about it.
 
-    On a CPU, where it is rehearsed, `sdpa` stands in for the libraries.
+    On a CPU, where it is rehearsed, `sdpa` stands in for the libraries. A library that fails is named in the line.
     """
     backend = "flash" if device == "cuda" else "sdpa"
-    name = library_name(backend, config.head_dim, dtype, device)
-    if name is None:
-        return None, "no library whose backward is deterministic runs here"
+    library = library_of(backend, config.head_dim, dtype, device)
+    if library is None:
+        return None, "no library runs here"
     for cached in (attention_config, row_config):
         cached.cache_clear()
     try:
         with measured_configs(configs):
-            run = {each: functools.partial(ops.qk_norm_attention_qkvpacked, backend=each) for each in (FUSED, backend)}
-            if not _is_as_exact(_inputs(config, 1, dtype, device), *run.values()):
-                return None, f"{name} is less exact"
-            inputs = _inputs(config, batch, dtype, device)
-            timed = {
-                (kind, each): functools.partial(call, inputs, run[each])
-                for kind, call in (("forward", _forward), ("training", _results))
-                for each in (FUSED, backend)
-            }
-            times = measure(timed, device)
+            times = _times(config, dtype, device, batch, measure, backend)
+    except Exception as error:
+        return None, f"beside {library.name}: {describe(error)}"
     finally:
         for cached in (attention_config, row_config):
             cached.cache_clear()
-    parts = [
-        f"{kind} {times[kind, FUSED]:.3f} ms fused, {times[kind, backend]:.3f} ms {name}"
-        for kind in ("forward", "training")
-    ]
-    wins = all(times[kind, backend] < 0.98 * times[kind, FUSED] for kind in ("forward", "training"))
-    return TunedBackend(backend, name) if wins else None, "; ".join(parts)
+    if times is None:
+        return None, f"{library.name} is less exact"
+    line = "; ".join(f"{kind} {fused:.3f} ms fused, {other:.3f} ms {library.name}" for kind, fused, other in times)
+    if not library.deterministic:
+        return None, f"{line}, whose backward is not deterministic"
+    return TunedBackend(backend, library.name) if all(b < 0.98 * a for _, a, b in times) else None, line
+
+
+def _times(
+    config: InternViTConfig, dtype: torch.dtype, device: str, batch: int, measure: Measure, backend: str
+) -> list[tuple[str, float, float]] | None:
+    """Milliseconds of the fused op and of `backend`, in a forward and in training; None where it is less exact."""
+    run = {each: functools.partial(ops.qk_norm_attention_qkvpacked, backend=each) for each in (FUSED, backend)}
+    if not _is_as_exact(_inputs(config, 1, dtype, device), *run.values()):
+        return None
+    inputs = _inputs(config, batch, dtype, device)
+    kinds = {"forward": _forward, "training": _results}
+    timed = {(kind, each): functools.partial(kinds[kind], inputs, run[each]) for kind in kinds for each in run}
+    times = measure(timed, device)
+    return [(kind, times[kind, FUSED], times[kind, backend]) for kind in kinds]

@@ -181,7 +181,7 @@ def test_the_library_is_timed_beside_the_tuned_kernel(rehearsal):
     assert attention_config("forward", 16, torch.bfloat16, INTERPRETER) == rule
 
 
-def test_a_backward_that_is_not_deterministic_is_never_chosen(monkeypatch):
+def test_a_backward_that_is_not_deterministic_is_timed_and_not_chosen(rehearsal, monkeypatch):
     available = dataclasses.replace(
         registry.BACKENDS["flash"], unavailable_reason=lambda: None, unsupported_reason=lambda *_: None
     )
@@ -189,5 +189,18 @@ def test_a_backward_that_is_not_deterministic_is_never_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for library in flash.LIBRARIES:
         monkeypatch.setattr(flash, "library_of", lambda index, head_dim, library=library: library)
-        name = tune_backends.library_name("flash", 128, torch.bfloat16, "cuda")
-        assert name == (None if library.name == "cuDNN" else library.name)
+        found = tune_backends.library_of("flash", 128, torch.bfloat16, "cuda")
+        assert found == (library.name, library.name != "cuDNN")
+    monkeypatch.setattr(tune_backends, "library_of", lambda *_: found)
+    choice, why = faster_backend(lambda calls, device: {key: 1.0 + (key[1] == "triton") for key in calls})
+    assert choice is None
+    assert "1.000 ms cuDNN, whose backward is not deterministic" in why
+
+
+def test_a_library_that_fails_does_not_end_tuning(rehearsal, monkeypatch):
+    def fails(calls, device):
+        raise RuntimeError("CUDA error: planted")
+
+    assert faster_backend(fails) == (None, "beside sdpa: RuntimeError: CUDA error: planted")
+    monkeypatch.setattr(tune_backends, "library_of", lambda *_: None)
+    assert faster_backend(fails) == (None, "no library runs here")
