@@ -12,6 +12,7 @@ from internvit.dense.backbone import InternViTBackbone
 from internvit.inference.optimize import optimize_for_inference
 from internvit.model.vit import InternViT
 from internvit.multimodal.connector import InternVLConnector
+from internvit.multimodal.flash_connector import InternVLFlashConnector, InternVLFlashOutput
 from internvit.multimodal.tiling import best_grid, tile_image
 from internvit.ops import backend, set_backend
 from internvit.output import InternViTOutput
@@ -22,6 +23,8 @@ __all__ = [
     "HUB_IDS",
     "VARIANTS",
     "InternVLConnector",
+    "InternVLFlashConnector",
+    "InternVLFlashOutput",
     "InternViT",
     "InternViTBackbone",
     "InternViTConfig",

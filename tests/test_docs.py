@@ -9,6 +9,7 @@ import doctest
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -74,8 +75,18 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def flash_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("flash")
+    thresholds = {"flash_relative_threshold": 0.25, "flash_absolute_threshold": 0.1}
+    (folder / "config.json").write_text(json.dumps({"flash_mode": True, **thresholds}))
+    connector = internvit.InternVLFlashConnector(32, 40, **thresholds)
+    torch.save(connector.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
 @pytest.fixture
-def namespace(checkpoint) -> dict[str, Any]:
+def namespace(checkpoint, flash_folder) -> dict[str, Any]:
     """What the documentation's code takes for granted."""
     torch.use_deterministic_algorithms(False)  # adaptive pooling's backward has no deterministic form
     model = internvit.InternViT.from_pretrained(checkpoint)
@@ -100,6 +111,8 @@ def namespace(checkpoint) -> dict[str, Any]:
         "upstream": InternVisionModel(config),
         "upstream_model": InternVisionModel(config),
         "internvl": Chat(config, llm_hidden_size=40),
+        "flash_folder": flash_folder,
+        "picture": torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8),
         "row_scale": torch.rand(2),
         "qkv": qkv,
         **dict(zip("qkv", qkv.unbind(2), strict=True)),

@@ -112,7 +112,7 @@ def _tests(run: Run) -> list[str]:
 
 
 def _tune(run: Run) -> list[str]:
-    small = ["--rehearse", run.target, "--only", "attention_delta"] if run.rehearsed else []
+    small = ["--rehearse", run.target, "--only", "attention_delta,qk_norm_attention"] if run.rehearsed else []
     return ["internvit.kernels.tools.tune", "--pruned", "--out", str(run.folder / "tune.json"), *small]
 
 
@@ -131,7 +131,7 @@ STAGES = (
     Stage("compile", 0.15, _compile, 2.5 / CORES, 20.0, _count_kernels("models", "tuning")),
     Stage("smoke", 0.1, _smoke, 4.0, 10.0, units=lambda: 4 * len(gpu_smoke.MODELS)),
     Stage("tests", 0.2, _tests, 0.6, 10.0, lambda run: ["pytest", "-q", "--collect-only", "-m", "gpu", *GPU_TESTS]),
-    Stage("tune", 0.15, _tune, 0.4, 15.0, _count_kernels("tuning")),
+    Stage("tune", 0.15, _tune, 0.4, 20.0, _count_kernels("tuning")),
     Stage(
         "bench",
         0.4,

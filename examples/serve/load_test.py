@@ -5,12 +5,13 @@
 Finds the capacity with a closed loop of 8 clients, then offers multiples of it at even intervals, whatever is answered
 (an open loop: a slow answer delays no request). Every answered embedding is compared with the one that the service gave
 for the same image before the load. Prints requests/s offered, answered and refused (503), p50 and p99 of the answered,
-and with --pid the resident memory of the service.
+and with --pid the service's largest resident memory during the load.
 """
 
 import argparse
 import asyncio
 import json
+import resource
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -93,11 +94,15 @@ def opened(rate: float) -> Callable[[Load, float], Awaitable[None]]:
     return offer
 
 
-def memory(pid: int | None) -> str:
-    if pid is None:
-        return "-"
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return f"{pages * 4096 / 2**20:.0f} MiB"
+async def peak_memory(pid: int | None, offered: Awaitable[None]) -> str:
+    """Waits for a load; the service's largest resident memory meanwhile, sampled ten times a second."""
+    loading, pages = asyncio.ensure_future(offered), 0
+    while not loading.done():
+        if pid is not None:
+            pages = max(pages, int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
+        await asyncio.wait([loading], timeout=0.1)
+    await loading
+    return "-" if pid is None else f"{pages * resource.getpagesize() / 2**20:.0f} MiB"
 
 
 async def run(asked: argparse.Namespace) -> int:
@@ -110,14 +115,14 @@ async def run(asked: argparse.Namespace) -> int:
         raise SystemExit(f"{asked.images}: expected images that the service reads, got none")
     print("    load  offered answered/s refused/s  p50 ms   p99 ms  lost  wrong    memory")
     load = Load(url, images, expected)
-    await closed(load, asked.seconds)
+    memory = await peak_memory(asked.pid, closed(load, asked.seconds))
     capacity = len(load.seconds) / asked.seconds
-    print(load.line("8 clients", capacity, asked.seconds, memory(asked.pid)), flush=True)
+    print(load.line("8 clients", capacity, asked.seconds, memory), flush=True)
     failed = load.lost + load.wrong
     for multiple in asked.loads:
         load = Load(url, images, expected)
-        await opened(multiple * capacity)(load, asked.seconds)
-        print(load.line(f"x {multiple:g}", multiple * capacity, asked.seconds, memory(asked.pid)), flush=True)
+        memory = await peak_memory(asked.pid, opened(multiple * capacity)(load, asked.seconds))
+        print(load.line(f"x {multiple:g}", multiple * capacity, asked.seconds, memory), flush=True)
         failed += load.lost + load.wrong
     return 1 if failed else 0
 

@@ -16,6 +16,8 @@ from internvit.inference.optimize import optimize_for_inference
 from internvit.model.feature_maps import take_indices
 from internvit.model.vit import InternViT
 from internvit.multimodal.connector import InternVLConnector
+from internvit.multimodal.flash_connector import InternVLFlashConnector
+from internvit.multimodal.load import load_connector
 
 if TYPE_CHECKING:
     from internvit.config import InternViTConfig
@@ -50,7 +52,8 @@ class Embedder:
         layers: blocks whose output is pooled, 0 the first, into the columns "features_7", ...; None for the last hidden
             state, into "features".
         pooling: "class", "mean" (of the patches), "tokens", "map", or "connector" (pixel shuffle and InternVL's MLP).
-        connector: an `InternVLConnector`, or the checkpoint of a whole InternVL to take it from.
+        connector: an `InternVLConnector`, or the checkpoint of a whole InternVL to take it from. The router of an
+            InternVL3.5-Flash decides about each image's tiles; features are all their tokens, [T, llm_hidden_size].
         tiles: cut images into at most so many tiles of `size`, and a thumbnail; features are then [tiles, ...].
         device: "cuda" if there is one, by default, else "cpu".
         batch: images or tiles in a forward pass; batches hold images of one size.
@@ -80,7 +83,7 @@ class Embedder:
         size: int | tuple[int, int] | str | None = None,
         layers: Sequence[int] | None = None,
         pooling: str = "class",
-        connector: "InternVLConnector | str | os.PathLike[str] | None" = None,
+        connector: "InternVLConnector | InternVLFlashConnector | str | os.PathLike[str] | None" = None,
         tiles: int = 0,
         device: str | None = None,
         pack: bool = True,
@@ -117,9 +120,12 @@ class Embedder:
             raise ValueError(f"layers: expected numbers of blocks, each once, got {tuple(layers or ())}")
         self.pooling, self.batch, self.column, self.strict, self.arrow = pooling, batch, column, strict, arrow
         self.out_dtype = out_dtype
-        if connector is not None and not isinstance(connector, InternVLConnector):
-            connector = InternVLConnector.from_pretrained(connector)
+        if connector is not None and not isinstance(connector, InternVLConnector | InternVLFlashConnector):
+            connector = load_connector(connector)
         self.connector = None if connector is None else connector.to(self.model.device, self.model.dtype).eval()
+        # A router compares the tiles of an image, which may come from several batches.
+        self._router = self.connector if isinstance(self.connector, InternVLFlashConnector) else None
+        self._connector = self.connector if isinstance(self.connector, InternVLConnector) else None
         self.preprocess = Preprocessor(self.config.patch_size, self._size(size, tiles), tiles)
 
     def _size(self, size: int | tuple[int, int] | str | None, tiles: int) -> tuple[int, int] | None:
@@ -146,8 +152,10 @@ class Embedder:
         """The shape of an image's features in each column; None where it varies from image to image."""
         size, patch = self.preprocess.size, self.config.patch_size
         grid = (None, None) if size is None else (size[0] // patch, size[1] // patch)
+        if self._router is not None:
+            return (None, self._router.get_parameter("mlp1.3.weight").shape[0])
         tiled = (None,) if self.preprocess.tiles else ()
-        return tiled + pooled_shape(self.pooling, self.config, grid, self.connector)
+        return tiled + pooled_shape(self.pooling, self.config, grid, self._connector)
 
     def settings(self) -> dict[str, str]:
         """Everything that features depend on but the images; weights by a digest of their bits."""
@@ -168,6 +176,7 @@ class Embedder:
             "layers": "last" if self.layers is None else ",".join(map(str, self.layers)),
             "pooling": self.pooling,
             "connector_digest": str(connector),
+            "connector": "None" if self.connector is None else self.connector.extra_repr(),
             "out_dtype": self.out_dtype,
             **{f"config.{key}": repr(value) for key, value in self.config.to_dict().items()},
         }
@@ -214,24 +223,34 @@ class Embedder:
                 features = self._forward(torch.from_numpy(np.stack([tile for _, tile in chunk])))
                 for row, (index, _) in enumerate(chunk):
                     results[index].append({name: values[row] for name, values in features.items()})
-        return [result if isinstance(result, str) else self._finish(result) for result in results]
+        return [
+            result if isinstance(result, str) else self._finish(result, self._grid(image))
+            for result, image in zip(results, images, strict=True)
+        ]
 
     def _forward(self, pixels: Tensor) -> _Features:
         """Pooled features of a batch uint8 [B, height, width, 3], in float32 where they came so, or as they will be."""
-        patch = self.config.patch_size
-        grid = pixels.shape[1] // patch, pixels.shape[2] // patch
+        grid, pooling = self._grid(pixels), "tokens" if self._router else self.pooling
         output = self.model(normalize(pixels.to(self.model.device)), output_hidden_states=self.layers is not None)
         states = (
             [output.last_hidden_state] if self.layers is None else [output.hidden_states[1 + i] for i in self.layers]
         )
-        pooled = (pool(self.pooling, state, grid, self.connector).float() for state in states)
+        pooled = (pool(pooling, state, grid, self._connector).float() for state in states)
         return dict(zip(self.columns, (values.cpu().numpy() for values in pooled), strict=True))
 
-    def _finish(self, tiles: list[_Features]) -> _Features | str:
+    def _grid(self, pixels: Any) -> tuple[int, int]:
+        """(rows, columns) of patches of pixels [B, height, width, 3]."""
+        return pixels.shape[1] // self.config.patch_size, pixels.shape[2] // self.config.patch_size
+
+    def _finish(self, tiles: list[_Features], grid: tuple[int, int]) -> _Features | str:
         """An image's features out of its tiles', in the dtype that is wanted."""
         finished: _Features = {}
         for name in self.columns:
             values = np.stack([tile[name] for tile in tiles]) if self.preprocess.tiles else tiles[0][name]
+            if self._router is not None:
+                tokens = torch.from_numpy(np.stack([tile[name] for tile in tiles]))
+                tokens = tokens.to(self.model.device, self.model.dtype)
+                values = self._router(tokens, grid).image_tokens.float().cpu().numpy()
             with np.errstate(over="ignore"):
                 finished[name] = values.astype(self.out_dtype)
             if np.isinf(finished[name]).any() and not np.isinf(values).any():

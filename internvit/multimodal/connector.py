@@ -6,9 +6,10 @@ Pixel shuffle folds each 2x2 square of patches into one token of four times the 
 orientation; "v1", of the first InternVL, swaps rows and columns.
 """
 
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 
 from internvit.checkpoint.files import CONFIG, read_tensors
 from internvit.files import read_json
-from internvit.model.fused_block import cast_for_linear, fc1_gelu, linear_per_image
-from internvit.model.hooks import is_plain
-from internvit.ops import layer_norm
+from internvit.multimodal.fused_sequential import run_sequential
+from internvit.names import listed
+
+logger = logging.getLogger(__name__)
 
 PS_VERSIONS = ("v1", "v2")
+_LAYOUTS = ("opengvlab", "transformers")
 _EPS = 1e-5
-_NAMES = {  # OpenGVLab's (the parameters' own) and transformers'
+PROJECTOR_NAMES = {  # OpenGVLab's (the parameters' own) and transformers'
     "mlp1.0": "multi_modal_projector.layer_norm",
     "mlp1.1": "multi_modal_projector.linear_1",
     "mlp1.3": "multi_modal_projector.linear_2",
@@ -59,6 +62,88 @@ def pixel_shuffle(x: Tensor, scale_factor: float = 0.5, version: str = "v2") -> 
     x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # [B, rows / side, side, columns / side, side, C]
     order = (0, 1, 3, 2, 4, 5) if version == "v2" else (0, 3, 1, 2, 4, 5)
     return x.permute(*order).flatten(3)
+
+
+def patches_of(owner: str, hidden_states: Tensor, hidden_size: int, grid: tuple[int, int] | None) -> Tensor:
+    """hidden_states [B, 1 + N, C] as patches [B, rows, columns, C], without the class token.
+
+    Raises:
+        ValueError: the tokens do not fit the grid, by default a square; the message names `owner`.
+    """
+    tokens = hidden_states.shape[1] - 1 if hidden_states.dim() == 3 else -1
+    rows, columns = grid or (math.isqrt(max(tokens, 0)),) * 2
+    if tokens != rows * columns or hidden_states.shape[-1] != hidden_size:
+        raise ValueError(
+            f"{owner}: hidden_states must be [batch, 1 + {rows} * {columns}, {hidden_size}], "
+            f"got {list(hidden_states.shape)}" + ("; give grid where it is no square" if grid is None else "")
+        )
+    return hidden_states[:, 1:].unflatten(1, (rows, columns))
+
+
+def tower_features(
+    vision_model: nn.Module, pixel_values: Tensor, select_layer: int = -1
+) -> tuple[Tensor, tuple[int, int]]:
+    """A tower's hidden states [B, 1 + N, C] of pixels [B, channels, height, width], and their (rows, columns)."""
+    if select_layer == -1:
+        features = vision_model(pixel_values).last_hidden_state
+    else:
+        features = vision_model(pixel_values, output_hidden_states=True).hidden_states[select_layer]
+    patches = features.shape[1] - 1
+    rows = round(math.sqrt(patches * pixel_values.shape[-2] / pixel_values.shape[-1]))
+    return features, (rows, patches // max(rows, 1))
+
+
+def find_tensors(state_dict: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of a connector out of a whole InternVL's state dict, under OpenGVLab's `names`.
+
+    Raises:
+        ValueError: one is missing, or there twice.
+    """
+    known = {_spelled(name, layout): name for name in names for layout in _LAYOUTS}
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        parts = key.split(".")
+        name = next((known[tail] for i in range(len(parts)) if (tail := ".".join(parts[i:])) in known), None)
+        if name in tensors:
+            raise ValueError(f"state_dict: expected one connector, got another at {key}")
+        if name is not None:
+            tensors[name] = tensor
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        roots = ", ".join(f"{root}.*" for root in dict.fromkeys(name.split(".")[0] for name in names) if root != "mlp1")
+        raise ValueError(
+            f"state_dict: expected mlp1.* or multi_modal_projector.*{roots and f', {roots}'} of InternVL, "
+            f"found no {listed(missing)}"
+        )
+    return tensors
+
+
+def read_connector(path: str | os.PathLike[str], stems: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint whose names begin with one of `stems` behind any prefix, and its config.json."""
+    path = Path(path)
+    tensors = read_tensors(path, lambda key: any(f".{stem}" in f".{key}" for stem in stems))
+    place = (path if path.is_dir() else path.parent) / CONFIG
+    return tensors, read_json(place) if place.exists() else {}
+
+
+def assign_tensors(connector: nn.Module, tensors: Mapping[str, Tensor], device: Any = None) -> None:
+    """Gives a connector on the meta device copies of its tensors."""
+    connector.load_state_dict({name: tensor.clone().to(device) for name, tensor in tensors.items()}, assign=True)
+    connector.eval()
+
+
+def rename_projector(state_dict: dict[str, Any], prefix: str) -> None:
+    """Gives mlp1 under `prefix` OpenGVLab's names where it has transformers'."""
+    for ours, theirs in PROJECTOR_NAMES.items():
+        for leaf in ("weight", "bias"):
+            if f"{prefix}{theirs}.{leaf}" in state_dict:
+                state_dict[f"{prefix}{ours}.{leaf}"] = state_dict.pop(f"{prefix}{theirs}.{leaf}")
+
+
+def _spelled(name: str, layout: str) -> str:
+    """A parameter's name in a layout; only mlp1 has two."""
+    stem, _, leaf = name.rpartition(".")
+    return f"{PROJECTOR_NAMES[stem]}.{leaf}" if layout == "transformers" and stem in PROJECTOR_NAMES else name
 
 
 class InternVLConnector(nn.Module):
@@ -111,21 +196,9 @@ class InternVLConnector(nn.Module):
         Raises:
             ValueError: the tokens do not fit the grid, or the grid the pixel shuffle.
         """
-        tokens = hidden_states.shape[1] - 1 if hidden_states.dim() == 3 else -1
-        rows, columns = grid or (math.isqrt(max(tokens, 0)),) * 2
-        if tokens != rows * columns or hidden_states.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"InternVLConnector: hidden_states must be [batch, 1 + {rows} * {columns}, {self.hidden_size}], "
-                f"got {list(hidden_states.shape)}" + ("; give grid where it is no square" if grid is None else "")
-            )
-        x = hidden_states[:, 1:].unflatten(1, (rows, columns))
+        x = patches_of("InternVLConnector", hidden_states, self.hidden_size, grid)
         x = pixel_shuffle(x, self.downsample_ratio, self.ps_version).flatten(1, 2)  # [B, N / 4, 4C]
-        norm, fc1, fc2 = self.mlp1[0], self.mlp1[1], self.mlp1[3]
-        if isinstance(norm, nn.LayerNorm) and is_plain(norm, nn.LayerNorm):
-            x = cast_for_linear(layer_norm(x, norm.weight, norm.bias, eps=norm.eps), norm.weight)
-        else:
-            x = norm(x)
-        return linear_per_image(fc2, fc1_gelu(fc1, x))
+        return run_sequential(self.mlp1, x)
 
     def extract_feature(self, vision_model: nn.Module, pixel_values: Tensor, select_layer: int = -1) -> Tensor:
         """Image tokens of pixels, by the formula of upstream's method of this name.
@@ -135,13 +208,7 @@ class InternVLConnector(nn.Module):
             pixel_values: [B, channels, height, width], tiles of one size.
             select_layer: which of the tower's hidden states; -1 is the last.
         """
-        if select_layer == -1:
-            features = vision_model(pixel_values).last_hidden_state
-        else:
-            features = vision_model(pixel_values, output_hidden_states=True).hidden_states[select_layer]
-        patches = features.shape[1] - 1
-        rows = round(math.sqrt(patches * pixel_values.shape[-2] / pixel_values.shape[-1]))
-        return self(features, (rows, patches // max(rows, 1)))
+        return self(*tower_features(vision_model, pixel_values, select_layer))
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], **kwargs: Any) -> "InternVLConnector":
@@ -154,28 +221,15 @@ class InternVLConnector(nn.Module):
         Raises:
             ValueError: none or more than one connector is in it, or keys are missing.
         """
-        tensors: dict[str, Tensor] = {}
-        for key, tensor in state_dict.items():
-            for ours, theirs in _NAMES.items():
-                stem, _, leaf = key.rpartition(".")
-                if f".{stem}".endswith((f".{ours}", f".{theirs}")):
-                    if f"{ours}.{leaf}" in tensors:
-                        raise ValueError(f"state_dict: expected one connector, got another at {key}")
-                    tensors[f"{ours}.{leaf}"] = tensor
-        missing = [
-            f"{name}.{leaf}" for name in _NAMES for leaf in ("weight", "bias") if f"{name}.{leaf}" not in tensors
-        ]
-        if missing:
-            raise ValueError(
-                f"state_dict: expected mlp1.* or multi_modal_projector.* of InternVL, found no {', '.join(missing)}"
-            )
+        tensors = find_tensors(
+            state_dict, [f"{name}.{leaf}" for name in PROJECTOR_NAMES for leaf in ("weight", "bias")]
+        )
         llm_width, width = tensors["mlp1.1.weight"].shape
         side = round(1 / kwargs.get("downsample_ratio", 0.5))
         with torch.device("meta"):
             connector = cls(width // side**2, llm_width, **{**kwargs, "device": None})
-        device = kwargs.get("device")
-        connector.load_state_dict({name: tensor.clone().to(device) for name, tensor in tensors.items()}, assign=True)
-        return connector.eval()
+        assign_tensors(connector, tensors, kwargs.get("device"))
+        return connector
 
     @classmethod
     def from_pretrained(
@@ -192,28 +246,20 @@ class InternVLConnector(nn.Module):
             FileNotFoundError: no such file, or no weights in the folder.
             ValueError: a broken file, or not one whole connector.
         """
-        path = Path(path)
-        stems = [f".{name}." for pair in _NAMES.items() for name in pair]
-        tensors = read_tensors(path, lambda key: any(stem in f".{key}" for stem in stems))
-        place = (path if path.is_dir() else path.parent) / CONFIG
-        config = read_json(place) if place.exists() else {}
+        tensors, config = read_connector(path, [f"{name}." for pair in PROJECTOR_NAMES.items() for name in pair])
+        if config.get("flash_mode"):
+            logger.warning("%s: an InternVL3.5-Flash; without InternVLFlashConnector every tile keeps all tokens", path)
         settings = {name: config[name] for name in ("downsample_ratio", "ps_version") if name in config}
         return cls.from_state_dict(tensors, **settings, device=device)
 
     def to_state_dict(self, layout: str = "opengvlab") -> dict[str, Tensor]:
         """The state dict under "opengvlab" (`mlp1.*`) or "transformers" (`multi_modal_projector.*`) names."""
-        if layout not in ("opengvlab", "transformers"):
+        if layout not in _LAYOUTS:
             raise ValueError(f"layout: expected opengvlab or transformers, got {layout!r}")
-        tensors = self.state_dict()
-        if layout == "opengvlab":
-            return tensors
-        return {f"{_NAMES[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": t for key, t in tensors.items()}
+        return {_spelled(key, layout): tensor for key, tensor in self.state_dict().items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for ours, theirs in _NAMES.items():
-            for leaf in ("weight", "bias"):
-                if f"{prefix}{theirs}.{leaf}" in state_dict:
-                    state_dict[f"{prefix}{ours}.{leaf}"] = state_dict.pop(f"{prefix}{theirs}.{leaf}")
+        rename_projector(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

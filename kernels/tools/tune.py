@@ -7,7 +7,8 @@ are recorded; each candidate runs on all calls that would take its configuration
 without, with whole tiles and a masked one), and is timed on the first with cold L2 (a buffer larger than it is written
 between runs). Candidates are interleaved and compared by their medians. A configuration is kept only where it beats the
 analytic rule by 2 % and its results differ from the rule's by no more than the inputs' rounding. The file is written
-anew after each kernel: a run that is cut short keeps what it has measured.
+anew after each kernel: a run that is cut short keeps what it has measured. After attention's kernels, attention with
+QK-norm inside is timed beside a library's without (`tune_backends`), and the file names the library where it wins.
 """
 
 import argparse
@@ -29,14 +30,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 import internvit
 from internvit import InternViT, InternViTConfig
 from internvit.files import atomic_write
-from internvit.kernels.attention.config import AttentionConfig
+from internvit.kernels.attention.config import AttentionConfig, tuned_key
 from internvit.kernels.common.config import Call, record_calls, tuned_files
 from internvit.kernels.common.launch import target_of
 from internvit.kernels.common.rows import RowConfig
 from internvit.kernels.common.target import TARGETS, Target
 from internvit.kernels.gelu import GeluConfig
 from internvit.kernels.linear import LinearConfig
+from internvit.kernels.tools import tune_backends
+from internvit.kernels.tools.tune_backends import FUSED
 from internvit.numerics import relative_error
+from internvit.ops.core.tuned import OP
 
 ROUNDS = 20
 DEVICE = "cuda"
@@ -156,30 +160,52 @@ def tune(
     models: Iterable[InternViTConfig],
     dtypes: Iterable[torch.dtype],
     only: str,
-    keep: Callable[[dict[str, dict[str, Any]]], None],
+    keep: Callable[[dict[str, dict[str, Any]], dict[str, dict[str, Any]]], None],
     device: str = DEVICE,
     pruned: bool = False,
 ) -> None:
-    """Calls `keep` with all configurations measured so far after each kernel whose name contains `only`."""
+    """Calls `keep` with all configurations and backends measured so far after each kernel, or op, in whose name one of
+    the comma-separated words of `only` is."""
     configs: dict[str, dict[str, Any]] = {}
+    backends: dict[str, dict[str, Any]] = {}
     measured: set[tuple[str, str]] = set()
+
+    def is_due(name: str, key: str) -> bool:
+        due = any(word in name for word in only.split(",")) and (name, key) not in measured
+        measured.update({(name, key)} if due else ())
+        return due
+
+    def tune_kernel(kernel: str, key: str, calls: list[Call]) -> None:
+        found, rule = best(calls, device, pruned), calls[0].config
+        print(f"{target.name} {kernel} {key}: {found}{'' if found != rule else ' (the rule)'}", flush=True)
+        if found != rule:
+            configs.setdefault(kernel, {})[key] = asdict(found)
+        keep(configs, backends)
+
+    def compare_backends(key: str, config: InternViTConfig, dtype: torch.dtype) -> None:
+        faster, why = tune_backends.faster_backend(config, dtype, device, BATCH, measure, configs)
+        print(f"{target.name} {OP} {key}: {faster.library if faster else FUSED} ({why})", flush=True)
+        if faster is not None:
+            backends.setdefault(OP, {})[key] = faster._asdict()
+        keep(configs, backends)
+
     for dtype, config in itertools.product(dtypes, models):
-        for (kernel, key), calls in model_calls(config, dtype, device).items():
-            if only not in kernel or (kernel, key) in measured:
-                continue
-            measured.add((kernel, key))
-            found, rule = best(calls, device, pruned), calls[0].config
-            print(f"{target.name} {kernel} {key}: {found}{'' if found != rule else ' (the rule)'}", flush=True)
-            if found != rule:
-                configs.setdefault(kernel, {})[key] = asdict(found)
-            keep(configs)
+        recorded = model_calls(config, dtype, device)
+        first = [each for each in recorded if each[0].startswith("attention")]
+        for kernel, key in filter(lambda each: is_due(*each), first):
+            tune_kernel(kernel, key, recorded[kernel, key])
+        key = tuned_key(config.head_dim, dtype)
+        if config.qk_normalization and is_due(OP, key):
+            compare_backends(key, config, dtype)
+        for kernel, key in filter(lambda each: is_due(*each), [each for each in recorded if each not in first]):
+            tune_kernel(kernel, key, recorded[kernel, key])
 
 
-def write(path: Path, configs: dict[str, Any], **about: str) -> None:
+def write(path: Path, configs: dict[str, Any], backends: dict[str, Any] | None = None, /, **about: str) -> None:
     """Puts the file in place in one step: another process reads the old one or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as draft:
-        draft.write_text(json.dumps({**about, "configs": configs}, indent=1) + "\n")
+        draft.write_text(json.dumps({**about, "configs": configs, "backends": backends or {}}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -189,7 +215,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="~/.cache/internvit/TARGET.json is read at run time")
-    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--only", default="", help="only kernels and ops whose name contains one of these words")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--pruned", action="store_true", help="few candidates next to the rule: minutes")
     parser.add_argument(
@@ -208,7 +234,7 @@ def main() -> None:
         parser.exit(1, "tune: no GPU is visible to torch; launch configurations stay those of the analytic rules\n")
     target = target_of(torch.empty(0, device=DEVICE))
     about |= {"target": target.name, "device": torch.cuda.get_device_name()}
-    tune(target, MODELS, dtypes, args.only, lambda configs: write(args.out, configs, **about), DEVICE, args.pruned)
+    tune(target, MODELS, dtypes, args.only, lambda *found: write(args.out, *found, **about), DEVICE, args.pruned)
     if args.out not in tuned_files(target):
         print(f"tune: {args.out} is not read from where it is; put it at {tuned_files(target)[0]}")
 
@@ -224,7 +250,7 @@ def _rehearse(args: argparse.Namespace, dtypes: list[torch.dtype], about: dict[s
     ]
     about |= {"target": target.name, "device": "none, rehearsed"}
     with intercepting(target, compile_and_look_up), triton_takes_cpu_tensors():
-        tune(target, models, dtypes, args.only, lambda configs: write(args.out, configs, **about), "cpu", args.pruned)
+        tune(target, models, dtypes, args.only, lambda *found: write(args.out, *found, **about), "cpu", args.pruned)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch import Tensor
 from internvit.ops.attention import Heads, QKNorm, SavedAttention
 from internvit.ops.backends import sdpa
 from internvit.ops.backends.registry import implements
+from internvit.ops.core.fallback import KernelStartError
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class FlashLibrary:
         max_head_dim: the largest head dimension; all take multiples of 8.
         forward: (module, q, k, v, scale) -> out, lse.
         backward: (module, grad_out, saved, grads): fills grads.
+        deterministic: whether backward gives the same bits each time.
     """
 
     name: str
@@ -44,6 +46,7 @@ class FlashLibrary:
     max_head_dim: int
     forward: Callable[[Any, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     backward: Callable[[Any, Tensor, SavedAttention, Heads], None]
+    deterministic: bool = True
 
     def installed(self) -> bool:
         """Whether its module is there; it is not imported."""
@@ -122,7 +125,7 @@ def _backward_cudnn(library: Any, grad_out: Tensor, saved: SavedAttention, grads
         destination.copy_(grad.transpose(1, 2))
 
 
-CUDNN = FlashLibrary("cuDNN", "torch", (9, 10), 128, _forward_cudnn, _backward_cudnn)
+CUDNN = FlashLibrary("cuDNN", "torch", (9, 10), 128, _forward_cudnn, _backward_cudnn, deterministic=False)
 LIBRARIES = (
     FlashLibrary("flash-attn 3", "flash_attn_interface", (9,), 256, _forward_3, _backward_3),
     FlashLibrary("flash-attn 4", "flash_attn.cute.interface", (9, 10, 11), 128, _forward_4, _backward_4),
@@ -164,6 +167,11 @@ def _major(index: int | None) -> int:
     return torch.cuda.get_device_capability(index)[0]
 
 
+def library_of(index: int | None, head_dim: int) -> FlashLibrary | None:
+    """The library that runs heads of `head_dim` on the card `index`; None where none does."""
+    return _library(_major(index), head_dim)
+
+
 def _library(major: int, head_dim: int) -> FlashLibrary | None:
     return next((one for one in LIBRARIES if one.takes(major, head_dim) and one.installed()), None)
 
@@ -173,7 +181,10 @@ def _loaded(major: int, head_dim: int) -> tuple[FlashLibrary, Any]:
     library = _library(major, head_dim)
     if library is None:
         raise RuntimeError(f"flash: no library for compute capability {major}.x and head_dim {head_dim} is installed")
-    return library, importlib.import_module(library.module)
+    try:
+        return library, importlib.import_module(library.module)
+    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        raise KernelStartError(f"flash: {library.name} is installed and cannot be imported: {error}") from error
 
 
 @implements("attention", "flash")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from internvit.ops.backends.registry import BACKENDS
+from internvit.ops.core.tuned import tuned_backend
 
 logger = logging.getLogger("internvit")
 
@@ -79,11 +80,15 @@ _logged: set[tuple[str, str]] = set()
 def first_backend(calls: CallClass, op: str, at: str | None = None) -> AutoBackend:
     """The first backend of `auto`'s order, from `at` on, that runs the registered op `op` for `calls`."""
     order = AUTO_ORDER.get(calls.device, _AUTO_ORDER_ELSEWHERE)
+    if calls.device == "cuda" and (measured := tuned_backend(calls.caller, calls.dtype, calls.head_dim)):
+        order = (measured, *(name for name in order if name != measured))
     passed_over: list[str] = []
     for name in order if at is None else order[order.index(at) :]:
         candidate = BACKENDS[name]
         reason = candidate.unavailable_reason()
-        if reason is None and (candidate.find(calls.op) is None or (calls.folded and not candidate.folds_qk_norm)):
+        # What ran forward runs backward, whether it folds or not.
+        takes = name == at or not calls.folded or candidate.folds_qk_norm
+        if reason is None and not (takes and candidate.find(calls.op)):
             continue
         reason = reason or candidate.unsupported_reason(calls.device, calls.dtype, calls.head_dim)
         reason = reason or candidate.too_wide(calls.channels, calls.op) or _failures.get((op, name, calls))

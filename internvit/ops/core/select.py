@@ -1,7 +1,7 @@
 """Which backend a call takes: its `backend=`, `internvit.backend(...)`, `set_backend`, INTERNVIT_BACKEND, or `auto`.
 
 `auto` takes the first backend of `AUTO_ORDER` that implements the op for this device, dtype and head dimension, and
-whose kernels start (see `fallback`).
+whose kernels start (see `fallback`); before them the backend that a tuned file names (see `tuned`).
 """
 
 import contextlib
