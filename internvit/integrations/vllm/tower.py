@@ -79,10 +79,10 @@ class InternViTTower(nn.Module):
         loaded = set()
         for key, tensor in weights:
             found = match(key)
-            if EXTRAS.fullmatch(key) or (found is not None and self._is_cut(found.layer)):
+            if EXTRAS.fullmatch(key) or (found is not None and not found.prefix and self._is_cut(found.layer)):
                 continue
             name = "" if found is None or found.prefix else names_of("opengvlab", found.name.canonical, found.layer)[0]
-            if name not in parameters or found is None:
+            if found is None or name not in parameters:
                 raise ValueError(f"{key}: expected a parameter of {self.extra_repr()}")
             parameter, part = parameters[name], found.name.part
             load = getattr(parameter, "weight_loader", default_weight_loader)

@@ -1,5 +1,7 @@
 """Weights that vLLM loads, reloads and updates: the next forward computes with them, to the bit."""
 
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -54,6 +56,8 @@ def test_reload_and_update(tmp_path, seed, generator, layout) -> None:
         llm.apply_model(lambda model: model.load_weights([(prefix + key, stored_names[key])]) and None)
         changed = second[name] if layout == "opengvlab" else torch.cat([second[name][:128], first[name][128:]])
         assert torch.equal(features(llm, pixels), expected({**first, name: changed}, pixels))
+        unloaded = weakref.ref(tower(llm))
+    assert unloaded() is None
 
 
 @pytest.mark.parametrize("layout", FORMATS)
