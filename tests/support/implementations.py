@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from internvit.ops.attention import QKNorm, SavedAttention
 from internvit.ops.backends.registry import implementation
 from internvit.ops.core.registration import OPS, Op, fill_gradients
+from internvit.ops.core.sequences import pack
 from internvit.ops.core.spec import Arguments, OpSpec, as_tuple, differentiable
 
 
@@ -63,7 +64,9 @@ def call(op: str, backend: str, *args: Any) -> Any:
     """Runs `op` on arguments as in its schema; attention's backward takes grad_q, grad_k, grad_v last."""
     function = implementation(op, backend)
     if op == "attention":
-        return function(*args[:4], None if args[4] is None else QKNorm(*args[4:]))
+        sequences = pack(*args[8:10], args[0].shape[0]) if len(args) > 8 else None
+        given = () if sequences is None else (sequences,)
+        return function(*args[:4], None if args[4] is None else QKNorm(*args[4:8]), *given)
     if op == "attention_backward":
         grad_out, *saved = args[:7]
         qk_norm = None if args[7] is None else QKNorm(*args[7:11])

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvit.ops.attention import Heads, QKNorm, QKNormGrads, SavedAttention
 from internvit.ops.backends.registry import implements, implements_all
+from internvit.ops.core.attention_math import Heads, QKNorm, QKNormGrads, SavedAttention
 from internvit.ops.core.raw_fakes import register_fakes
 from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
@@ -26,7 +26,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | N
 
 @implements("attention_backward", "cpu")
 def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> QKNormGrads | None:
-    *kept, qk_norm = saved
+    *kept, qk_norm, _ = saved
     outputs = torch.ops.internvit_cpu.attention_backward.default(grad_out, *kept, *(qk_norm or _NO_QK_NORM), *grads)
     return None if qk_norm is None else QKNormGrads(*outputs)
 

@@ -57,6 +57,7 @@ class CallClass:
     head_dim: int
     channels: int
     folded: bool
+    varlen: bool = False
 
 
 class AutoBackend(str):
@@ -83,7 +84,7 @@ def first_backend(calls: CallClass, op: str, at: str | None = None) -> AutoBacke
     for name in order if at is None else order[order.index(at) :]:
         candidate = BACKENDS[name]
         reason = candidate.unavailable_reason()
-        if reason is None and (candidate.find(calls.op) is None or (calls.folded and not candidate.folds_qk_norm)):
+        if reason is None and (candidate.find(calls.op) is None or candidate.lacks(calls.folded, calls.varlen)):
             continue
         reason = reason or candidate.unsupported_reason(calls.device, calls.dtype, calls.head_dim)
         reason = reason or candidate.too_wide(calls.channels, calls.op) or _failures.get((op, name, calls))
