@@ -124,13 +124,14 @@ def _validate_backward(*args: Any) -> None:
 
 
 def _raw_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    _validate(*args, None, None)
-    return fake_out_and_lse(args[0], "cpu")
+    inputs, cu_seqlens = args[:8], args[8] if len(args) > 8 else None
+    _validate(*inputs, cu_seqlens, None if cu_seqlens is None else 0)
+    return fake_out_and_lse(inputs[0], "cpu")
 
 
 def _raw_fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    *saved, grad_q, grad_k, grad_v = args
-    _validate_backward(*saved, None, None, "cpu")
+    saved, (grad_q, grad_k, grad_v), cu_seqlens = args[:11], args[11:14], args[14] if len(args) > 14 else None
+    _validate_backward(*saved, cu_seqlens, None if cu_seqlens is None else 0, "cpu")
     q, q_weight, k_weight = saved[1], saved[7], saved[8]
     check.written(f"{OP}_backward", "q", q, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
     if q_weight is None:
@@ -160,7 +161,7 @@ ATTENTION = define(
     ),
     flops=lambda q, *rest, **__: attention_flops(q, 2, rest[-2]),  # q k^T and p v
     compiled=("cpu",),
-    raw_schema=f"{_RAW_INPUTS}) -> (Tensor out, Tensor lse)",
+    raw_schema=f"{_RAW_INPUTS}, Tensor? cu_seqlens=None) -> (Tensor out, Tensor lse)",
     raw_fake=_raw_fake,
 )
 define_backward(
@@ -170,7 +171,7 @@ define_backward(
     validate=_validate_backward,
     run=_run_backward,
     flops=lambda grad_out, q, *rest, **__: attention_flops(q, 5, rest[-2]),  # dv, dp, dq, dk, and the scores again
-    raw_schema=f"{_RAW_SAVED}, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v)"
+    raw_schema=f"{_RAW_SAVED}, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, Tensor? cu_seqlens=None)"
     " -> (Tensor grad_q_weight, Tensor grad_k_weight, Tensor row_dot_q, Tensor row_dot_k)",
     raw_fake=_raw_fake_backward,
 )

@@ -243,7 +243,7 @@ BACKENDS: dict[str, Backend] = {
             _triton_unsupported,
             fallback="triton",
         ),
-        Backend("cpu", "internvit.ops.backends.cpu", _library("internvit_cpu"), _only(("cpu",), _FLOATS)),
+        Backend("cpu", "internvit.ops.backends.cpu", _library("internvit_cpu"), _only(("cpu",), _FLOATS), varlen=True),
         Backend(
             "cuda",
             "internvit.ops.backends.cuda",
