@@ -173,14 +173,14 @@ def test_compiled_encoder_takes_any_total() -> None:
         graphs.append(graph)
         return graph
 
-    model.encoder.compile(backend=count, dynamic=True, fullgraph=True)
+    model.encoder.compile(backend=count, fullgraph=True)
     plain = build("tiny-rms_norm")
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
-        for pixels in (photos(), photos()[:4], photos()[1:], photos()[::-1]):
+        for pixels in (photos(), photos()[1:3], photos()[:4], photos()[1:], photos()[::-1]):
             actual, expected = model(pixels).last_hidden_state, plain(pixels).last_hidden_state
             torch.testing.assert_close(actual.values, expected.values)
-    assert len(graphs) == 1
+    assert len(graphs) <= 2, "the second has a dynamic total, number of images and max_seqlen"
 
 
 def test_packed_tokens() -> None:
