@@ -115,7 +115,7 @@ class InternViTBackbone(nn.Module):
             self.encoder.eval()
         return self
 
-    def forward(self, pixel_values: Tensor | Sequence[Tensor]) -> tuple[Any, ...]:
+    def forward(self, pixel_values: Any) -> tuple[Any, ...]:
         """Maps of a batch of images, or of a list of images of any sizes: each is then a list of [C, h, w].
 
         Args:

@@ -105,7 +105,7 @@ class InternViTEncoder(nn.Module):
         hidden_states = self.cast_residual(hidden_states)
         all_hidden_states: list[Tensor] = [hidden_states] if output_hidden_states else []
         attentions: list[Any] = []
-        packed = {} if sequences is None else {"sequences": sequences}
+        packed: dict[str, Any] = {} if sequences is None else {"sequences": sequences}
         normed, pending = None, None
         layers: list[Any] = list(self.layers)[:depth]
         checkpoints = self.options.checkpointing == "block" and self.training and recompute.can_checkpoint()

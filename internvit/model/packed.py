@@ -129,7 +129,8 @@ def pack_images(embeddings: Any, images: SequenceOf[Tensor]) -> PackedTokens:
     """
     if not len(images):
         raise ValueError("pixel_values: expected at least one image, got an empty list")
-    grids, by_size = [], {}
+    grids: list[tuple[int, int]] = []
+    by_size: dict[torch.Size, list[int]] = {}
     for i, image in enumerate(images):
         if isinstance(image, Tensor) and image.dim() != 3:
             channels = embeddings.config.num_channels

@@ -247,7 +247,7 @@ void for_images(const Params& p, const Executor& executor, int64_t bytes, const 
   int64_t total = 0;
   for (int64_t i = 0; i < p.sequences; ++i) total += units(length(i)) * cost(length(i));
   parallel(executor, total, 1, [&](int64_t begin, int64_t end) {
-    void* memory = executor.scratch(bytes);
+    void* memory = nullptr;
     int64_t at = 0;  // a unit belongs to the thread in whose range it begins
     for (int64_t i = 0; i < p.sequences && at < end; ++i) {
       const int64_t count = units(length(i)), each = cost(length(i));
@@ -255,7 +255,10 @@ void for_images(const Params& p, const Executor& executor, int64_t bytes, const 
       const auto unit_at = [&](int64_t place) {
         return place <= at ? 0 : min_of(count, (place - at + each - 1) / each);
       };
-      if (unit_at(begin) < unit_at(end)) run(sequence_of(p, i), memory, unit_at(begin), unit_at(end));
+      if (unit_at(begin) < unit_at(end)) {
+        if (!memory) memory = executor.scratch(bytes);
+        run(sequence_of(p, i), memory, unit_at(begin), unit_at(end));
+      }
       at += count * each;
     }
   });
