@@ -10,33 +10,37 @@ from internvit.inference.fp8 import fp8_parts
 from internvit.inference.packed_block import PackedBlock
 from internvit.model.block import is_unmodified
 from internvit.model.fused_block import BlockParts, Norm
-from internvit.model.packed import split
+from internvit.model.packed import runs_alone, split
 from internvit.ops.core.sequences import Sequences
 
 
 class Pieces:
-    """What goes through the blocks at once: all, or one image after the other.
-
-    Packed images are batches of one where they go one by one, and the layers that are called get them packed.
+    """What goes through the blocks at once: everything, or batches of one image.
 
     Attributes:
-        sequences: of packed images, for the layers.
+        sequences: of packed images that go through the blocks at once.
     """
 
-    def __init__(self, x: Tensor, sequences: Sequences | None, alone: bool) -> None:
-        self.sequences = sequences
-        # The library's own GEMMs have one order of summation for any number of rows, and take all images at once.
-        self.alone = alone if sequences is not None else alone and x.shape[0] > 1
+    def __init__(self, x: Tensor, sequences: Sequences | None, one_image: bool) -> None:
+        self._packed = sequences if sequences is not None and runs_alone(x, sequences) else None
+        self._alone = one_image and sequences is None and x.shape[0] > 1
+        self.sequences = None if self._packed is not None else sequences
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        if not self.alone:
-            return (x,)
-        return x.split(1) if self.sequences is None else tuple(image[None] for image in split(x, self.sequences))
+        if self._packed is not None:
+            return tuple(image[None] for image in split(x, self._packed))
+        return x.split(1) if self._alone else (x,)
 
     def join(self, states: list[tuple[Tensor, Any]]) -> Tensor:
-        if not self.alone:
-            return states[0][0]
-        return torch.cat([piece if self.sequences is None else piece[0] for piece, _ in states])
+        if self._packed is not None:
+            return torch.cat([piece[0] for piece, _ in states])
+        return torch.cat([piece for piece, _ in states]) if self._alone else states[0][0]
+
+    def call(self, run: "BlockRun", states: list[tuple[Tensor, Any]]) -> tuple[Tensor, ...]:
+        """The pieces after a layer that is called: with a batch whole, which it has the same bits for."""
+        if self._packed is not None:
+            return tuple(run.call(piece) for piece, _ in states)
+        return self.split(run.call(self.join(states)))
 
 
 class BlockRun:
@@ -55,7 +59,7 @@ class BlockRun:
         images: Pieces,
     ) -> None:
         self.layer, self.model_dtype, self.sequences = layer, model_dtype, images.sequences
-        sequences = None if images.alone else images.sequences
+        sequences = self.sequences
         if float8 and is_unmodified(layer):
             self.parts: BlockParts | None = fp8_parts(layer, float8, sequences)
         elif block is not None:

@@ -159,8 +159,7 @@ class OptimizedInternViT(nn.Module):
         blocks = [self._packed_block(index) for index in range(len(layers))]
         x = embedded.to(self._stream_dtype(embedded))
         # Images go through the blocks one by one where the GEMMs want that: nothing is copied between them.
-        alone = any(b is not None and b.one_image for b in blocks)
-        images = Pieces(x, sequences, alone)
+        images = Pieces(x, sequences, any(b is not None and b.one_image for b in blocks))
         runs = [
             BlockRun(layer, block, embedded.dtype, _of_layer(index, self.float8), images)
             for index, (layer, block) in enumerate(zip(layers, blocks, strict=True))
@@ -169,8 +168,7 @@ class OptimizedInternViT(nn.Module):
         states: list[tuple[Tensor, Any]] = [(piece, None) for piece in images.split(x)]
         for index, run in enumerate(runs):
             if run.parts is None:
-                x = run.call(images.join(states))
-                states = [(piece, None) for piece in images.split(x)]
+                states = [(piece, None) for piece in images.call(run, states)]
             else:
                 next_norm = runs[index + 1].first_norm if index + 1 < len(runs) else None
                 states = [run_block(run.parts, piece, normed, next_norm) for piece, normed in states]

@@ -28,7 +28,7 @@ from internvit.model.fused_block import (
 )
 from internvit.model.hooks import has_hooks, is_plain_linear, is_unhooked_linear
 from internvit.model.layers import MLP, Attention, fusible, is_plain_norm, make_norm
-from internvit.model.packed import one_by_one, per_image, per_token
+from internvit.model.packed import one_by_one, per_token
 from internvit.ops.core.sequences import Sequences
 from internvit.reference import drop_path_scale
 
@@ -125,16 +125,16 @@ class InternViTLayer(nn.Module):
         row_scale = partial(self._row_scale, sequences) if self.training and self.drop_path_rate > 0 else None
         attn, mlp = self.attn, self.mlp
         attention: Function = partial(_call_attention, attn, sequences)
-        hidden: Function = per_image(partial(call_module, mlp), sequences)
+        hidden: Function = partial(call_module, mlp)
         proj, fc2 = (BranchOutput(identity, gamma, row_scale) for gamma in (self.ls1, self.ls2))
         if type(attn) is Attention and not has_hooks(attn):
             attention, proj = (
                 partial(attention_output, attn.parts(sequences)),
-                linear_or_folded(attn.proj, self.ls1, fold, row_scale, sequences),
+                linear_or_folded(attn.proj, self.ls1, fold, row_scale),
             )
         if type(mlp) is MLP and not has_hooks(mlp):
-            hidden = per_image(partial(fc1_gelu, mlp.fc1), sequences)
-            fc2 = linear_or_folded(mlp.fc2, self.ls2, fold, row_scale, sequences)
+            hidden = partial(fc1_gelu, mlp.fc1)
+            fc2 = linear_or_folded(mlp.fc2, self.ls2, fold, row_scale)
         return BlockParts(fusible(self.norm1), attention, proj, fusible(self.norm2), hidden, fc2)
 
     def first_norm(self) -> Norm | None:

@@ -16,7 +16,7 @@ from internvit.config import InternViTConfig
 from internvit.model import recompute
 from internvit.model.block import InternViTLayer, TrainingOptions, is_plain_layer, passes_branch
 from internvit.model.fused_block import Norm
-from internvit.model.packed import one_by_one, split
+from internvit.model.packed import one_by_one, runs_alone, split
 from internvit.ops.core.sequences import Sequences
 
 CHECKPOINTING = ("none", "selective", "block")
@@ -102,6 +102,10 @@ class InternViTEncoder(nn.Module):
         With `indices` the hidden states are the outputs of these blocks alone, in order, and no other is held. Only
         the first `depth` blocks run; by default all.
         """
+        if sequences is not None and runs_alone(hidden_states, sequences):
+            images = split(hidden_states, sequences)
+            settings = output_hidden_states, output_attentions, indices, depth
+            return _joined([self.forward(image[None], *settings) for image in images])
         hidden_states = self.cast_residual(hidden_states)
         all_hidden_states: list[Tensor] = [hidden_states] if output_hidden_states else []
         attentions: list[Any] = []
@@ -134,6 +138,20 @@ class InternViTEncoder(nn.Module):
             tuple(all_hidden_states) if output_hidden_states or indices else None,
             tuple(attentions) if output_attentions else None,
         )
+
+
+def _joined(results: list[Any]) -> tuple[Tensor, Any, Any]:
+    """The results of images alone as those of packed images."""
+    last, hidden, attentions = zip(*results, strict=True)
+
+    def pack(images: Any) -> Tensor:
+        return torch.cat([image[0] for image in images])
+
+    return (
+        pack(last),
+        None if hidden[0] is None else tuple(map(pack, zip(*hidden, strict=True))),
+        None if attentions[0] is None else tuple([m[0] for m in maps] for maps in zip(*attentions, strict=True)),
+    )
 
 
 def _attention_maps(layer: Any, hidden_states: Tensor, sequences: Sequences | None) -> Any:

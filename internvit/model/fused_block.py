@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from internvit.model import recompute
 from internvit.model.hooks import is_plain_linear
-from internvit.model.packed import per_image
 from internvit.ops import (
     attention,
     gelu,
@@ -289,7 +288,6 @@ def linear_or_folded(
     gamma: Tensor,
     fold: bool,
     row_scale: Callable[[Tensor], Tensor | None] | None,
-    sequences: Sequences | None = None,
 ) -> BranchOutput:
     """The end of a branch in the Linear `module`; with `fold`, LayerScale is in its weight wherever it is trained."""
     if fold and torch.is_grad_enabled() and is_plain_linear(module):
@@ -298,9 +296,8 @@ def linear_or_folded(
     # torch.jit.trace checks a graph with gradients against one without.
     asked = row_scale is None and not torch.is_grad_enabled() and not torch.jit.is_tracing()
     if asked and is_plain_linear(module) and adds_residual(module.weight):
-        linear_residual = per_image(partial(_folded_linear, module, gamma), sequences)
-    last = per_image(partial(linear_per_image, module), sequences)
-    return BranchOutput(last, gamma, row_scale, linear_residual)
+        linear_residual = partial(_folded_linear, module, gamma)
+    return BranchOutput(partial(linear_per_image, module), gamma, row_scale, linear_residual)
 
 
 def _folded_linear(module: nn.Linear, gamma: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:

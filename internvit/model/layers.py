@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from internvit.config import InternViTConfig
 from internvit.model.fused_block import AttentionParts, Norm, attention_output, fc1_gelu, linear_per_image, norm_heads
 from internvit.model.hooks import is_plain
-from internvit.model.packed import per_image
 from internvit.ops.core.sequences import Sequences
 
 
@@ -107,8 +106,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, sequences: Sequences | None = None) -> Tensor:
         """The branch [B, N, C] of normed tokens x [B, N, C], or [total, C] of packed images."""
-        proj = per_image(partial(linear_per_image, self.proj), sequences)
-        return proj(attention_output(self.parts(sequences), x))
+        return linear_per_image(self.proj, attention_output(self.parts(sequences), x))
 
     def attention_output(self, x: Tensor) -> Tensor:
         """The branch before its last Linear, [B, N, C]."""
@@ -116,7 +114,7 @@ class Attention(nn.Module):
 
     def parts(self, sequences: Sequences | None = None) -> AttentionParts:
         """What `attention_output` computes with."""
-        qkv = (per_image(partial(linear_per_image, self.qkv), sequences),)
+        qkv = (partial(linear_per_image, self.qkv),)
         settings: dict[str, Any] = {"scale": self.head_dim**-0.5, "rounding": self.rounding, "sequences": sequences}
         parts = AttentionParts(qkv, self.num_heads, **settings)
         if not self.qk_normalization:

@@ -105,19 +105,14 @@ def one_by_one(module: Callable[[Tensor], Tensor], x: Tensor, sequences: Sequenc
     return torch.cat([module(image[None])[0] for image in split(x, sequences)])
 
 
-def per_image(function: Callable[..., Tensor], sequences: Sequences | None) -> Callable[..., Tensor]:
-    """A Linear, function(rows, ...), that without gradients on a CPU has the same bits for an image alone and packed.
+def runs_alone(x: Tensor, sequences: Sequences) -> bool:
+    """Whether packed images go through the blocks one by one, as batches of one: on a CPU, without gradients.
 
-    GEMMs choose their order of summation by the number of rows; see `internvit.ops.linear`.
+    GEMMs choose their order of summation by the number of rows (`internvit.ops.linear`): for an image's own bits the
+    Linears take one image at a time. Then the rest does too, and finds it in cache.
     """
-    if sequences is None or torch.is_grad_enabled() or not readable(sequences.cu_seqlens):
-        return function
-
-    def each(*rows: Tensor) -> Tensor:
-        images = zip(*(split(t, sequences) for t in rows), strict=True)
-        return torch.cat([function(*(t[None] for t in image))[0] for image in images])
-
-    return each
+    no_gradients = x.is_cpu and not torch.is_grad_enabled()
+    return no_gradients and sequences.cu_seqlens.shape[0] > 1 and readable(sequences.cu_seqlens)
 
 
 def pack_images(embeddings: Any, images: SequenceOf[Tensor]) -> PackedTokens:
