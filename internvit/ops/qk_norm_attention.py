@@ -385,13 +385,6 @@ register_spec(
             "reference": lambda make: {"qkv": make.qkv(), **_weights(make), "rounding": "reference"},
             "no weights": lambda make: {"qkv": make.qkv()},
             "cu_seqlens": lambda make: {"qkv": make.packed_qkv(), **_weights(make), **make.sequences()},
-            "reference, cu_seqlens": lambda make: {
-                "qkv": make.packed_qkv(),
-                **_weights(make),
-                "rounding": "reference",
-                **make.sequences(),
-            },
-            "no weights, cu_seqlens": lambda make: {"qkv": make.packed_qkv(), **make.sequences()},
         },
         multiplies,
         resolves_as="attention",
