@@ -10,6 +10,7 @@ from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.config import HUB_IDS, VARIANTS, InternViTConfig
 from internvit.dense.backbone import InternViTBackbone
 from internvit.inference.optimize import optimize_for_inference
+from internvit.model.packed import PackedTokens
 from internvit.model.vit import InternViT
 from internvit.multimodal.connector import InternVLConnector
 from internvit.multimodal.flash_connector import InternVLFlashConnector, InternVLFlashOutput
@@ -29,6 +30,7 @@ __all__ = [
     "InternViTBackbone",
     "InternViTConfig",
     "InternViTOutput",
+    "PackedTokens",
     "PatchHandle",
     "backend",
     "best_grid",

@@ -15,14 +15,17 @@ class InternViTOutput(NamedTuple):
         hidden_states: L + 1 tensors [B, N, C], the embeddings and the output of each block; None unless asked for.
         attentions: L tensors [B, H, N, N], softmax probabilities; None unless asked for.
 
+    Of a list of images, last_hidden_state and each of hidden_states are `PackedTokens`, a sequence of one tensor
+    [N_i, C] an image, and each of attentions is a list of [H, N_i, N_i].
+
     Fields are also had by name, as from transformers' outputs: `out["last_hidden_state"]`, `out.get("hidden_states")`,
     `out.keys()`, `**out`.
     """
 
-    last_hidden_state: Tensor
+    last_hidden_state: Any
     pooler_output: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
 
     def __getitem__(self, key: Any) -> Any:
         """A field by its name or number."""

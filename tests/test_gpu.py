@@ -84,7 +84,8 @@ def with_gradients(spec, arguments, backend):
 def test_contract_and_determinism(any_name, model, dtype):
     name = any_name
     for op, spec, arguments in operations(*model[:2], dtype):
-        if name not in backends_for(spec.implemented_as, "cuda", dtype, model[1], folded=op == "attention qk_norm"):
+        demands = spec.demands(op.removeprefix(spec.name).strip())
+        if name not in backends_for(spec.implemented_as, "cuda", dtype, model[1], **demands):
             continue
         actual = with_gradients(spec, arguments, name)
         for _ in range(0 if is_torchs(name, op) else 2):

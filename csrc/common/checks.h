@@ -49,11 +49,28 @@ class Checks {
     STD_TORCH_CHECK(x_.dim() > 0 && is_channel_count(x_.size(x_.dim() - 1)), op_, ": ", name_,
                     " must have a last dimension of 1 to 2^31 - 1, got shape ", list_of(x_.sizes()));
   }
-  // x [B, N, H, D].
-  void heads() const {
-    STD_TORCH_CHECK(x_.dim() == 4 && is_channel_count(x_.size(2)) && is_channel_count(x_.size(3)) &&
-                        is_channel_count(x_.size(2) * x_.size(3)),
-                    op_, ": ", name_, " must have shape [B, N, H, D] with H, D >= 1, got ", list_of(x_.sizes()));
+  // x [B, N, H, D], or [total, H, D] of packed sequences.
+  void heads(bool packed = false) const {
+    const int64_t dims = packed ? 3 : 4;
+    STD_TORCH_CHECK(x_.dim() == dims && is_channel_count(x_.size(dims - 2)) && is_channel_count(x_.size(dims - 1)) &&
+                        is_channel_count(x_.size(dims - 2) * x_.size(dims - 1)),
+                    op_, ": ", name_, " must have shape ", packed ? "[total, H, D] beside cu_seqlens" : "[B, N, H, D]",
+                    " with H, D >= 1, got ", list_of(x_.sizes()));
+  }
+  // Contiguous int32 [sequences + 1] from 0 to the number of tokens, not decreasing; read here, so on the CPU.
+  void cu_seqlens(const OptionalTensor& t, int64_t tokens) const {
+    if (!t) return;
+    device("cu_seqlens", *t);
+    dtype("cu_seqlens", *t, ScalarType::Int);
+    STD_TORCH_CHECK(t->dim() == 1 && t->numel() >= 1, op_, ": cu_seqlens must have shape [B + 1], got ",
+                    list_of(t->sizes()));
+    const int32_t* ends = static_cast<const int32_t*>(t->data_ptr());
+    const int64_t last = t->numel() - 1, step = t->stride(0);
+    STD_TORCH_CHECK(ends[0] == 0 && ends[last * step] == tokens, op_, ": cu_seqlens must begin with 0 and end with ",
+                    tokens, " (tokens), got ", ends[0], " and ", ends[last * step]);
+    for (int64_t i = 0; i < last; ++i)
+      STD_TORCH_CHECK(ends[i * step] <= ends[(i + 1) * step], op_, ": cu_seqlens must not decrease, got ",
+                      ends[i * step], " before ", ends[(i + 1) * step]);
   }
 
   void device(const char* name, const Tensor& t) const {

@@ -223,8 +223,8 @@ struct QKNorm {
 };
 
 inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                             const QKNorm& norm) {
-  check.heads();
+                             const QKNorm& norm, const OptionalTensor& cu_seqlens) {
+  check.heads(bool(cu_seqlens));
   check.scale(scale);
   check.like_x("k", k);
   check.like_x("v", v);
@@ -235,24 +235,34 @@ inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor&
     check.given("rstd_q", norm.rstd_q, why);
     check.given("rstd_k", norm.rstd_k, why);
   }
-  check.parameter("q_weight", norm.q_weight, q.size(2) * q.size(3));
-  check.parameter("k_weight", norm.k_weight, q.size(2) * q.size(3));
+  const int64_t channels = q.size(q.dim() - 2) * q.size(q.dim() - 1);
+  check.parameter("q_weight", norm.q_weight, channels);
+  check.parameter("k_weight", norm.k_weight, channels);
   check.floating("rstd_q", norm.rstd_q, leading_sizes(q, 2));
   check.floating("rstd_k", norm.rstd_k, leading_sizes(q, 2));
+  check.cu_seqlens(cu_seqlens, q.size(0));
 }
 
-inline void attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const QKNorm& norm) {
-  attention_inputs(Checks("attention", "q", q), q, k, v, scale, norm);
+// lse's and the row dots': [B, H, N], or [H, total].
+inline std::vector<int64_t> by_head(const Tensor& q) {
+  if (q.dim() == 3) return {q.size(1), q.size(0)};
+  return {q.size(0), q.size(2), q.size(1)};
+}
+
+inline void attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const QKNorm& norm,
+                      const OptionalTensor& cu_seqlens) {
+  attention_inputs(Checks("attention", "q", q), q, k, v, scale, norm, cu_seqlens);
 }
 
 inline void attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
                                const Tensor& out, const Tensor& lse, double scale, const QKNorm& norm,
-                               const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
+                               const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
+                               const OptionalTensor& cu_seqlens) {
   const Checks check("attention_backward", "q", q);
-  attention_inputs(check, q, k, v, scale, norm);
+  attention_inputs(check, q, k, v, scale, norm, cu_seqlens);
   check.like_x("grad_out", grad_out);
   check.like_x("out", out);
-  check.floating("lse", lse, std::vector<int64_t>{q.size(0), q.size(2), q.size(1)});
+  check.floating("lse", lse, by_head(q));
   check.output_like_x("grad_q", grad_q);
   check.output_like_x("grad_k", grad_k);
   check.output_like_x("grad_v", grad_v);

@@ -26,6 +26,8 @@ struct HeadsView {
   int64_t stride_b, stride_n, stride_h;
 };
 
+// A batch of images, or with cu_seqlens packed sequences: B and b are then 1 and 0, N is the total of their tokens, and
+// `tokens` the longest one.
 struct AttentionParams {
   DType dtype;
   HeadsView q, k, v;
@@ -36,7 +38,10 @@ struct AttentionParams {
   void* out;   // [B, N, H, D] contiguous
   float* lse;  // [B, H, N], natural logarithm
   int64_t batch, tokens, heads, head_dim;
+  int64_t row_stride;  // from head to head of lse
   float scale;
+  const int32_t* cu_seqlens;  // [sequences + 1], from 0 to N, not decreasing; or null
+  int64_t sequences;
 };
 
 struct AttentionBackwardParams {
@@ -48,12 +53,15 @@ struct AttentionBackwardParams {
   const float* rstd_q;
   const float* rstd_k;
   HeadsView grad_q, grad_k, grad_v;  // written
-  float* grad_q_weight_partial;      // [B, H * D], or null without weights
+  float* grad_q_weight_partial;      // [B or sequences, H * D], or null without weights
   float* grad_k_weight_partial;
   float* row_dot_q;  // [B, H, N]
   float* row_dot_k;
   int64_t batch, tokens, heads, head_dim;
+  int64_t row_stride;  // from head to head of lse and the row dots
   float scale;
+  const int32_t* cu_seqlens;
+  int64_t sequences;
 };
 
 // y = epilogue(x W^T + bias), W packed once by pack_weight for this instruction set.

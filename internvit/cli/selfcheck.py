@@ -16,7 +16,7 @@ from internvit.inference.emulate import emulate_int8, int8_violations
 from internvit.inference.optimize import optimize_for_inference
 from internvit.model.vit import InternViT
 from internvit.numerics import DISTRIBUTIONS, product_violations, relative_error
-from internvit.ops.backends.registry import BACKENDS, backends_for
+from internvit.ops.backends.registry import backends_for
 from internvit.ops.core.spec import Inputs, OpSpec, Size, every_spec
 
 
@@ -115,10 +115,8 @@ def _op_checks(quick: bool, device: str, dtype: torch.dtype, generator: torch.Ge
             continue  # int8 and float8 operands are the same in any dtype
         for heads, head_dim in ((16, 64), (25, 128)):
             size = Size(1, tokens, heads, head_dim)
-            for backend in backends_for(spec.implemented_as, device, dtype, head_dim):
-                for variant in spec.examples:
-                    if variant == "qk_norm" and not BACKENDS[backend].folds_qk_norm:
-                        continue
+            for variant in spec.examples:
+                for backend in backends_for(spec.implemented_as, device, dtype, head_dim, **spec.demands(variant)):
                     for distribution in ("normal",) if spec.multiplies_matrices else distributions:
                         if dtype == torch.float16 and spec.name == "linear_layer_scale":
                             continue  # refused where gamma * weight leaves the normal range

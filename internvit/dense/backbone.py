@@ -16,6 +16,7 @@ from internvit.dense.pyramid import FeaturePyramid
 from internvit.geometry import feature_map
 from internvit.model.embeddings import Embeddings
 from internvit.model.encoder import InternViTEncoder
+from internvit.model.packed import pack_images
 from internvit.model.vit import InternViT
 
 logger = logging.getLogger("internvit")
@@ -114,24 +115,37 @@ class InternViTBackbone(nn.Module):
             self.encoder.eval()
         return self
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Maps of a batch of images.
+    def forward(self, pixel_values: Any) -> tuple[Any, ...]:
+        """Maps of a batch of images, or of a list of images of any sizes: each is then a list of [C, h, w].
 
         Args:
-            pixel_values: [B, channels, height, width], multiples of the patch size; cast to the weights' dtype.
+            pixel_values: [B, channels, height, width], multiples of the patch size; cast to the weights' dtype. Or a
+                list of images [channels, height, width].
 
         Raises:
             ValueError: a wrong shape, number of channels, or a size off the patch grid.
         """
+        if isinstance(pixel_values, (list, tuple)):
+            return self._packed_maps(pixel_values)
         size = self.config.patch_size
         with torch.no_grad() if self.freeze else contextlib.nullcontext():
             hidden_states = self.encoder(self.embeddings(pixel_values), indices=self.out_indices)[1]
         grid = (pixel_values.shape[2] // size, pixel_values.shape[3] // size)
-        maps = tuple(feature_map(x, grid) for x in hidden_states)
+        return self._levels([feature_map(x, grid) for x in hidden_states])
+
+    def _levels(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if self.fpn:
             dtype = self.get_parameter("up1.0.weight").dtype  # maps of a float32 residual stream are float32
-            maps = tuple(self.get_submodule(f"up{i}")(x.to(dtype)) for i, x in enumerate(maps, 1))
-        return maps if self.out_dtype is None else tuple(x.to(self.out_dtype) for x in maps)
+            maps = [self.get_submodule(f"up{i}")(x.to(dtype)) for i, x in enumerate(maps, 1)]
+        return tuple(maps if self.out_dtype is None else (x.to(self.out_dtype) for x in maps))
+
+    def _packed_maps(self, images: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+        with torch.no_grad() if self.freeze else contextlib.nullcontext():
+            packed = pack_images(self.embeddings, images)
+            states = self.encoder(packed.values, indices=self.out_indices, sequences=packed.sequences)[1]
+        by_image = zip(*(packed.with_values(x).maps() for x in states), strict=True)
+        levels = [[x[0] for x in self._levels([m[None] for m in maps])] for maps in by_image]
+        return tuple(map(list, zip(*levels, strict=True)))
 
     @classmethod
     def from_pretrained(

@@ -11,6 +11,8 @@ import torch
 
 import internvit.ops  # noqa: F401 (registers them)
 
+_INT64 = 7  # of ONNX's TensorProto.DataType
+
 
 def onnx_table() -> dict[Any, Callable[..., Any]]:
     """The `custom_translation_table` of `torch.onnx.export` for programs with ops of this library; opset 18.
@@ -130,6 +132,15 @@ class _Translations:
         heads = op.Shape(x, start=2, end=4)
         return op.Mul(op.Mul(x, rstd), op.Reshape(weight, heads))
 
+    def _same_sequence(self, q: Any, cu_seqlens: Any) -> Any:
+        """Which of the tokens of q [total, H, D] may attend to which, [total, total]."""
+        op = self._op
+        total = op.Squeeze(op.Shape(q, start=0, end=1))
+        tokens = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))
+        passed = op.GreaterOrEqual(op.Unsqueeze(tokens, self._ints(1)), op.Cast(cu_seqlens, to=_INT64))
+        sequence = op.ReduceSum(op.Cast(passed, to=_INT64), self._ints(1), keepdims=0)
+        return op.Equal(op.Unsqueeze(sequence, self._ints(1)), sequence)
+
     def attention(
         self,
         q: Any,
@@ -140,16 +151,31 @@ class _Translations:
         k_weight: Any,
         rstd_q: Any,
         rstd_k: Any,
+        cu_seqlens: Any = None,
+        max_seqlen: Any = None,
         backend: str = "",
     ) -> Any:
-        op = self._op
+        op, mask = self._op, None
+        if cu_seqlens is not None:
+            mask = self._same_sequence(q, cu_seqlens)
+            q, k, v, rstd_q, rstd_k = (self._as_image(t) for t in (q, k, v, rstd_q, rstd_k))
         if q_weight is not None:
             q = self._scale_heads(q, op.CastLike(op.Unsqueeze(rstd_q, self._ints(2, 3)), q), q_weight)
             k = self._scale_heads(k, op.CastLike(op.Unsqueeze(rstd_k, self._ints(2, 3)), k), k_weight)
+        out = self._attend(q, k, v, scale, mask)
+        return out if cu_seqlens is None else op.Squeeze(out, self._ints(0)), self._empty(v)
+
+    def _as_image(self, t: Any) -> Any:
+        return None if t is None else self._op.Unsqueeze(t, self._ints(0))
+
+    def _attend(self, q: Any, k: Any, v: Any, scale: float, mask: Any) -> Any:
+        op = self._op
         q = op.Transpose(op.Mul(q, self._float(scale, q)), perm=[0, 2, 1, 3])
         scores = op.MatMul(q, op.Transpose(k, perm=[0, 2, 3, 1]))
+        if mask is not None:
+            scores = op.Where(mask, scores, self._float(-float("inf"), scores))
         out = op.MatMul(op.Softmax(scores, axis=-1), op.Transpose(v, perm=[0, 2, 1, 3]))
-        return op.Transpose(out, perm=[0, 2, 1, 3]), self._empty(v)
+        return op.Transpose(out, perm=[0, 2, 1, 3])
 
     def qk_norm_attention(
         self,
@@ -161,16 +187,32 @@ class _Translations:
         eps: float,
         scale: float,
         rounding: str,
+        cu_seqlens: Any = None,
+        max_seqlen: Any = None,
         backend: str = "",
     ) -> Any:
+        op = self._op
+        mask = None if cu_seqlens is None else self._same_sequence(q, cu_seqlens)
+        if cu_seqlens is not None:
+            q, k, v = (self._as_image(t) for t in (q, k, v))
         if q_weight is not None:
             q, k = self.qk_norm(q, k, q_weight, k_weight, eps, rounding)[:2]
-        out, lse = self.attention(q, k, v, scale, None, None, None, None)
-        return out, lse, self._empty(v), self._empty(v)
+        out = self._attend(q, k, v, scale, mask)
+        out = out if cu_seqlens is None else op.Squeeze(out, self._ints(0))
+        return out, self._empty(v), self._empty(v), self._empty(v)
 
     def qk_norm_attention_qkvpacked(
-        self, qkv: Any, q_weight: Any, k_weight: Any, eps: float, scale: float, rounding: str, backend: str = ""
+        self,
+        qkv: Any,
+        q_weight: Any,
+        k_weight: Any,
+        eps: float,
+        scale: float,
+        rounding: str,
+        cu_seqlens: Any = None,
+        max_seqlen: Any = None,
+        backend: str = "",
     ) -> Any:
-        op = self._op
-        q, k, v = (op.Squeeze(part, self._ints(2)) for part in op.Split(qkv, axis=2, num_outputs=3))
-        return self.qk_norm_attention(q, k, v, q_weight, k_weight, eps, scale, rounding)
+        op, axis = self._op, 2 if cu_seqlens is None else 1
+        q, k, v = (op.Squeeze(part, self._ints(axis)) for part in op.Split(qkv, axis=axis, num_outputs=3))
+        return self.qk_norm_attention(q, k, v, q_weight, k_weight, eps, scale, rounding, cu_seqlens, max_seqlen)

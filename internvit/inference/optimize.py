@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from internvit.config import InternViTConfig
 from internvit.inference import linear_int8
+from internvit.inference.block_run import BlockRun, Pieces
 from internvit.inference.cuda_graph import LIMIT, CaptureGuard, GraphedFunction
-from internvit.inference.fp8 import fp8_parts
 from internvit.inference.packed_block import LINEARS, PackedBlock, can_pack
 from internvit.inference.precision import quantised_linears
 from internvit.inference.save import save_quantized
@@ -32,10 +32,12 @@ from internvit.model import recompute
 from internvit.model.block import is_unmodified
 from internvit.model.embeddings import embed
 from internvit.model.encoder import InternViTEncoder
-from internvit.model.fused_block import BlockParts, Norm, run_block
+from internvit.model.fused_block import run_block
 from internvit.model.hooks import has_hooks
+from internvit.model.packed import PackedTokens, packed_output
 from internvit.model.vit import InternViT
 from internvit.ops.core.select import requested
+from internvit.ops.core.sequences import Sequences
 from internvit.output import InternViTOutput
 
 
@@ -92,10 +94,10 @@ class OptimizedInternViT(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-        pixel_embeds: Tensor | None = None,
+        pixel_embeds: Tensor | PackedTokens | None = None,
         output_attentions: bool = False,
     ) -> InternViTOutput | tuple:
         """As `InternViT.forward`, without gradients; attention maps run on the model itself."""
@@ -103,9 +105,15 @@ class OptimizedInternViT(nn.Module):
         if output_attentions or not self._replaces_forward():
             output = model(pixel_values, output_hidden_states, return_dict, pixel_embeds, output_attentions)
             return output if self.out_dtype is None else _cast(output, self.out_dtype)
-        embedded = model.encoder.cast_residual(embed(model.embeddings, pixel_values, pixel_embeds))
-        x, *hidden = self._encode(embedded, output_hidden_states)
-        output = InternViTOutput(x, x[:, 0], tuple(hidden) if output_hidden_states else None, None)
+        tokens = embed(model.embeddings, pixel_values, pixel_embeds)
+        if isinstance(tokens, PackedTokens):
+            embedded = model.encoder.cast_residual(tokens.values)
+            x, *hidden = self._run_blocks(embedded, output_hidden_states, tokens.sequences)
+            output = packed_output(tokens, x, hidden if output_hidden_states else None)
+        else:
+            embedded = model.encoder.cast_residual(tokens)
+            x, *hidden = self._encode(embedded, output_hidden_states)
+            output = InternViTOutput(x, x[:, 0], tuple(hidden) if output_hidden_states else None, None)
         output = _cast(output, self.out_dtype or embedded.dtype)
         return output if return_dict else output.to_tuple()
 
@@ -143,29 +151,30 @@ class OptimizedInternViT(nn.Module):
             self._guard = None if _modified_layers(self.model) else CaptureGuard(self.model.encoder)
         return self._guard is not None
 
-    def _run_blocks(self, embedded: Tensor, output_hidden_states: bool) -> tuple[Tensor, ...]:
+    def _run_blocks(
+        self, embedded: Tensor, output_hidden_states: bool, sequences: Sequences | None = None
+    ) -> tuple[Tensor, ...]:
+        """The last hidden state, and all; with `sequences` of packed images [total, C]."""
         layers: list[Any] = list(self.model.encoder.layers)
         blocks = [self._packed_block(index) for index in range(len(layers))]
+        x = embedded.to(self._stream_dtype(embedded))
+        # Images go through the blocks one by one where the GEMMs want that: nothing is copied between them.
+        images = Pieces(x, sequences, any(b is not None and b.one_image for b in blocks))
         runs = [
-            _Run(layer, block, embedded.dtype, _of_layer(index, self.float8))
+            BlockRun(layer, block, embedded.dtype, _of_layer(index, self.float8), images)
             for index, (layer, block) in enumerate(zip(layers, blocks, strict=True))
         ]
-        x = embedded.to(self._stream_dtype(embedded))
         hidden_states = [x]
-        # Images go through the blocks one by one where the GEMMs want that: nothing is copied between them.
-        pieces = x.split(1) if any(b is not None and b.one_image for b in blocks) and x.shape[0] > 1 else (x,)
-        states: list[tuple[Tensor, Tensor | None]] = [(piece, None) for piece in pieces]
+        states: list[tuple[Tensor, Any]] = [(piece, None) for piece in images.split(x)]
         for index, run in enumerate(runs):
             if run.parts is None:
-                x = run.call(torch.cat([piece for piece, _ in states]))
-                states = [(piece, None) for piece in (x.split(1) if len(states) > 1 else (x,))]
+                states = [(piece, None) for piece in images.call(run, states)]
             else:
                 next_norm = runs[index + 1].first_norm if index + 1 < len(runs) else None
                 states = [run_block(run.parts, piece, normed, next_norm) for piece, normed in states]
             if output_hidden_states:
-                hidden_states.append(torch.cat([piece for piece, _ in states]))
-        x = torch.cat([piece for piece, _ in states]) if len(states) > 1 else states[0][0]
-        return (x, *hidden_states) if output_hidden_states else (x,)
+                hidden_states.append(images.join(states))
+        return (images.join(states), *hidden_states) if output_hidden_states else (images.join(states),)
 
     def save_pretrained(
         self,
@@ -244,30 +253,6 @@ class OptimizedInternViT(nn.Module):
 def _of_layer(index: int, names: Collection[str]) -> tuple[str, ...]:
     """Which of a layer's Linears are among these."""
     return tuple(name for name in LINEARS if f"encoder.layers.{index}.{name}" in names)
-
-
-class _Run:
-    """How one layer runs in this forward: by its parts, or, where something in it was modified, by calling it.
-
-    A layer that is called gets the residual stream in the dtype that the model gives it: hooks, adapters and replaced
-    parts may know no other.
-    """
-
-    def __init__(
-        self, layer: Any, block: PackedBlock | None, model_dtype: torch.dtype, float8: Collection[str]
-    ) -> None:
-        self.layer, self.model_dtype = layer, model_dtype
-        if float8 and is_unmodified(layer):
-            self.parts: BlockParts | None = fp8_parts(layer, float8)
-        elif block is not None:
-            self.parts = block.parts(layer)
-        else:
-            self.parts = layer.parts() if is_unmodified(layer, quantised=True) else None
-        norm = None if self.parts is None else self.parts.norm1
-        self.first_norm = norm if isinstance(norm, Norm) else None
-
-    def call(self, x: Tensor) -> Tensor:
-        return self.layer(x.to(self.model_dtype)).to(x.dtype)
 
 
 def _cast(output: Any, dtype: torch.dtype) -> Any:

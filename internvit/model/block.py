@@ -28,6 +28,8 @@ from internvit.model.fused_block import (
 )
 from internvit.model.hooks import has_hooks, is_plain_linear, is_unhooked_linear
 from internvit.model.layers import MLP, Attention, fusible, is_plain_norm, make_norm
+from internvit.model.packed import one_by_one, per_token
+from internvit.ops.core.sequences import Sequences
 from internvit.reference import drop_path_scale
 
 
@@ -75,8 +77,14 @@ class InternViTLayer(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.options = TrainingOptions() if options is None else options
 
-    def forward(self, hidden_states: Tensor, pending: PendingBranch | None = None, defer: bool = False) -> Any:
-        """The block's output [B, N, C].
+    def forward(
+        self,
+        hidden_states: Tensor,
+        pending: PendingBranch | None = None,
+        defer: bool = False,
+        sequences: Sequences | None = None,
+    ) -> Any:
+        """The block's output [B, N, C], or [total, C] of packed images.
 
         Between two wrapped blocks, whose parameters are there in their own forward alone, the branch is passed on
         instead of the normed tensor: `pending` is that of the block before; with `defer`, the stream before this
@@ -86,42 +94,47 @@ class InternViTLayer(nn.Module):
             normed = None
             if pending is not None:
                 hidden_states, normed = add_pending(hidden_states, pending, self.parts().norm1)
-            out, passed_on = self.forward_fused(hidden_states, normed, Defer.BRANCH if defer else None)
+            out, passed_on = self.forward_fused(hidden_states, normed, Defer.BRANCH if defer else None, sequences)
         return (out, passed_on) if defer else out
 
     def forward_fused(
-        self, hidden_states: Tensor, normed: Tensor | None, next_norm: Norm | Defer | None
+        self,
+        hidden_states: Tensor,
+        normed: Tensor | None,
+        next_norm: Norm | Defer | None,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, Any]:
         """The block between two neighbours; see `internvit.model.fused_block.run_block`."""
-        parts = self.parts()
+        parts = self.parts(sequences)
         if self.options.checkpointing != "selective" or not self.training or not recompute.can_checkpoint():
             return run_block(parts, hidden_states, normed, next_norm)
         if normed is None:
             normed = parts.norm1(hidden_states)
 
         def after_attention(hidden_states: Tensor, attended: Tensor) -> tuple[Tensor, Any]:
-            return run_after_attention(self.parts(), hidden_states, attended, next_norm)
+            return run_after_attention(self.parts(sequences), hidden_states, attended, next_norm)
 
         # DropPath draws inside, so that its random numbers are replayed.
         attended = parts.attention(normed)
         out, next_normed = checkpoint(after_attention, hidden_states, attended, use_reentrant=False)
         return out, next_norm.rematerialize(out, next_normed) if isinstance(next_norm, Norm) else next_normed
 
-    def parts(self) -> BlockParts:
+    def parts(self, sequences: Sequences | None = None) -> BlockParts:
         """What the block computes with now; a branch whose module has hooks or is another one is called as a whole."""
         fold = self.options.fold_layer_scale
-        row_scale = self._row_scale if self.training and self.drop_path_rate > 0 else None
+        row_scale = partial(self._row_scale, sequences) if self.training and self.drop_path_rate > 0 else None
         attn, mlp = self.attn, self.mlp
-        attention: Function = partial(call_module, attn)
+        attention: Function = partial(_call_attention, attn, sequences)
         hidden: Function = partial(call_module, mlp)
         proj, fc2 = (BranchOutput(identity, gamma, row_scale) for gamma in (self.ls1, self.ls2))
         if type(attn) is Attention and not has_hooks(attn):
             attention, proj = (
-                partial(attention_output, attn.parts()),
+                partial(attention_output, attn.parts(sequences)),
                 linear_or_folded(attn.proj, self.ls1, fold, row_scale),
             )
         if type(mlp) is MLP and not has_hooks(mlp):
-            hidden, fc2 = partial(fc1_gelu, mlp.fc1), linear_or_folded(mlp.fc2, self.ls2, fold, row_scale)
+            hidden = partial(fc1_gelu, mlp.fc1)
+            fc2 = linear_or_folded(mlp.fc2, self.ls2, fold, row_scale)
         return BlockParts(fusible(self.norm1), attention, proj, fusible(self.norm2), hidden, fc2)
 
     def first_norm(self) -> Norm | None:
@@ -142,11 +155,23 @@ class InternViTLayer(nn.Module):
         is_own = is_unhooked_linear if quantised else is_plain_linear
         return all(map(is_own, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))) and all(map(is_plain_norm, norms))
 
-    def _row_scale(self, branch: Tensor) -> Tensor:
-        return drop_path_scale(branch.shape[0], self.drop_path_rate, branch.device)
+    def _row_scale(self, sequences: Sequences | None, branch: Tensor) -> Tensor:
+        if sequences is None:
+            return drop_path_scale(branch.shape[0], self.drop_path_rate, branch.device)
+        factors = drop_path_scale(sequences.cu_seqlens.shape[0] - 1, self.drop_path_rate, branch.device)
+        return per_token(factors, sequences, branch.shape[0])
 
     def extra_repr(self) -> str:
         return f"drop_path_rate={self.drop_path_rate:.3g}" if self.drop_path_rate else ""
+
+
+def _call_attention(attn: nn.Module, sequences: Sequences | None, x: Tensor) -> Tensor:
+    """The branch by calling its module; one that knows nothing of packed images gets them one by one."""
+    if sequences is None:
+        return call_module(attn, x)
+    if isinstance(attn, Attention):
+        return call_module(attn, x, sequences)
+    return one_by_one(partial(call_module, attn), x, sequences)
 
 
 def is_plain_layer(layer: nn.Module) -> TypeGuard[InternViTLayer]:

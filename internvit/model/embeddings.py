@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from internvit.config import InternViTConfig
 from internvit.geometry import check_pixels, refuse_symbolic, resize_position_embedding
+from internvit.model.packed import PackedTokens, pack_images
 
 
 class Embeddings(nn.Module):
@@ -44,8 +45,8 @@ class Embeddings(nn.Module):
         )
 
 
-def embed(embeddings: Embeddings, pixel_values: Tensor | None, pixel_embeds: Tensor | None) -> Tensor:
-    """Tokens [B, N, C]: of pixels, or those that are given.
+def embed(embeddings: Embeddings, pixel_values: Any, pixel_embeds: Any) -> Any:
+    """Tokens: of pixels, or those that are given; [B, N, C] of a batch, `PackedTokens` of a list of images.
 
     Raises:
         TypeError: no tensor, or pixels that are not floating-point.
@@ -55,8 +56,13 @@ def embed(embeddings: Embeddings, pixel_values: Tensor | None, pixel_embeds: Ten
     if (pixel_values is None) == (pixel_embeds is None):
         raise ValueError(f"give pixel_values or pixel_embeds, got {'neither' if pixel_embeds is None else 'both'}")
     if pixel_embeds is None:
-        return embeddings(pixel_values)
+        packed = isinstance(pixel_values, (list, tuple))
+        return pack_images(embeddings, pixel_values) if packed else embeddings(pixel_values)
     width = embeddings.config.hidden_size
+    if isinstance(pixel_embeds, PackedTokens):
+        if pixel_embeds.values.shape[1] != width:
+            raise ValueError(f"pixel_embeds: expected [total, {width}], got {list(pixel_embeds.values.shape)}")
+        return pixel_embeds
     if not isinstance(pixel_embeds, Tensor):
         raise TypeError(f"pixel_embeds: expected a torch.Tensor [batch, tokens, {width}], got {type(pixel_embeds)}")
     if pixel_embeds.dim() != 3 or pixel_embeds.shape[-1] != width:

@@ -16,6 +16,8 @@ from internvit.config import InternViTConfig
 from internvit.model import recompute
 from internvit.model.block import InternViTLayer, TrainingOptions, is_plain_layer, passes_branch
 from internvit.model.fused_block import Norm
+from internvit.model.packed import one_by_one, runs_alone, split
+from internvit.ops.core.sequences import Sequences
 
 CHECKPOINTING = ("none", "selective", "block")
 CHECKPOINT_KWARGS = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
@@ -91,33 +93,44 @@ class InternViTEncoder(nn.Module):
         output_attentions: bool = False,
         indices: Collection[int] = (),
         depth: int | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        sequences: Sequences | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Any, ...] | None]:
         """The last hidden state; all L + 1 hidden states and L attention maps where asked for.
+
+        With `sequences` the hidden states are [total, C], packed images; an attention map is a list of the images'.
 
         With `indices` the hidden states are the outputs of these blocks alone, in order, and no other is held. Only
         the first `depth` blocks run; by default all.
         """
+        if sequences is not None and runs_alone(hidden_states, sequences):
+            images = split(hidden_states, sequences)
+            settings = output_hidden_states, output_attentions, indices, depth
+            return _joined([self.forward(image[None], *settings) for image in images])
         hidden_states = self.cast_residual(hidden_states)
-        all_hidden_states, attentions = [hidden_states] if output_hidden_states else [], []
+        all_hidden_states: list[Tensor] = [hidden_states] if output_hidden_states else []
+        attentions: list[Any] = []
+        packed: dict[str, Any] = {} if sequences is None else {"sequences": sequences}
         normed, pending = None, None
         layers: list[Any] = list(self.layers)[:depth]
         checkpoints = self.options.checkpointing == "block" and self.training and recompute.can_checkpoint()
         with recompute.scope():
             for index, layer in enumerate(layers):
                 if output_attentions:
-                    attentions.append(layer.attention_map(hidden_states))
-                if checkpoints:
-                    hidden_states = checkpoint(layer, hidden_states, **self._checkpoint_kwargs)
+                    attentions.append(_attention_maps(layer, hidden_states, sequences))
+                if sequences is not None and not isinstance(layer, InternViTLayer):
+                    hidden_states, normed = one_by_one(layer, hidden_states, sequences), None
+                elif checkpoints:
+                    hidden_states = checkpoint(layer, hidden_states, **packed, **self._checkpoint_kwargs)
                 elif passes_branch(layer):
                     asked = output_hidden_states or index in indices or index + 1 == len(layers)
                     defer = not asked and passes_branch(layers[index + 1])
-                    result = layer(hidden_states, pending, defer)
+                    result = layer(hidden_states, pending, defer, **packed)
                     (hidden_states, pending), normed = result if defer else (result, None), None
                 elif not is_plain_layer(layer):
-                    hidden_states, normed = layer(hidden_states), None
+                    hidden_states, normed = layer(hidden_states, **packed), None
                 else:
                     next_norm = _first_norm(layers[index + 1]) if index + 1 < len(layers) else None
-                    hidden_states, normed = layer.forward_fused(hidden_states, normed, next_norm)
+                    hidden_states, normed = layer.forward_fused(hidden_states, normed, next_norm, sequences)
                 if output_hidden_states or index in indices:
                     all_hidden_states.append(hidden_states)
         return (
@@ -125,6 +138,26 @@ class InternViTEncoder(nn.Module):
             tuple(all_hidden_states) if output_hidden_states or indices else None,
             tuple(attentions) if output_attentions else None,
         )
+
+
+def _joined(results: list[Any]) -> tuple[Tensor, Any, Any]:
+    """The results of images alone as those of packed images."""
+    last, hidden, attentions = zip(*results, strict=True)
+
+    def pack(images: Any) -> Tensor:
+        return torch.cat([image[0] for image in images])
+
+    return (
+        pack(last),
+        None if hidden[0] is None else tuple(map(pack, zip(*hidden, strict=True))),
+        None if attentions[0] is None else tuple([m[0] for m in maps] for maps in zip(*attentions, strict=True)),
+    )
+
+
+def _attention_maps(layer: Any, hidden_states: Tensor, sequences: Sequences | None) -> Any:
+    if sequences is None:
+        return layer.attention_map(hidden_states)
+    return [layer.attention_map(image[None])[0] for image in split(hidden_states, sequences)]
 
 
 def _first_norm(layer: Any) -> Norm | None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from internvit.geometry import feature_map
+from internvit.model.packed import pack_images
 
 OUTPUT_FORMATS = ("NCHW", "NLC")
 
@@ -33,7 +34,7 @@ def take_indices(layers: int, indices: int | Sequence[int] | None) -> tuple[int,
 
 def forward_intermediates(
     model: Any,
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     indices: int | Sequence[int] | None = None,
     return_prefix_tokens: bool = False,
     norm: bool = False,
@@ -46,7 +47,8 @@ def forward_intermediates(
 
     Args:
         model: an `InternViT`, or another module with its `config`, `embeddings` and `encoder`.
-        x: pixels [B, channels, height, width].
+        x: pixels [B, channels, height, width]; or a list of images, whose maps, tokens and class tokens are lists of
+            [C, rows, columns], [rows * columns, C] and [1, C], and whose last hidden state is `PackedTokens`.
         indices: numbers of blocks, 0 the first; the last n for an int, all for None.
         return_prefix_tokens: also the class token of each, [B, 1, C].
         norm: timm applies its final norm to each; InternViT has none, so both are the same.
@@ -66,11 +68,21 @@ def forward_intermediates(
         raise ValueError(f"output_fmt: expected one of {', '.join(OUTPUT_FORMATS)}, got {output_fmt!r}")
     taken = take_indices(len(model.encoder.layers), indices)
     depth = max(taken) + 1 if stop_early else None
-    last, hidden_states, _ = model.encoder(model.embeddings(x), indices=taken, depth=depth)
-    prefix = [state[:, :1] for state in hidden_states]
-    patch = model.config.patch_size
-    grid = (x.shape[2] // patch, x.shape[3] // patch)
-    maps = [feature_map(state, grid) if output_fmt == "NCHW" else state[:, 1:] for state in hidden_states]
+    last: Any
+    prefix: list[Any]
+    maps: list[Any]
+    if isinstance(x, Tensor):
+        last, hidden_states, _ = model.encoder(model.embeddings(x), indices=taken, depth=depth)
+        prefix = [state[:, :1] for state in hidden_states]
+        patch = model.config.patch_size
+        grid = (x.shape[2] // patch, x.shape[3] // patch)
+        maps = [feature_map(state, grid) if output_fmt == "NCHW" else state[:, 1:] for state in hidden_states]
+    else:
+        packed = pack_images(model.embeddings, x)
+        results = model.encoder(packed.values, indices=taken, depth=depth, sequences=packed.sequences)
+        last, *states = map(packed.with_values, (results[0], *results[1]))
+        prefix = [[image[:1] for image in state] for state in states]
+        maps = [state.maps() if output_fmt == "NCHW" else [image[1:] for image in state] for state in states]
     if output_dict:
         features: dict[str, Any] = {"image_intermediates": maps}
         if return_prefix_tokens:

@@ -34,6 +34,7 @@ from internvit.ops import (
     rms_norm,
     rms_norm_quant,
 )
+from internvit.ops.core.sequences import Sequences
 from internvit.ops.linear import linear
 from internvit.ops.linear_gelu import linear_gelu_with_pre_activation
 from internvit.ops.linear_layer_scale import adds_residual
@@ -97,6 +98,7 @@ class AttentionParts(NamedTuple):
         q_norm, k_norm: QK-norm over all heads together; modules that are no plain norm are called; None without.
         scale: of the scores; None for 1 / sqrt(head_dim).
         rounding: of the fused QK-norm.
+        sequences: of packed images; x is then [total, C].
     """
 
     qkv: tuple[Function, ...]
@@ -105,6 +107,7 @@ class AttentionParts(NamedTuple):
     k_norm: Norm | Function | None = None
     scale: float | None = None
     rounding: str = "fused"
+    sequences: Sequences | None = None
 
 
 class BranchOutput(NamedTuple):
@@ -233,27 +236,28 @@ def _add_scaled(
 
 
 def attention_output(parts: AttentionParts, x: Tensor) -> Tensor:
-    """Attention's output [B, N, C] for normed tokens x [B, N, C], before its last Linear."""
+    """Attention's output for normed tokens x [B, N, C], or [total, C] of packed images, before its last Linear."""
     qkv = [project(x) for project in parts.qkv]
     if len(qkv) == 1:
-        heads = [qkv[0].unflatten(-1, (3, parts.num_heads, -1))]  # [B, N, 3, H, D]
+        heads = [qkv[0].unflatten(-1, (3, parts.num_heads, -1))]  # [B, N, 3, H, D] or [total, 3, H, D]
     else:
-        heads = [t.unflatten(-1, (parts.num_heads, -1)) for t in qkv]  # 3 of [B, N, H, D]
+        heads = [t.unflatten(-1, (parts.num_heads, -1)) for t in qkv]  # 3 of [B, N, H, D] or [total, H, D]
     q_norm, k_norm = parts.q_norm, parts.k_norm
+    packed: dict[str, Any] = {} if parts.sequences is None else parts.sequences._asdict()
     fused: Any = qk_norm_attention_qkvpacked if len(heads) == 1 else qk_norm_attention
     if q_norm is None and k_norm is None:
-        return fused(*heads, scale=parts.scale).flatten(2)
+        return fused(*heads, scale=parts.scale, **packed).flatten(-2)
     if isinstance(q_norm, Norm) and isinstance(k_norm, Norm):
         weights, settings = (q_norm.weight, k_norm.weight), {"scale": parts.scale, "rounding": parts.rounding}
-        return fused(*heads, *weights, eps=q_norm.eps, **settings).flatten(2)
-    q, k, v = heads if len(heads) == 3 else heads[0].unbind(2)
-    return attention(*norm_heads(q_norm, k_norm, q, k, v), scale=parts.scale).flatten(2)
+        return fused(*heads, *weights, eps=q_norm.eps, **settings, **packed).flatten(-2)
+    q, k, v = heads if len(heads) == 3 else heads[0].unbind(-3)
+    return attention(*norm_heads(q_norm, k_norm, q, k, v), scale=parts.scale, **packed).flatten(-2)
 
 
 def norm_heads(q_norm: Any, k_norm: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, N, H, D] with QK-norm over all heads together, in v's dtype."""
-    q_normed = q if q_norm is None else q_norm(q.flatten(2)).view(q.shape).to(v.dtype)
-    k_normed = k if k_norm is None else k_norm(k.flatten(2)).view(k.shape).to(v.dtype)
+    q_normed = q if q_norm is None else q_norm(q.flatten(-2)).view(q.shape).to(v.dtype)
+    k_normed = k if k_norm is None else k_norm(k.flatten(-2)).view(k.shape).to(v.dtype)
     return q_normed, k_normed, v
 
 
@@ -262,9 +266,9 @@ def cast_for_linear(y: Tensor, weight: Tensor) -> Tensor:
     return y.to(weight.dtype) if y.dtype == torch.float32 and weight.dtype.itemsize == 2 else y
 
 
-def call_module(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x); a pre-hook may edit x, so that backward must not compute it again."""
-    return module(recompute.keep(x) if module._forward_pre_hooks else x)
+def call_module(module: nn.Module, x: Tensor, *others: Any) -> Tensor:
+    """module(x, ...); a pre-hook may edit x, so that backward must not compute it again."""
+    return module(recompute.keep(x) if module._forward_pre_hooks else x, *others)
 
 
 def linear_per_image(module: nn.Module, x: Tensor) -> Tensor:
@@ -280,7 +284,10 @@ def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_or_folded(
-    module: nn.Module, gamma: Tensor, fold: bool, row_scale: Callable[[Tensor], Tensor | None] | None
+    module: nn.Module,
+    gamma: Tensor,
+    fold: bool,
+    row_scale: Callable[[Tensor], Tensor | None] | None,
 ) -> BranchOutput:
     """The end of a branch in the Linear `module`; with `fold`, LayerScale is in its weight wherever it is trained."""
     if fold and torch.is_grad_enabled() and is_plain_linear(module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from internvit.config import InternViTConfig
 from internvit.model.fused_block import AttentionParts, Norm, attention_output, fc1_gelu, linear_per_image, norm_heads
 from internvit.model.hooks import is_plain
+from internvit.ops.core.sequences import Sequences
 
 
 class RMSNorm(nn.Module):
@@ -103,18 +104,19 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(width, config.effective_qk_norm_eps, rounding, **factory)
             self.k_norm = RMSNorm(width, config.effective_qk_norm_eps, rounding, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The branch [B, N, C] of normed tokens x [B, N, C]."""
-        return linear_per_image(self.proj, self.attention_output(x))
+    def forward(self, x: Tensor, sequences: Sequences | None = None) -> Tensor:
+        """The branch [B, N, C] of normed tokens x [B, N, C], or [total, C] of packed images."""
+        return linear_per_image(self.proj, attention_output(self.parts(sequences), x))
 
     def attention_output(self, x: Tensor) -> Tensor:
         """The branch before its last Linear, [B, N, C]."""
         return attention_output(self.parts(), x)
 
-    def parts(self) -> AttentionParts:
+    def parts(self, sequences: Sequences | None = None) -> AttentionParts:
         """What `attention_output` computes with."""
         qkv = (partial(linear_per_image, self.qkv),)
-        parts = AttentionParts(qkv, self.num_heads, scale=self.head_dim**-0.5, rounding=self.rounding)
+        settings: dict[str, Any] = {"scale": self.head_dim**-0.5, "rounding": self.rounding, "sequences": sequences}
+        parts = AttentionParts(qkv, self.num_heads, **settings)
         if not self.qk_normalization:
             return parts
         return parts._replace(q_norm=fusible(self.q_norm), k_norm=fusible(self.k_norm))

@@ -14,6 +14,7 @@ from internvit.model.embeddings import Embeddings, embed
 from internvit.model.encoder import InternViTEncoder
 from internvit.model.feature_maps import forward_intermediates
 from internvit.model.layers import Attention, RMSNorm
+from internvit.model.packed import PackedTokens, packed_output
 from internvit.ops.core.validation import ROUNDINGS
 from internvit.output import InternViTOutput
 
@@ -59,20 +60,25 @@ class InternViT(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-        pixel_embeds: Tensor | None = None,
+        pixel_embeds: Tensor | PackedTokens | None = None,
         output_attentions: bool = False,
     ) -> InternViTOutput | tuple:
-        """Features of a batch of images.
+        """Features of a batch of images, or of a list of images of any sizes.
+
+        Images of a list are packed, one after the other, without padding. Their features, and each of hidden_states,
+        are then `PackedTokens`, a sequence of one [N_i, C] an image, and attention maps are lists. On a CPU, without
+        gradients, an image has the same bits alone, in a batch and in a list.
 
         Args:
             pixel_values: [B, channels, height, width], normalised by ImageNet's mean and standard deviation; any
-                height and width that are multiples of the patch size. Cast to the weights' dtype.
+                height and width that are multiples of the patch size. Or a list of images [channels, height, width].
+                Cast to the weights' dtype.
             output_hidden_states: also return the embeddings and every block's output.
             return_dict: False returns a plain tuple of what was asked for, as torch.jit.trace always gets.
-            pixel_embeds: [B, N, C], tokens embedded already, instead of pixel_values.
+            pixel_embeds: [B, N, C], tokens embedded already, instead of pixel_values; or `PackedTokens`.
             output_attentions: also return every block's attention map (slow: all scores are held in memory).
 
         Raises:
@@ -80,11 +86,16 @@ class InternViT(nn.Module):
             ValueError: both or neither input, a wrong shape or number of channels, or a size off the patch grid.
         """
         embedded = embed(self.embeddings, pixel_values, pixel_embeds)
-        last, hidden, attentions = self.encoder(embedded, output_hidden_states, output_attentions)
-        output = InternViTOutput(last, last[:, 0], hidden, attentions)
+        if isinstance(embedded, PackedTokens):
+            settings = {"sequences": embedded.sequences}
+            results = self.encoder(embedded.values, output_hidden_states, output_attentions, **settings)
+            output = packed_output(embedded, *results)
+        else:
+            last, hidden, attentions = self.encoder(embedded, output_hidden_states, output_attentions)
+            output = InternViTOutput(last, last[:, 0], hidden, attentions)
         return output if return_dict and not torch.jit.is_tracing() else output.to_tuple()
 
-    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, **settings: Any) -> Any:
+    def forward_intermediates(self, x: Any, indices: int | Sequence[int] | None = None, **settings: Any) -> Any:
         """Outputs of chosen blocks, as timm gives them; see `internvit.model.feature_maps.forward_intermediates`."""
         return forward_intermediates(self, x, indices, **settings)
 

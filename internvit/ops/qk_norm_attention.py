@@ -5,6 +5,7 @@
 rounding="fused": `qk_norm_stats`, then `attention` with the norm inside; q_hat and k_hat never exist in memory.
 rounding="reference", or a backend that does not fold: `qk_norm` writes q_hat and k_hat, then plain attention.
 Backward keeps q, k, v, out, lse and two numbers per token; a packed [B, N, 3, H, D] input gets one packed gradient.
+With cu_seqlens, q, k and v are [total, H, D] or the packed [total, 3, H, D]; see `internvit.ops.attention`.
 
     grad_q = rstd_q * q_weight * grad_q_hat - rstd_q^2 / C * row_dot_q * q,  row_dot_q = sum over all heads of dS * S
 """
@@ -14,21 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvit.ops.attention import (
-    Heads,
-    QKNorm,
-    SavedAttention,
-    attention_flops,
-    default_scale,
-    fake_out_and_lse,
-)
-from internvit.ops.attention import formula as attention_formula
-from internvit.ops.attention import portable as portable_attention
+from internvit.ops.attention import attention_flops, default_scale, fake_out_and_lse, run_attention
 from internvit.ops.backends.registry import BACKENDS, has_implementation, implementation
 from internvit.ops.core import validation as check
+from internvit.ops.core.attention_math import Heads, QKNorm, SavedAttention
+from internvit.ops.core.attention_math import formula as attention_formula
+from internvit.ops.core.attention_math import portable as portable_attention
 from internvit.ops.core.norm_math import accumulate_dtype
 from internvit.ops.core.registration import OPS, define, define_backward, empty_grad
 from internvit.ops.core.select import resolve
+from internvit.ops.core.sequences import check_values, default_max_seqlen, pack
 from internvit.ops.core.spec import Inputs, OpSpec, multiplies, register_spec
 from internvit.ops.qk_norm import formula as qk_norm_formula
 
@@ -56,17 +52,29 @@ def _forward(
     eps: float,
     scale: float,
     rounding: str,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    attention = implementation("attention", backend)
+    check_values(OP, cu_seqlens, max_seqlen, q.shape[0])
+    sequences = pack(cu_seqlens, max_seqlen, q.shape[0])
     if q_weight is None or k_weight is None:
-        return (*attention(q, k, v, scale, None), empty_grad(q), empty_grad(q))
+        return (*run_attention(backend, q, k, v, scale, None, sequences), empty_grad(q), empty_grad(q))
+    batched_q, batched_k = _as_image(q), _as_image(k)
     if _folds(backend, rounding):
-        rstd_q, rstd_k = implementation("qk_norm_stats", backend)(q, k, eps)
-        return (*attention(q, k, v, scale, QKNorm(q_weight, k_weight, rstd_q, rstd_k)), rstd_q, rstd_k)
-    normed = _run_qk_norm("qk_norm", q, backend, q, k, q_weight, k_weight, eps, rounding)
-    q_normed, k_normed, rstd_q, rstd_k = normed
-    return (*attention(q_normed, k_normed, v, scale, None), rstd_q, rstd_k)
+        statistics = implementation("qk_norm_stats", backend)(batched_q, batched_k, eps)
+        rstd_q, rstd_k = (t.view(q.shape[:-2]) for t in statistics)
+        inside = QKNorm(q_weight, k_weight, rstd_q, rstd_k)
+        return (*run_attention(backend, q, k, v, scale, inside, sequences), rstd_q, rstd_k)
+    normed = _run_qk_norm("qk_norm", q, backend, batched_q, batched_k, q_weight, k_weight, eps, rounding)
+    q_normed, k_normed = (t.view(q.shape) for t in normed[:2])
+    rstd_q, rstd_k = (t.view(q.shape[:-2]) for t in normed[2:])
+    return (*run_attention(backend, q_normed, k_normed, v, scale, None, sequences), rstd_q, rstd_k)
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """Heads or statistics of packed sequences as those of one image: QK-norm is over each token alone."""
+    return x if x.dim() in (2, 4) else x[None]
 
 
 def _backward(
@@ -82,34 +90,41 @@ def _backward(
     eps: float,
     scale: float,
     rounding: str,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Fills `grads` (any strides); returns the gradients of the weights."""
-    q, k, v = qkv
+    check_values(f"{OP}_backward", cu_seqlens, max_seqlen, grad_out.shape[0])
+    (q, k, v), sequences = qkv, pack(cu_seqlens, max_seqlen, grad_out.shape[0])
     backward = implementation("attention_backward", backend)
     if q_weight is None or k_weight is None:
-        backward(grad_out, SavedAttention(q, k, v, out, lse, scale, None), grads)
+        backward(grad_out, SavedAttention(q, k, v, out, lse, scale, None, sequences), grads)
         return empty_grad(q), empty_grad(q)
+    rstd_of = [_as_image(t) for t in (rstd_q, rstd_k)]
+    heads_of = [_as_image(t) for t in (q, k)]
     if _folds(backend, rounding):
         qk_norm = QKNorm(q_weight, k_weight, rstd_q, rstd_k)
-        folded = backward(grad_out, SavedAttention(q, k, v, out, lse, scale, qk_norm), grads)
-        implementation("qk_norm_stats_backward", backend)(
-            folded.row_dot_q.sum(1) / rstd_q, folded.row_dot_k.sum(1) / rstd_k, q, k, rstd_q, rstd_k, *grads[:2]
-        )
+        folded = backward(grad_out, SavedAttention(q, k, v, out, lse, scale, qk_norm, sequences), grads)
+        slopes = folded.row_dot_q.sum(-2) / rstd_q, folded.row_dot_k.sum(-2) / rstd_k
+        written = [_as_image(t) for t in (*slopes, *grads[:2])]
+        implementation("qk_norm_stats_backward", backend)(*written[:2], *heads_of, *rstd_of, *written[2:])
         return folded.q_weight, folded.k_weight
-    q_normed, k_normed, _, _ = _run_qk_norm("qk_norm", q, backend, q, k, q_weight, k_weight, eps, rounding)
+    normed = _run_qk_norm("qk_norm", q, backend, *heads_of, q_weight, k_weight, eps, rounding)
+    q_normed, k_normed = (t.view(q.shape) for t in normed[:2])
     normed_grads = torch.empty_like(q_normed), torch.empty_like(k_normed)
-    backward(grad_out, SavedAttention(q_normed, k_normed, v, out, lse, scale, None), (*normed_grads, grads[2]))
-    normed = q, k, q_weight, k_weight, rstd_q, rstd_k, (True,) * 4
-    grads_of_norm = _run_qk_norm("qk_norm_backward", q, backend, *normed_grads, *normed)
+    saved = SavedAttention(q_normed, k_normed, v, out, lse, scale, None, sequences)
+    backward(grad_out, saved, (*normed_grads, grads[2]))
+    inputs = *heads_of, q_weight, k_weight, *rstd_of, (True,) * 4
+    grads_of_norm = _run_qk_norm("qk_norm_backward", q, backend, *map(_as_image, normed_grads), *inputs)
     grad_q, grad_k, grad_q_weight, grad_k_weight = grads_of_norm
-    grads[0].copy_(grad_q)
-    grads[1].copy_(grad_k)
+    grads[0].copy_(grad_q.view(q.shape))
+    grads[1].copy_(grad_k.view(k.shape))
     return grad_q_weight, grad_k_weight
 
 
 def _unpack(qkv: Tensor) -> Heads:
-    q, k, v = qkv.unbind(2)
+    q, k, v = qkv.unbind(-3)
     return q, k, v
 
 
@@ -126,7 +141,7 @@ def _run_packed_backward(grad_out: Tensor, qkv: Tensor, *rest: Any) -> tuple[Ten
 
 
 def _fake_forward(q: Tensor, q_weight: Tensor | None, backend: str) -> tuple[Tensor, ...]:
-    statistics = (0,) if q_weight is None else q.shape[:2]
+    statistics = (0,) if q_weight is None else q.shape[:-2]
     dtype = torch.float32 if q_weight is None else accumulate_dtype(q)
     return (*fake_out_and_lse(q, backend), *(q.new_empty(statistics, dtype=dtype) for _ in range(2)))
 
@@ -139,19 +154,23 @@ def _validate(
     eps: float,
     scale: float,
     rounding: str,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
 ) -> None:
-    check.heads(op, **heads)
+    first, q = next(iter(heads.items()))
+    check.sequences(op, first, q, cu_seqlens, max_seqlen)
+    check.heads(op, varlen=cu_seqlens is not None, **heads)
     check.eps(op, eps)
     check.scale(op, scale)
     check.choice(op, "rounding", rounding, check.ROUNDINGS)
     if (q_weight is None) != (k_weight is None):
         raise ValueError(f"{op}: q_weight and k_weight go together, got None for one of them")
-    check.qk_weights(op, next(iter(heads.values())), q_weight=q_weight, k_weight=k_weight)
+    check.qk_weights(op, q, q_weight=q_weight, k_weight=k_weight)
 
 
 def _validate_backward(op: str, grad_out: Tensor, qkv: dict[str, Tensor], *rest: Any) -> None:
-    q_weight, k_weight, out, lse, rstd_q, rstd_k, eps, scale, rounding, backend = rest
-    _validate(op, qkv, q_weight, k_weight, eps, scale, rounding)
+    q_weight, k_weight, out, lse, rstd_q, rstd_k, *settings, backend = rest
+    _validate(op, qkv, q_weight, k_weight, *settings)
     first, q = next(iter(qkv.items()))
     check.like(op, first, q, grad_out=grad_out, out=out)
     check.lse(op, q, lse, backend)
@@ -159,21 +178,29 @@ def _validate_backward(op: str, grad_out: Tensor, qkv: dict[str, Tensor], *rest:
         check.token_statistics(op, q, rstd_q=rstd_q, rstd_k=rstd_k)
 
 
-def _check_packed(op: str, qkv: Tensor) -> dict[str, Tensor]:
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"{op}: qkv must have shape [B, N, 3, H, D], got {check.shape_of(qkv)}")
+def _check_packed(op: str, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> dict[str, Tensor]:
+    check.sequences(op, "qkv", qkv, cu_seqlens, max_seqlen)
+    if qkv.dim() != (5 if cu_seqlens is None else 4) or qkv.shape[-3] != 3:
+        layout = "[B, N, 3, H, D]" if cu_seqlens is None else "[total, 3, H, D] beside cu_seqlens"
+        raise ValueError(f"{op}: qkv must have shape {layout}, got {check.shape_of(qkv)}")
     return dict(zip(("qkv", "k", "v"), _unpack(qkv), strict=True))
 
 
 def _validate_packed(qkv: Tensor, *rest: Any) -> None:
-    _validate(PACKED, _check_packed(PACKED, qkv), *rest)
+    _validate(PACKED, _check_packed(PACKED, qkv, *rest[-2:]), *rest)
 
 
-_REST = "Tensor? q_weight, Tensor? k_weight, float eps, float scale, str rounding)"
+def _resolve(args: tuple[Any, ...], asked: str | None, caller: str) -> str:
+    x, cu_seqlens = args[0], args[-2]
+    return resolve("attention", x, asked, x.shape[-1], caller=caller, varlen=cu_seqlens is not None)
+
+
+_SEQUENCES = "Tensor? cu_seqlens, SymInt? max_seqlen)"
+_REST = f"Tensor? q_weight, Tensor? k_weight, float eps, float scale, str rounding, {_SEQUENCES}"
 _OUTPUTS = " -> (Tensor out, Tensor lse, Tensor rstd_q, Tensor rstd_k)"
 _SAVED = (
     "Tensor? q_weight, Tensor? k_weight, Tensor out, Tensor lse, Tensor rstd_q, Tensor rstd_k, float eps, float scale,"
-    " str rounding)"
+    f" str rounding, {_SEQUENCES}"
 )
 _WEIGHT_GRADS = "Tensor grad_q_weight, Tensor grad_k_weight)"
 
@@ -183,8 +210,8 @@ QK_NORM_ATTENTION = define(
     validate=lambda q, k, v, *rest: _validate(OP, {"q": q, "k": k, "v": v}, *rest),
     run=_forward,
     autocast=("q", "k", "v"),
-    choose=lambda args, asked: resolve("attention", args[0], asked, args[0].shape[-1], caller=OP),
-    flops=lambda q, *_, **__: attention_flops(q, 2),
+    choose=lambda args, asked: _resolve(args, asked, OP),
+    flops=lambda q, *rest, **__: attention_flops(q, 2, rest[-2]),
 )
 define_backward(
     QK_NORM_ATTENTION,
@@ -194,7 +221,7 @@ define_backward(
         f"{OP}_backward", grad_out, {"q": q, "k": k, "v": v}, *rest
     ),
     run=_run_backward,
-    flops=lambda grad_out, q, *_, **__: attention_flops(q, 5),
+    flops=lambda grad_out, q, *rest, **__: attention_flops(q, 5, rest[-2]),
 )
 QK_NORM_ATTENTION_QKVPACKED = define(
     f"{PACKED}(Tensor qkv, {_REST}{_OUTPUTS}",
@@ -202,17 +229,17 @@ QK_NORM_ATTENTION_QKVPACKED = define(
     validate=_validate_packed,
     run=lambda qkv, *rest: _forward(*_unpack(qkv), *rest),
     autocast=("qkv",),
-    choose=lambda args, asked: resolve("attention", args[0], asked, args[0].shape[-1], caller=PACKED),
-    flops=lambda qkv, *_, **__: attention_flops(qkv, 2),
+    choose=lambda args, asked: _resolve(args, asked, PACKED),
+    flops=lambda qkv, *rest, **__: attention_flops(qkv, 2, rest[-2]),
 )
 define_backward(
     QK_NORM_ATTENTION_QKVPACKED,
     f"{PACKED}_backward(Tensor grad_out, Tensor qkv, {_SAVED} -> (Tensor grad_qkv, {_WEIGHT_GRADS}",
     validate=lambda grad_out, qkv, *rest: _validate_backward(
-        f"{PACKED}_backward", grad_out, _check_packed(f"{PACKED}_backward", qkv), *rest
+        f"{PACKED}_backward", grad_out, _check_packed(f"{PACKED}_backward", qkv, *rest[-3:-1]), *rest
     ),
     run=_run_packed_backward,
-    flops=lambda grad_out, qkv, *_, **__: attention_flops(qkv, 5),
+    flops=lambda grad_out, qkv, *rest, **__: attention_flops(qkv, 5, rest[-2]),
 )
 
 
@@ -226,6 +253,8 @@ def qk_norm_attention(
     eps: float = 1e-6,
     scale: float | None = None,
     rounding: str = "fused",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """QK-norm over all heads together, and attention.
@@ -238,17 +267,20 @@ def qk_norm_attention(
         eps: of QK-norm.
         scale: of the scores; 1 / sqrt(D) by default.
         rounding: "fused" keeps q_hat and k_hat in registers; "reference" rounds them as upstream does.
+        cu_seqlens, max_seqlen: packed sequences, of q, k, v [total, H, D]; as for `attention`.
         backend: overrides `internvit.backend`.
 
     Returns:
-        out: [B, N, H, D], q's dtype, contiguous.
+        out: [B, N, H, D] or [total, H, D], q's dtype, contiguous.
 
     Raises:
         ValueError: a wrong shape, dtype, device or combination.
 
     Source: InternAttention in OpenGVLab's modeling_intern_vit.py.
     """
-    return QK_NORM_ATTENTION.call((q, k, v, q_weight, k_weight, eps, default_scale(q, scale), rounding), backend)[0]
+    max_seqlen = default_max_seqlen(q, cu_seqlens, max_seqlen)
+    args = (q, k, v, q_weight, k_weight, eps, default_scale(q, scale), rounding, cu_seqlens, max_seqlen)
+    return QK_NORM_ATTENTION.call(args, backend)[0]
 
 
 def qk_norm_attention_qkvpacked(
@@ -259,6 +291,8 @@ def qk_norm_attention_qkvpacked(
     eps: float = 1e-6,
     scale: float | None = None,
     rounding: str = "fused",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`qk_norm_attention` of the packed projection, whose gradient is one packed tensor.
@@ -266,18 +300,19 @@ def qk_norm_attention_qkvpacked(
     out = softmax(q_hat k_hat^T * scale) v,  q, k, v = qkv.unbind(2)
 
     Args:
-        qkv: [B, N, 3, H, D], contiguous in D.
-        q_weight, k_weight, eps, scale, rounding, backend: as for `qk_norm_attention`.
+        qkv: [B, N, 3, H, D], or [total, 3, H, D] with cu_seqlens, contiguous in D.
+        q_weight, k_weight, eps, scale, rounding, cu_seqlens, max_seqlen, backend: as for `qk_norm_attention`.
 
     Returns:
-        out: [B, N, H, D], qkv's dtype, contiguous.
+        out: [B, N, H, D] or [total, H, D], qkv's dtype, contiguous.
 
     Raises:
         ValueError: a wrong shape, dtype, device or combination.
 
     Source: InternAttention in OpenGVLab's modeling_intern_vit.py; the name is flash-attn's.
     """
-    args = (qkv, q_weight, k_weight, eps, default_scale(qkv, scale), rounding)
+    max_seqlen = default_max_seqlen(qkv, cu_seqlens, max_seqlen)
+    args = (qkv, q_weight, k_weight, eps, default_scale(qkv, scale), rounding, cu_seqlens, max_seqlen)
     return QK_NORM_ATTENTION_QKVPACKED.call(args, backend)[0]
 
 
@@ -289,10 +324,16 @@ def _formula(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     rounding: str = "fused",
+    **packed: Any,
 ) -> Tensor:
-    if q_weight is not None and k_weight is not None:
-        q, k = qk_norm_formula(q, k, q_weight, k_weight, eps)
-    return attention_formula(q, k, v)
+    return attention_formula(*_norm(q, k, q_weight, k_weight, eps), v, **packed)
+
+
+def _norm(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    if q_weight is None or k_weight is None:
+        return q, k
+    normed = qk_norm_formula(_as_image(q), _as_image(k), q_weight, k_weight, eps)
+    return normed[0].view(q.shape), normed[1].view(k.shape)
 
 
 def _portable(
@@ -303,10 +344,9 @@ def _portable(
     k_weight: Tensor | None,
     eps: float,
     scale: float,
+    **packed: Any,
 ) -> Tensor:
-    if q_weight is not None and k_weight is not None:
-        q, k = qk_norm_formula(q, k, q_weight, k_weight, eps)
-    return portable_attention(q, k, v, scale)
+    return portable_attention(*_norm(q, k, q_weight, k_weight, eps), v, scale, **packed)
 
 
 def _packed_formula(qkv: Tensor, *args: Any, **named: Any) -> Tensor:
@@ -322,7 +362,14 @@ register_spec(
         qk_norm_attention,
         OP,
         _formula,
-        {"": lambda make: {**dict(zip("qkv", make.qkv().unbind(2), strict=True)), **_weights(make)}},
+        {
+            "": lambda make: {**dict(zip("qkv", make.qkv().unbind(2), strict=True)), **_weights(make)},
+            "cu_seqlens": lambda make: {
+                **dict(zip("qkv", make.packed_qkv().unbind(1), strict=True)),
+                **_weights(make),
+                **make.sequences(),
+            },
+        },
         multiplies,
         resolves_as="attention",
         portable=_portable,
@@ -337,6 +384,7 @@ register_spec(
             "": lambda make: {"qkv": make.qkv(), **_weights(make)},
             "reference": lambda make: {"qkv": make.qkv(), **_weights(make), "rounding": "reference"},
             "no weights": lambda make: {"qkv": make.qkv()},
+            "cu_seqlens": lambda make: {"qkv": make.packed_qkv(), **_weights(make), **make.sequences()},
         },
         multiplies,
         resolves_as="attention",

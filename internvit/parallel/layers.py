@@ -17,6 +17,7 @@ from internvit.model.fused_block import BlockParts, BranchOutput, Norm, gelu_rec
 from internvit.model.hooks import has_hooks
 from internvit.model.layers import MLP, Attention
 from internvit.ops import linear_gelu, qk_norm_attention_qkvpacked
+from internvit.ops.core.sequences import Sequences
 from internvit.parallel.group import RankGroup
 from internvit.parallel.linear import column_linear, row_linear
 from internvit.parallel.plan import TensorParallelPlan
@@ -45,6 +46,11 @@ class TensorParallelEmbeddings(Embeddings):
         return functional_call(self, parameters, (pixel_values,))
 
 
+def _refuse_packed(sequences: Sequences | None) -> None:
+    if sequences is not None:
+        raise ValueError("a tensor-parallel model takes batches of images of one size, got a list of images")
+
+
 class TensorParallelAttention(Attention):
     """Attention over this rank's heads.
 
@@ -56,7 +62,8 @@ class TensorParallelAttention(Attention):
     group: RankGroup
     local_heads: int
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sequences: Sequences | None = None) -> Tensor:
+        _refuse_packed(sequences)
         return self.project(self.attention_output(x))
 
     def attention_output(self, x: Tensor) -> Tensor:
@@ -126,7 +133,8 @@ class TensorParallelLayer(InternViTLayer):
     attn: TensorParallelAttention
     mlp: TensorParallelMLP
 
-    def parts(self) -> BlockParts:
+    def parts(self, sequences: Sequences | None = None) -> BlockParts:
+        _refuse_packed(sequences)
         inside = next((name for name, module in self.named_modules() if name and has_hooks(module)), None)
         if inside is not None:
             raise RuntimeError(f"{inside} has hooks, which a tensor-parallel block does not run: remove them")

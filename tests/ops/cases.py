@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from internvit.ops.backends.registry import backends_for
-from internvit.ops.core.spec import SPECS, TINY, Arguments, Inputs, OpSpec, batched, differentiable
+from internvit.ops.core.spec import SPECS, TINY, Arguments, Inputs, OpSpec, differentiable
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,9 @@ class Case:
     def __str__(self) -> str:
         return f"{self.spec.name}-{self.variant}" if self.variant else self.spec.name
 
-    @property
-    def folded(self) -> bool:
-        """Whether attention is given QK-norm's weights and statistics, which not every backend takes."""
-        return self.spec.name == "attention" and bool(self.variant)
+    def backends(self, dtype: torch.dtype = torch.float32, head_dim: int = 8) -> list[str]:
+        """The backends that can run it on CPU tensors on this machine."""
+        return backends_for(self.spec.implemented_as, "cpu", dtype, head_dim, **self.spec.demands(self.variant))
 
     def make(self, generator: torch.Generator) -> Arguments:
         return self.spec.examples[self.variant](Inputs(TINY, generator, torch.float64))
@@ -31,9 +30,6 @@ class Case:
         """The arguments that have gradients."""
         return differentiable(arguments)
 
-    def batched(self, arguments: Arguments) -> list[str]:
-        return batched(arguments)
-
     def run(self, arguments: Arguments, backend: str | None = None) -> tuple[Tensor, ...]:
         return self.spec.run(arguments, backend)
 
@@ -41,9 +37,9 @@ class Case:
 CASES = tuple(Case(spec, variant) for spec in SPECS.values() for variant in spec.examples)
 
 
-def backends_here(op: str, folded: bool = False) -> list[str]:
+def backends_here(op: str) -> list[str]:
     """The backends that can run `op` on CPU tensors on this machine."""
-    return backends_for(SPECS[op].implemented_as, "cpu", torch.float32, 8, folded)
+    return backends_for(SPECS[op].implemented_as, "cpu", torch.float32, 8)
 
 
-CASES_AND_BACKENDS = [(c, backend) for c in CASES for backend in backends_here(c.spec.name, c.folded)]
+CASES_AND_BACKENDS = [(c, backend) for c in CASES for backend in c.backends()]

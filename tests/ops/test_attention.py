@@ -51,7 +51,7 @@ def test_contract_on_packed_views(backend, tokens, heads, head_dim, dtype, gener
 @pytest.mark.parametrize("backend", [b for b in backends_here("attention") if BACKENDS[b].exposes_lse_on("cpu")])
 def test_log_sum_exp(backend, generator) -> None:
     q, k, v = qkv(17, 2, 64, torch.float32, generator).unbind(2)
-    lse = torch.ops.internvit.attention(q, k, v, 0.125, None, None, None, None, backend)[1]
+    lse = torch.ops.internvit.attention(q, k, v, 0.125, *[None] * 6, backend)[1]
     truth = (torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * 0.125).logsumexp(-1)
     assert relative_error(lse, truth) < 1e-6
 

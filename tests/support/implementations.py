@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from internvit.ops.attention import QKNorm, SavedAttention
 from internvit.ops.backends.registry import implementation
 from internvit.ops.core.registration import OPS, Op, fill_gradients
+from internvit.ops.core.sequences import pack
 from internvit.ops.core.spec import Arguments, OpSpec, as_tuple, differentiable
 
 
@@ -23,9 +24,9 @@ class OpCall(NamedTuple):
     def raw_args(self) -> tuple[Any, ...]:
         """The arguments of the op's implementation: with the gradients that it fills, if it is given them."""
         raw = torch._C.parse_schema(self.op.raw_schema)
-        gradients = zip(self.op.overload._schema.returns, self.outputs, strict=True)
-        written = [a.name for a in raw.arguments if a.alias_info is not None]
-        return (*self.args, *(t for r, t in gradients if r.name in written))
+        named = dict(zip((a.name for a in self.op.overload._schema.arguments), self.args, strict=False))
+        gradients = dict(zip((r.name for r in self.op.overload._schema.returns), self.outputs, strict=True))
+        return tuple((gradients if a.alias_info is not None else named)[a.name] for a in raw.arguments)
 
     @property
     def moved(self) -> tuple[Any, ...]:
@@ -63,11 +64,13 @@ def call(op: str, backend: str, *args: Any) -> Any:
     """Runs `op` on arguments as in its schema; attention's backward takes grad_q, grad_k, grad_v last."""
     function = implementation(op, backend)
     if op == "attention":
-        return function(*args[:4], None if args[4] is None else QKNorm(*args[4:]))
+        sequences = pack(*args[8:10], args[0].shape[0]) if len(args) == 10 else None
+        given = () if sequences is None else (sequences,)
+        return function(*args[:4], None if args[4] is None else QKNorm(*args[4:8]), *given)
     if op == "attention_backward":
         grad_out, *saved = args[:7]
         qk_norm = None if args[7] is None else QKNorm(*args[7:11])
-        grads = function(grad_out, SavedAttention(*saved, qk_norm), args[11:])
+        grads = function(grad_out, SavedAttention(*saved, qk_norm), args[11:14])
         return fill_gradients((None,) * 4, grad_out) if grads is None else tuple(grads)
     outputs = function(*args)
     if isinstance(outputs, tuple) and any(o is None for o in outputs):

@@ -178,7 +178,7 @@ void attention_strip(const AttentionParams& p, const AttentionScratch<T>& s, int
     sums[i] =
         exponentials(s.scores + i * keys, p.tokens, [&](Vec x) __attribute__((always_inline)) { return x - shift; });
     const double lse = double(maximum) * double(kLn2) + __builtin_log(double(sums[i]));
-    p.lse[(b * p.heads + h) * p.tokens + first + i] = float(lse);
+    p.lse[(b * p.heads + h) * p.row_stride + first + i] = float(lse);
   }
   multiply(rows, dims, p.tokens, {s.scores, keys, 1}, s.values, dims, s.out, dims, false);
   for (int64_t i = 0; i < rows; ++i) {
@@ -202,19 +202,76 @@ INTERNVIT_INLINE void for_strips(int64_t begin, int64_t end, int64_t heads, int6
   }
 }
 
-template <int64_t kRows = kStrip>
-INTERNVIT_INLINE int64_t strip_count(const AttentionParams& p) {
-  return p.batch * p.heads * ((p.tokens + kRows - 1) / kRows);
+INTERNVIT_INLINE void advance(HeadsView& x, DType dtype, int64_t tokens) {
+  x.data = static_cast<const char*>(x.data) + tokens * x.stride_n * (dtype == kFloat32 ? 4 : 2);
+}
+
+// What both directions have of one packed sequence, as a batch of one image: a sequence has the bits of that image.
+template <class Params>
+INTERNVIT_INLINE Params image_of(const Params& p, int64_t sequence) {
+  const int64_t start = p.cu_seqlens[sequence];
+  Params image = p;
+  image.batch = 1;
+  image.tokens = p.cu_seqlens[sequence + 1] - start;
+  image.cu_seqlens = nullptr;
+  HeadsView* views[] = {&image.q, &image.k, &image.v};
+  for (HeadsView* x : views) advance(*x, p.dtype, start);
+  if (p.q_weight) image.rstd_q += start, image.rstd_k += start;
+  image.lse += start;
+  return image;
+}
+
+INTERNVIT_INLINE AttentionParams sequence_of(const AttentionParams& p, int64_t sequence) {
+  AttentionParams image = image_of(p, sequence);
+  HeadsView out = {p.out, 0, p.heads * p.head_dim, p.head_dim};
+  advance(out, p.dtype, p.cu_seqlens[sequence]);
+  image.out = const_cast<void*>(out.data);
+  return image;
+}
+
+INTERNVIT_INLINE AttentionBackwardParams sequence_of(const AttentionBackwardParams& p, int64_t sequence);
+
+// Calls run(images, memory, begin, end) on every thread: `images` is the batch, or one packed sequence as a batch of
+// one, and [begin, end) some of its units, strips of kRows queries of a head or with kRows = 0 heads. Sequences are
+// shared out by the pairs of tokens in their units, so that threads with long and with short ones have as much to do.
+template <int64_t kRows, class Params, class Run>
+void for_images(const Params& p, const Executor& executor, int64_t bytes, const Run& run) {
+  const auto units = [&](int64_t tokens) { return p.heads * (kRows ? (tokens + kRows - 1) / kRows : tokens > 0); };
+  const auto cost = [](int64_t tokens) { return kRows ? tokens : tokens * tokens; };
+  if (!p.cu_seqlens) {
+    parallel(executor, p.batch * units(p.tokens), 1,
+             [&](int64_t begin, int64_t end) { run(p, executor.scratch(bytes), begin, end); });
+    return;
+  }
+  const auto length = [&](int64_t i) { return int64_t(p.cu_seqlens[i + 1]) - p.cu_seqlens[i]; };
+  int64_t total = 0;
+  for (int64_t i = 0; i < p.sequences; ++i) total += units(length(i)) * cost(length(i));
+  parallel(executor, total, 1, [&](int64_t begin, int64_t end) {
+    void* memory = nullptr;
+    int64_t at = 0;  // a unit belongs to the thread in whose range it begins
+    for (int64_t i = 0; i < p.sequences && at < end; ++i) {
+      const int64_t count = units(length(i)), each = cost(length(i));
+      if (!count) continue;
+      const auto unit_at = [&](int64_t place) {
+        return place <= at ? 0 : min_of(count, (place - at + each - 1) / each);
+      };
+      if (unit_at(begin) < unit_at(end)) {
+        if (!memory) memory = executor.scratch(bytes);
+        run(sequence_of(p, i), memory, unit_at(begin), unit_at(end));
+      }
+      at += count * each;
+    }
+  });
 }
 
 void attention(const AttentionParams& p, const Executor& executor) {
   INTERNVIT_DISPATCH(p.dtype, T, {
-    parallel(executor, strip_count(p), 1, [&](int64_t begin, int64_t end) {
-      const int64_t bytes = AttentionScratch<T>(nullptr, p.tokens, p.head_dim).bytes;
-      const AttentionScratch<T> s(executor.scratch(bytes), p.tokens, p.head_dim);
+    const int64_t bytes = AttentionScratch<T>(nullptr, p.tokens, p.head_dim).bytes;
+    for_images<kStrip>(p, executor, bytes, [](const AttentionParams& image, void* memory, int64_t begin, int64_t end) {
+      const AttentionScratch<T> s(memory, image.tokens, image.head_dim);
       for_strips(
-          begin, end, p.heads, p.tokens, [&](int64_t b, int64_t h) { attention_pack_head(p, s, b, h); },
-          [&](int64_t b, int64_t h, int64_t first, int64_t rows) { attention_strip(p, s, b, h, first, rows); });
+          begin, end, image.heads, image.tokens, [&](int64_t b, int64_t h) { attention_pack_head(image, s, b, h); },
+          [&](int64_t b, int64_t h, int64_t first, int64_t rows) { attention_strip(image, s, b, h, first, rows); });
     });
   });
 }

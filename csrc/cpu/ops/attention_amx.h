@@ -230,7 +230,8 @@ inline void attention_strip_amx(const AttentionParams& p, const AttentionAmxScra
   for (int64_t i = 0; i < rows; ++i) {
     const float total = sum(load(s.sums + i * kLanes));
     const int64_t t = first + i;
-    p.lse[(b * p.heads + h) * p.tokens + t] = float(double(s.shift[i]) * double(kLn2) + __builtin_log(double(total)));
+    p.lse[(b * p.heads + h) * p.row_stride + t] =
+        float(double(s.shift[i]) * double(kLn2) + __builtin_log(double(total)));
     bf16* out = static_cast<bf16*>(p.out) + ((b * p.tokens + t) * p.heads + h) * p.head_dim;
     const Vec inverse = broadcast(1.0f / sum(load(s.rounded_sums + i * kLanes)));
     const float* accumulators = s.out + i / 16 * 256 + i % 16 * 16;
@@ -240,15 +241,15 @@ inline void attention_strip_amx(const AttentionParams& p, const AttentionAmxScra
 
 void attention_amx(const AttentionParams& p, const Executor& executor) {
   if (p.dtype != kBFloat16) return attention(p, executor);
-  parallel(executor, strip_count(p), 1, [&](int64_t begin, int64_t end) {
-    const int64_t bytes = AttentionAmxScratch(ScratchArena{nullptr}, p.tokens, p.head_dim).bytes;
-    const AttentionAmxScratch s(ScratchArena{static_cast<char*>(executor.scratch(bytes))}, p.tokens, p.head_dim);
+  const int64_t bytes = AttentionAmxScratch(ScratchArena{nullptr}, p.tokens, p.head_dim).bytes;
+  for_images<kStrip>(p, executor, bytes, [](const AttentionParams& image, void* memory, int64_t begin, int64_t end) {
+    const AttentionAmxScratch s(ScratchArena{static_cast<char*>(memory)}, image.tokens, image.head_dim);
     const TileScope tiles;
     float largest_key = 0;
     for_strips(
-        begin, end, p.heads, p.tokens, [&](int64_t b, int64_t h) { largest_key = pack_head(p, s, b, h); },
+        begin, end, image.heads, image.tokens, [&](int64_t b, int64_t h) { largest_key = pack_head(image, s, b, h); },
         [&](int64_t b, int64_t h, int64_t first, int64_t rows) {
-          attention_strip_amx(p, s, b, h, first, rows, largest_key);
+          attention_strip_amx(image, s, b, h, first, rows, largest_key);
         });
   });
 }

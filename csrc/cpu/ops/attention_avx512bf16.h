@@ -139,7 +139,8 @@ inline void attention_strip_avx512bf16(const AttentionParams& p, const Attention
   for (int64_t i = 0; i < rows; ++i) {
     const float total = sum(load(s.sums + i * kLanes));
     const int64_t t = first + i;
-    p.lse[(b * p.heads + h) * p.tokens + t] = float(double(s.shift[i]) * double(kLn2) + __builtin_log(double(total)));
+    p.lse[(b * p.heads + h) * p.row_stride + t] =
+        float(double(s.shift[i]) * double(kLn2) + __builtin_log(double(total)));
     bf16* out = static_cast<bf16*>(p.out) + ((b * p.tokens + t) * p.heads + h) * p.head_dim;
     const Vec inverse = broadcast(1.0f / sum(load(s.rounded_sums + i * kLanes)));
     for (int64_t d = 0; d < s.depth; ++d) {
@@ -152,16 +153,18 @@ inline void attention_strip_avx512bf16(const AttentionParams& p, const Attention
 
 void attention_avx512bf16(const AttentionParams& p, const Executor& executor) {
   if (p.dtype != kBFloat16 || p.head_dim > kMaxHeadDim) return attention(p, executor);
-  parallel(executor, strip_count<kVdpbf16Rows>(p), 1, [&](int64_t begin, int64_t end) {
-    const int64_t bytes = AttentionAvx512Bf16Scratch(ScratchArena{nullptr}, p.tokens, p.head_dim).bytes;
-    const AttentionAvx512Bf16Scratch s(ScratchArena{static_cast<char*>(executor.scratch(bytes))}, p.tokens, p.head_dim);
-    float largest_key = 0;
-    for_strips<kVdpbf16Rows>(
-        begin, end, p.heads, p.tokens, [&](int64_t b, int64_t h) { largest_key = pack_head(p, s, b, h); },
-        [&](int64_t b, int64_t h, int64_t first, int64_t rows) {
-          attention_strip_avx512bf16(p, s, b, h, first, rows, largest_key);
-        });
-  });
+  const int64_t bytes = AttentionAvx512Bf16Scratch(ScratchArena{nullptr}, p.tokens, p.head_dim).bytes;
+  for_images<kVdpbf16Rows>(
+      p, executor, bytes, [](const AttentionParams& image, void* memory, int64_t begin, int64_t end) {
+        const AttentionAvx512Bf16Scratch s(ScratchArena{static_cast<char*>(memory)}, image.tokens, image.head_dim);
+        float largest_key = 0;
+        for_strips<kVdpbf16Rows>(
+            begin, end, image.heads, image.tokens,
+            [&](int64_t b, int64_t h) { largest_key = pack_head(image, s, b, h); },
+            [&](int64_t b, int64_t h, int64_t first, int64_t rows) {
+              attention_strip_avx512bf16(image, s, b, h, first, rows, largest_key);
+            });
+      });
 }
 
 }  // namespace internvit::INTERNVIT_ISA

@@ -91,7 +91,7 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
   const float* k_weight = p.k_weight ? p.k_weight + h * d : nullptr;
   float* grad_q_weight = q_weight ? p.grad_q_weight_partial + (b * p.heads + h) * d : nullptr;
   float* grad_k_weight = q_weight ? p.grad_k_weight_partial + (b * p.heads + h) * d : nullptr;
-  const int64_t statistics = b * n_tokens, dots = (b * p.heads + h) * n_tokens;
+  const int64_t statistics = b * n_tokens, dots = (b * p.heads + h) * p.row_stride;
   for (int64_t n = 0; n < columns; ++n) {
     const bool there = n < n_tokens;
     const float rstd = there && q_weight ? p.rstd_k[statistics + n] : 1.0f;
@@ -150,13 +150,27 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
   }
 }
 
+INTERNVIT_INLINE AttentionBackwardParams sequence_of(const AttentionBackwardParams& p, int64_t sequence) {
+  AttentionBackwardParams image = image_of(p, sequence);
+  const int64_t start = p.cu_seqlens[sequence];
+  HeadsView* views[] = {&image.grad_out, &image.out, &image.grad_q, &image.grad_k, &image.grad_v};
+  for (HeadsView* x : views) advance(*x, p.dtype, start);
+  if (!p.q_weight) return image;
+  image.row_dot_q += start, image.row_dot_k += start;
+  image.grad_q_weight_partial += sequence * p.heads * p.head_dim;
+  image.grad_k_weight_partial += sequence * p.heads * p.head_dim;
+  return image;
+}
+
 void attention_backward(const AttentionBackwardParams& p, const Executor& executor) {
   INTERNVIT_DISPATCH(p.dtype, T, {
-    parallel(executor, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
-      const int64_t bytes = AttentionBackwardScratch(nullptr, p.tokens, p.head_dim).bytes;
-      const AttentionBackwardScratch s(executor.scratch(bytes), p.tokens, p.head_dim);
-      for (int64_t unit = begin; unit < end; ++unit) attention_backward_head<T>(p, s, unit / p.heads, unit % p.heads);
-    });
+    const int64_t bytes = AttentionBackwardScratch(nullptr, p.tokens, p.head_dim).bytes;
+    for_images<0>(p, executor, bytes,
+                  [](const AttentionBackwardParams& image, void* memory, int64_t begin, int64_t end) {
+                    const AttentionBackwardScratch s(memory, image.tokens, image.head_dim);
+                    for (int64_t unit = begin; unit < end; ++unit)
+                      attention_backward_head<T>(image, s, unit / image.heads, unit % image.heads);
+                  });
   });
 }
 

@@ -178,21 +178,21 @@ inline void attention_backward_head_avx512bf16(const AttentionBackwardParams& p,
 
 void attention_backward_avx512bf16(const AttentionBackwardParams& p, const Executor& executor) {
   if (p.dtype != kBFloat16 || p.head_dim > kMaxHeadDim) return attention_backward(p, executor);
-  parallel(executor, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
-    const int64_t bytes = AttentionBackwardAvx512Bf16Scratch(ScratchArena{nullptr}, p.tokens, p.head_dim).bytes;
-    const int64_t float32_bytes = AttentionBackwardScratch(nullptr, p.tokens, p.head_dim).bytes;
-    void* memory = executor.scratch(bytes > float32_bytes ? bytes : float32_bytes);
-    const AttentionBackwardAvx512Bf16Scratch s(ScratchArena{static_cast<char*>(memory)}, p.tokens, p.head_dim);
-    const AttentionBackwardScratch float32(memory, p.tokens, p.head_dim);
+  const int64_t bytes = AttentionBackwardAvx512Bf16Scratch(ScratchArena{nullptr}, p.tokens, p.head_dim).bytes;
+  const int64_t float32_bytes = AttentionBackwardScratch(nullptr, p.tokens, p.head_dim).bytes;
+  const auto run = [](const AttentionBackwardParams& image, void* memory, int64_t begin, int64_t end) {
+    const AttentionBackwardAvx512Bf16Scratch s(ScratchArena{static_cast<char*>(memory)}, image.tokens, image.head_dim);
+    const AttentionBackwardScratch float32(memory, image.tokens, image.head_dim);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / p.heads, h = unit % p.heads;
-      if (lse_gives_probabilities(p, b, h)) {
-        attention_backward_head_avx512bf16(p, s, b, h);
+      const int64_t b = unit / image.heads, h = unit % image.heads;
+      if (lse_gives_probabilities(image, b, h)) {
+        attention_backward_head_avx512bf16(image, s, b, h);
       } else {
-        attention_backward_head<bf16>(p, float32, b, h);
+        attention_backward_head<bf16>(image, float32, b, h);
       }
     }
-  });
+  };
+  for_images<0>(p, executor, bytes > float32_bytes ? bytes : float32_bytes, run);
 }
 
 }  // namespace internvit::INTERNVIT_ISA

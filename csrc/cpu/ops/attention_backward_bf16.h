@@ -18,7 +18,7 @@ namespace internvit::INTERNVIT_ISA {
 constexpr float kLargestLse = 2048.0f;
 
 INTERNVIT_INLINE bool lse_gives_probabilities(const AttentionBackwardParams& p, int64_t b, int64_t h) {
-  const float* lse = p.lse + (b * p.heads + h) * p.tokens;
+  const float* lse = p.lse + (b * p.heads + h) * p.row_stride;
   bool small = true;
   for (int64_t n = 0; n < p.tokens; ++n) small &= __builtin_fabsf(lse[n]) <= kLargestLse;  // false for NaN
   return small;
@@ -54,7 +54,7 @@ INTERNVIT_INLINE void pack_query(const AttentionBackwardParams& p, const QueryTe
     delta = fma({widen(_mm512_extracti64x4_epi64(g, 1))}, {widen(_mm512_extracti64x4_epi64(o, 1))}, delta);
   }
   terms.delta[n] = sum(delta);
-  terms.shift[n] = p.lse[(b * p.heads + h) * p.tokens + n] * kLog2E;
+  terms.shift[n] = p.lse[(b * p.heads + h) * p.row_stride + n] * kLog2E;
   terms.factor[n] = p.q_weight ? p.scale * p.rstd_q[b * p.tokens + n] : p.scale;
 }
 
@@ -117,12 +117,12 @@ struct HeadGrads {
   INTERNVIT_INLINE void store_q(int64_t n, float* sums) const {
     store_unscaled_grad(sums, token<bf16>(p.q, b, n, h), q_weight, k_weight, p.head_dim,
                         writable<bf16>(p.grad_q, b, n, h), grad_q_weight,
-                        p.row_dot_q + (b * p.heads + h) * p.tokens + n);
+                        p.row_dot_q + (b * p.heads + h) * p.row_stride + n);
   }
   INTERNVIT_INLINE void store_k(int64_t n, float* sums) const {
     store_unscaled_grad(sums, token<bf16>(p.k, b, n, h), k_weight, q_weight, p.head_dim,
                         writable<bf16>(p.grad_k, b, n, h), grad_k_weight,
-                        p.row_dot_k + (b * p.heads + h) * p.tokens + n);
+                        p.row_dot_k + (b * p.heads + h) * p.row_stride + n);
   }
   INTERNVIT_INLINE void store_v(int64_t n, const float* sums) const {
     store_grad(sums, p.head_dim, writable<bf16>(p.grad_v, b, n, h));

@@ -1,6 +1,7 @@
 // The raw ops attention and attention_backward.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -12,23 +13,48 @@ namespace {
 
 // q, k, v as they are when a head's channels are contiguous; else a copy.
 Tensor dense_heads(const Tensor& t) {
-  return t.numel() == 0 || t.stride(3) == 1 || t.size(3) == 1 ? t : torch::stable::contiguous(t);
+  const int64_t last = t.dim() - 1;
+  return t.numel() == 0 || t.stride(last) == 1 || t.size(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
-HeadsView view_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+// Of [B, N, H, D], or of [total, H, D] as one image.
+HeadsView view_of(const Tensor& t) {
+  if (t.dim() == 3) return {t.data_ptr(), 0, t.stride(0), t.stride(1)};
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// The sizes of a batch, or of packed sequences.
+struct Images {
+  Tensor kept;
+  const int32_t* cu_seqlens = nullptr;
+  int64_t batch, tokens, heads, head_dim, row_stride, sequences = 0;
+
+  Images(const Tensor& q, const OptionalTensor& ends) : heads(q.size(q.dim() - 2)), head_dim(q.size(q.dim() - 1)) {
+    batch = ends ? 1 : q.size(0);
+    tokens = row_stride = ends ? q.size(0) : q.size(1);
+    if (!ends) return;
+    kept = torch::stable::contiguous(*ends);
+    cu_seqlens = static_cast<const int32_t*>(kept.data_ptr());
+    sequences = kept.numel() - 1;
+    tokens = 0;
+    for (int64_t i = 0; i < sequences; ++i) tokens = std::max(tokens, int64_t(cu_seqlens[i + 1]) - cu_seqlens[i]);
+  }
+};
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                      const OptionalTensor& q_weight, const OptionalTensor& k_weight,
-                                     const OptionalTensor& rstd_q, const OptionalTensor& rstd_k) {
-  check::attention(q, k, v, scale, {q_weight, k_weight, rstd_q, rstd_k});
+                                     const OptionalTensor& rstd_q, const OptionalTensor& rstd_k,
+                                     const OptionalTensor& cu_seqlens) {
+  check::attention(q, k, v, scale, {q_weight, k_weight, rstd_q, rstd_k}, cu_seqlens);
   const Tensor dense_q = dense_heads(q), dense_k = dense_heads(k), dense_v = dense_heads(v);
   const Floats wq{q_weight}, wk{k_weight}, rq{rstd_q}, rk{rstd_k};
-  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  Tensor out = empty_like_of(q, q.scalar_type()), lse = empty_floats(q, {batch, heads, tokens});
+  Tensor out = empty_like_of(q, q.scalar_type()), lse = empty_floats(q, check::by_head(q));
   if (out.numel() == 0) return {out, lse};
-  const AttentionParams p = {dtype_of(q), view_of(dense_q), view_of(dense_k), view_of(dense_v), wq.data, wk.data,
-                             rq.data,     rk.data,          out.data_ptr(),   floats(lse),      batch,   tokens,
-                             heads,       head_dim,         float(scale)};
+  const Images n(q, cu_seqlens);
+  const AttentionParams p = {dtype_of(q),  view_of(dense_q), view_of(dense_k), view_of(dense_v), wq.data,
+                             wk.data,      rq.data,          rk.data,          out.data_ptr(),   floats(lse),
+                             n.batch,      n.tokens,         n.heads,          n.head_dim,       n.row_stride,
+                             float(scale), n.cu_seqlens,     n.sequences};
   kernels().attention(p, kExecutor);
   return {out, lse};
 }
@@ -36,20 +62,24 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     double scale, const OptionalTensor& q_weight, const OptionalTensor& k_weight, const OptionalTensor& rstd_q,
-    const OptionalTensor& rstd_k, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
+    const OptionalTensor& rstd_k, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
+    const OptionalTensor& cu_seqlens) {
   check::attention_backward(grad_out, q, k, v, out, lse, scale, {q_weight, k_weight, rstd_q, rstd_k}, grad_q, grad_k,
-                            grad_v);
+                            grad_v, cu_seqlens);
   const Tensor inputs[] = {dense_heads(q),   dense_heads(k),      dense_heads(v),      dense_heads(grad_out),
                            dense_heads(out), dense_heads(grad_q), dense_heads(grad_k), dense_heads(grad_v)};
   const Floats dense_lse{OptionalTensor(lse)};
   const Floats wq{q_weight}, wk{k_weight}, rq{rstd_q}, rk{rstd_k};
-  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  const std::vector<int64_t> nothing = {0}, by_token = {batch, heads, tokens}, by_channel = {batch, heads * head_dim};
+  const Images n(q, cu_seqlens);
+  const std::vector<int64_t> nothing = {0}, by_token = check::by_head(q);
+  const std::vector<int64_t> by_channel = {cu_seqlens ? n.sequences : n.batch, n.heads * n.head_dim};
   const bool normed = bool(q_weight);
   Tensor partial_q = empty_floats(q, normed ? by_channel : nothing),
          partial_k = empty_floats(q, normed ? by_channel : nothing);
   Tensor row_dot_q = empty_floats(q, normed ? by_token : nothing),
          row_dot_k = empty_floats(q, normed ? by_token : nothing);
+  if (cu_seqlens || q.numel() == 0)  // no kernel writes those of images without tokens
+    for (Tensor* partial : {&partial_q, &partial_k}) std::fill_n(floats(*partial), partial->numel(), 0.0f);
   if (q.numel() > 0) {
     const AttentionBackwardParams p = {dtype_of(q),
                                        view_of(inputs[0]),
@@ -69,11 +99,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
                                        floats(partial_k),
                                        floats(row_dot_q),
                                        floats(row_dot_k),
-                                       batch,
-                                       tokens,
-                                       heads,
-                                       head_dim,
-                                       float(scale)};
+                                       n.batch,
+                                       n.tokens,
+                                       n.heads,
+                                       n.head_dim,
+                                       n.row_stride,
+                                       float(scale),
+                                       n.cu_seqlens,
+                                       n.sequences};
     kernels().attention_backward(p, kExecutor);
     const Tensor* targets[] = {&grad_q, &grad_k, &grad_v};
     for (int i = 0; i < 3; ++i) {

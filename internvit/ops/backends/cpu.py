@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvit.ops.attention import Heads, QKNorm, QKNormGrads, SavedAttention
 from internvit.ops.backends.registry import implements, implements_all
+from internvit.ops.core.attention_math import Heads, QKNorm, QKNormGrads, SavedAttention
 from internvit.ops.core.raw_fakes import register_fakes
 from internvit.ops.core.registration import OPS
+from internvit.ops.core.sequences import Sequences
 from internvit.ops.linear_gelu import linear_then_gelu
 
 _NO_QK_NORM = (None, None, None, None)
@@ -20,14 +21,19 @@ implements("linear_gelu", "cpu")(functools.partial(linear_then_gelu, "cpu"))
 
 
 @implements("attention", "cpu")
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None) -> tuple[Tensor, Tensor]:
-    return torch.ops.internvit_cpu.attention.default(q, k, v, scale, *(qk_norm or _NO_QK_NORM))
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None, sequences: Sequences | None = None
+) -> tuple[Tensor, Tensor]:
+    ends = None if sequences is None else sequences.cu_seqlens
+    return torch.ops.internvit_cpu.attention.default(q, k, v, scale, *(qk_norm or _NO_QK_NORM), ends)
 
 
 @implements("attention_backward", "cpu")
 def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> QKNormGrads | None:
-    *kept, qk_norm = saved
-    outputs = torch.ops.internvit_cpu.attention_backward.default(grad_out, *kept, *(qk_norm or _NO_QK_NORM), *grads)
+    *kept, qk_norm, sequences = saved
+    ends = None if sequences is None else sequences.cu_seqlens
+    backward = torch.ops.internvit_cpu.attention_backward.default
+    outputs = backward(grad_out, *kept, *(qk_norm or _NO_QK_NORM), *grads, ends)
     return None if qk_norm is None else QKNormGrads(*outputs)
 
 

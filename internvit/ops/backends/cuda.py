@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvit.ops.attention import Heads, QKNorm, SavedAttention
 from internvit.ops.backends.registry import BACKENDS, implementation, implements, implements_all
 from internvit.ops.backends.torch_gemm import epilogue, float8_sums, int8_sums
+from internvit.ops.core.attention_math import Heads, QKNorm, SavedAttention
 from internvit.ops.core.raw_fakes import register_fakes
 from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
@@ -38,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | N
 
 @implements("attention_backward", "cuda")
 def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> None:
-    q, k, v, _, _, scale, _ = saved
+    q, k, v, _, _, scale, *_ = saved
     name = _attention_backend(q)
     if BACKENDS[name].exposes_lse_on(q.device.type):
         out, lse = implementation("attention", name)(q, k, v, scale, None)

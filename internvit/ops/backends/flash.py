@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvit.ops.attention import Heads, QKNorm, SavedAttention
 from internvit.ops.backends import sdpa
 from internvit.ops.backends.registry import implements
+from internvit.ops.core.attention_math import Heads, QKNorm, SavedAttention
 from internvit.ops.core.fallback import KernelStartError
 
 
@@ -80,7 +80,7 @@ def _forward_2(library: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> t
 
 
 def _backward_2(library: Any, grad_out: Tensor, saved: SavedAttention, grads: Heads) -> None:
-    q, k, v, out, lse, scale, _ = saved
+    q, k, v, out, lse, scale, *_ = saved
     library._flash_attn_backward(
         grad_out, q, k, v, out, lse, *grads, softmax_scale=scale, deterministic=True, **_UNMASKED_2
     )
@@ -92,7 +92,7 @@ def _forward_3(library: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> t
 
 
 def _backward_3(library: Any, grad_out: Tensor, saved: SavedAttention, grads: Heads) -> None:
-    q, k, v, out, lse, scale, _ = saved
+    q, k, v, out, lse, scale, *_ = saved
     dq, dk, dv = grads
     library._flash_attn_backward(
         *(grad_out, q, k, v, out, lse), dq=dq, dk=dk, dv=dv, softmax_scale=scale, is_causal=False, deterministic=True
@@ -105,7 +105,7 @@ def _forward_4(library: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> t
 
 
 def _backward_4(library: Any, grad_out: Tensor, saved: SavedAttention, grads: Heads) -> None:
-    q, k, v, out, lse, scale, _ = saved
+    q, k, v, out, lse, scale, *_ = saved
     results = library._flash_attn_bwd(
         q, k, v, out, grad_out, lse, softmax_scale=scale, causal=False, deterministic=True
     )

@@ -29,6 +29,7 @@ class Backend:
         unavailable_reason: why this backend cannot run on this machine and how to get it; None when it can.
         unsupported_reason: (device type, dtype, head_dim or 0) -> why it cannot take such a tensor; None when it can.
         folds_qk_norm: its `attention` takes QK-norm's weights and statistics.
+        varlen: its `attention` takes packed sequences.
         max_channels: the widest rows that its norms take; None for any.
         max_channels_of: op -> the same, where it differs.
         lse_devices: the device types on which its `attention` returns the log-sum-exp; None for all.
@@ -40,6 +41,7 @@ class Backend:
     unavailable_reason: Callable[[], str | None]
     unsupported_reason: Unsupported
     folds_qk_norm: bool = True
+    varlen: bool = False
     max_channels: int | None = None
     max_channels_of: Mapping[str, int] = field(default_factory=dict, hash=False)
     lse_devices: tuple[str, ...] | None = None
@@ -54,6 +56,14 @@ class Backend:
         if widest is None or channels <= widest:
             return None
         return f"it takes rows of at most {widest} channels, got {channels}"
+
+    def lacks(self, folded: bool, varlen: bool) -> str | None:
+        """Why its attention cannot take such arguments; None where it can."""
+        if varlen and not self.varlen:
+            return "its attention takes no cu_seqlens"
+        if folded and not self.folds_qk_norm:
+            return "its attention has no QK-norm inside; normalise with qk_norm, or call qk_norm_attention"
+        return None
 
     def find(self, op: str) -> Callable | None:
         """The function that runs `op`; None where this backend has none."""
@@ -201,8 +211,16 @@ def _always() -> None:
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend("reference", None, _always, _anything),
-        Backend("sdpa", "sdpa", _always, _anything, folds_qk_norm=False, lse_devices=("cpu", "cuda")),
+        Backend("reference", None, _always, _anything, varlen=True),
+        Backend(
+            "sdpa",
+            "sdpa",
+            _always,
+            _anything,
+            folds_qk_norm=False,
+            varlen=True,
+            lse_devices=("cpu", "cuda"),
+        ),
         Backend(
             "flash",
             "flash",
@@ -225,7 +243,7 @@ BACKENDS: dict[str, Backend] = {
             _triton_unsupported,
             fallback="triton",
         ),
-        Backend("cpu", "cpu", _library("internvit_cpu"), _only(("cpu",), _FLOATS)),
+        Backend("cpu", "cpu", _library("internvit_cpu"), _only(("cpu",), _FLOATS), varlen=True),
         Backend(
             "cuda",
             "cuda",
@@ -248,13 +266,15 @@ def table() -> list[dict[str, str]]:
     return rows
 
 
-def backends_for(op: str, device: str, dtype: torch.dtype, head_dim: int = 0, folded: bool = False) -> list[str]:
-    """The backends that can run `op` here; `folded`: with QK-norm inside attention."""
+def backends_for(
+    op: str, device: str, dtype: torch.dtype, head_dim: int = 0, folded: bool = False, varlen: bool = False
+) -> list[str]:
+    """The backends that can run `op` here; attention `folded` with QK-norm inside, `varlen` of packed sequences."""
     return [
         name
         for name, backend in BACKENDS.items()
         if backend.unavailable_reason() is None
         and backend.unsupported_reason(device, dtype, head_dim) is None
         and backend.find(op) is not None
-        and (backend.folds_qk_norm or not folded)
+        and backend.lacks(folded, varlen) is None
     ]

@@ -14,9 +14,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
-from internvit.ops.attention import Heads, QKNorm, SavedAttention, attention_backward_reference, attention_reference
 from internvit.ops.backends.registry import implements
+from internvit.ops.core.attention_math import (
+    Heads,
+    QKNorm,
+    SavedAttention,
+    attention_backward_reference,
+    attention_reference,
+)
 from internvit.ops.core.norm_math import accumulate_dtype
+from internvit.ops.core.sequences import Sequences
 
 Grads = tuple[Tensor, Tensor, Tensor]
 aten = torch.ops.aten
@@ -72,7 +79,7 @@ def _cudnn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     images = zip(*(t.transpose(1, 2).split(1) for t in (q, k, v)), strict=True)
-    results = [attention_reference(*image, scale, None) for image in images]
+    results = [attention_reference(q, k, v, scale, None) for q, k, v in images]
     out, lse = (torch.cat(parts) for parts in zip(*results, strict=True))
     return out.transpose(1, 2), lse
 
@@ -113,7 +120,17 @@ def _heads_first(t: Tensor) -> Tensor:
 
 
 @implements("attention", "sdpa")
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None = None) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    qk_norm: QKNorm | None = None,
+    sequences: Sequences | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Packed sequences one after the other; on a GPU their lengths are read back, which waits for the device."""
+    if sequences is not None:
+        return _attention_one_by_one(q, k, v, scale, sequences)
     heads_first = _heads_first(q), _heads_first(k), _heads_first(v)
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
@@ -130,9 +147,30 @@ def _empty_lse(q: Tensor) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if known else 0, dtype=dtype)
 
 
+def _attention_one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = _empty_lse(q[None])[0] if q.device.type in ("cpu", "cuda") else _empty_lse(q[None])
+    for tokens in sequences.slices():
+        one, one_lse = attention(q[None, tokens], k[None, tokens], v[None, tokens], scale)
+        out[tokens] = one[0]
+        if lse.dim() == 2:
+            lse[:, tokens] = one_lse[0]
+    return out, lse
+
+
+def _backward_one_by_one(grad_out: Tensor, saved: SavedAttention, sequences: Sequences, grads: Heads) -> None:
+    for tokens in sequences.slices():
+        q, k, v, out = (t[None, tokens] for t in saved[:4])
+        lse = saved.lse[None, :, tokens] if saved.lse.dim() == 2 else saved.lse
+        filled = grads[0][None, tokens], grads[1][None, tokens], grads[2][None, tokens]
+        attention_backward(grad_out[None, tokens], SavedAttention(q, k, v, out, lse, saved.scale, None), filled)
+
+
 @implements("attention_backward", "sdpa")
 def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> None:
-    q, k, v, out, lse, scale, _ = saved
+    q, k, v, out, lse, scale, _, sequences = saved
+    if sequences is not None:
+        return _backward_one_by_one(grad_out, saved, sequences, grads)
     if q.numel() == 0:
         return
     heads_first = _heads_first(q), _heads_first(k), _heads_first(v)

@@ -12,9 +12,9 @@ from internvit import kernels
 from internvit.kernels.attention.backward import attention_backward as attention_backward_kernels
 from internvit.kernels.attention.forward import attention as attention_kernels
 from internvit.kernels.linear import Quantized, scale_sums
-from internvit.ops.attention import Heads, QKNorm, QKNormGrads, SavedAttention
 from internvit.ops.backends.registry import implements
 from internvit.ops.backends.torch_gemm import float8_sums, int8_sums
+from internvit.ops.core.attention_math import Heads, QKNorm, QKNormGrads, SavedAttention
 from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
 
@@ -37,7 +37,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | N
 
 @implements("attention_backward", "triton")
 def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> QKNormGrads | None:
-    q, k, v, out, lse, scale, qk_norm = saved
+    q, k, v, out, lse, scale, qk_norm, _ = saved
     inside: tuple[Any, ...] = qk_norm or _NO_QK_NORM
     outputs: Any = attention_backward_kernels(grad_out, q, k, v, out, lse, scale, *(*inside, *grads))
     return None if qk_norm is None else QKNormGrads(*outputs)

@@ -58,6 +58,7 @@ class CallClass:
     head_dim: int
     channels: int
     folded: bool
+    varlen: bool = False
 
 
 class AutoBackend(str):
@@ -86,9 +87,8 @@ def first_backend(calls: CallClass, op: str, at: str | None = None) -> AutoBacke
     for name in order if at is None else order[order.index(at) :]:
         candidate = BACKENDS[name]
         reason = candidate.unavailable_reason()
-        # What ran forward runs backward, whether it folds or not.
-        takes = name == at or not calls.folded or candidate.folds_qk_norm
-        if reason is None and not (takes and candidate.find(calls.op)):
+        lacking = candidate.lacks(calls.folded and name != at, calls.varlen)  # what ran forward runs backward as well
+        if reason is None and (candidate.find(calls.op) is None or lacking):
             continue
         reason = reason or candidate.unsupported_reason(calls.device, calls.dtype, calls.head_dim)
         reason = reason or candidate.too_wide(calls.channels, calls.op) or _failures.get((op, name, calls))

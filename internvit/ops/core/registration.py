@@ -145,7 +145,8 @@ class Op:
         Tensors of several dtypes, such as float32 weights beside 16-bit activations, are left to the reference:
         PyTorch's own functions do not take them, or round more than once.
         """
-        if self.formula is None or len({a.dtype for a in args if isinstance(a, Tensor)}) > 1:
+        dtypes = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
+        if self.formula is None or len(dtypes) > 1:
             return None
         names = [a.name for a in self.overload._schema.arguments[:-1]]
         named = dict(zip(names, args, strict=False))
@@ -220,8 +221,9 @@ class PublicOp(Op):
         choose: Callable[[tuple[Any, ...], str | None], str] | None,
         autocast: Sequence[str] = (),
         compiled: Sequence[str] = (),
+        raw_schema: str | None = None,
     ) -> None:
-        super().__init__(schema, run, self._check_registered, compiled)
+        super().__init__(schema, run, self._check_registered, compiled, raw_schema)
         names = [a.name for a in self.overload._schema.arguments[:-1]]
         self._tensor_names = [
             (i, a.name, "Optional" in str(a.type))
@@ -334,6 +336,8 @@ def define(
     choose: Callable[[tuple[Any, ...], str | None], str] | None = None,
     flops: Callable[..., int] | None = None,
     compiled: Sequence[str] = (),
+    raw_schema: str | None = None,
+    raw_fake: Callable | None = None,
 ) -> PublicOp:
     """Defines an op.
 
@@ -343,11 +347,12 @@ def define(
         validate, run, autocast, choose: see `PublicOp` and `Op`.
         flops: FLOPs from the arguments, tensors given as their shapes, as in torch.utils.flop_counter.
         compiled: the backends ("cpu", "cuda") whose library has this op and its backward.
+        raw_schema, raw_fake: as for `define_backward`.
     """
-    op = PublicOp(schema, run, validate, choose, autocast, compiled)
+    op = PublicOp(schema, run, validate, choose, autocast, compiled, raw_schema)
     if flops is not None:
         FORMULAS[op.name] = flops
-    op.register_fake(fake)
+    op.register_fake(fake, raw_fake)
     return op
 
 

@@ -113,15 +113,17 @@ def resolve(
     head_dim: int = 0,
     folded: bool = False,
     caller: str | None = None,
+    varlen: bool = False,
 ) -> str:
     """The name of the backend that `op` takes for tensors like `x`, by the argument, the context, or `auto`.
 
-    `folded` asks for an attention that takes QK-norm's weights and statistics; `caller` is the op that errors name
+    `folded` asks for an attention that takes QK-norm's weights and statistics, `varlen` for one that takes packed
+    sequences; `caller` is the op that errors name
     where it is another one that the user called. A name that `auto` chose is an `AutoBackend`, outside of traces.
     """
     # A size that a trace leaves open is 0, which every backend takes; it is checked when the program runs.
     head_dim, channels = (0 if isinstance(n, torch.SymInt) else n for n in (head_dim, _channels(caller or op, x)))
-    key = op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested(), channels
+    key = op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested(), channels, varlen
     return _resolve(*key) if torch.compiler.is_compiling() else _resolve_once(*key)
 
 
@@ -151,13 +153,14 @@ def _resolve_once(
     asked: str,
     context: str,
     channels: int = 0,
+    varlen: bool = False,
 ) -> str:
     name = asked or context
     while not asked and name != "auto" and usable(name).find(op) is None:
         name = BACKENDS[name].fallback
     if name != "auto":
-        return _asked_by_name(op, device, dtype, head_dim, folded, caller, name, channels)
-    return first_backend(CallClass(op, caller, device, dtype, head_dim, channels, folded), caller)
+        return _asked_by_name(op, device, dtype, head_dim, folded, caller, name, channels, varlen)
+    return first_backend(CallClass(op, caller, device, dtype, head_dim, channels, folded, varlen), caller)
 
 
 def forget_resolved() -> None:
@@ -166,14 +169,21 @@ def forget_resolved() -> None:
 
 
 def _asked_by_name(
-    op: str, device: str, dtype: torch.dtype, head_dim: int, folded: bool, caller: str, name: str, channels: int
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    folded: bool,
+    caller: str,
+    name: str,
+    channels: int,
+    varlen: bool,
 ) -> str:
     chosen = usable(name)
     if chosen.find(op) is None:
         raise ValueError(f"{caller}: backend {name!r} does not implement this op")
     reason = chosen.unsupported_reason(device, dtype, head_dim) or chosen.too_wide(channels, op)
-    if reason is None and folded and not chosen.folds_qk_norm:
-        reason = "its attention has no QK-norm inside; normalise with qk_norm, or call qk_norm_attention"
+    reason = reason or chosen.lacks(folded, varlen)
     if reason is not None:
         raise ValueError(
             f"{caller}: backend {name!r} cannot take this input: {reason}; use backend='reference', or 'auto' to "

@@ -5,6 +5,7 @@ contract that a result keeps. What follows from these is not written down anywhe
 benchmark inputs, bytes and FLOPs (`cost`), the tables in the documentation.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,21 @@ class Inputs:
         """[B, N, 3, H, D], as the projection writes it."""
         packed = self.hidden_states(3 * self.size.hidden_size)
         return packed.unflatten(-1, (3, self.size.heads, self.size.head_dim))
+
+    def packed_qkv(self) -> Tensor:
+        """[total, 3, H, D], the images of `sequences` one after the other."""
+        return self.qkv().flatten(0, 1)
+
+    def sequences(self) -> dict[str, Any]:
+        """cu_seqlens and max_seqlen: B images and an empty one that share B * N tokens unevenly."""
+        images, tokens = self.size.batch, self.size.tokens
+        lengths = [tokens] * images
+        for i in range(0, images - 1, 2):
+            given = tokens // 3
+            lengths[i], lengths[i + 1] = tokens - given, tokens + given
+        lengths.insert(min(1, images), 0)
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
+        return {"cu_seqlens": ends, "max_seqlen": max(lengths)}
 
     def vector(self, around: float = 0.0, length: int | None = None) -> Tensor:
         """A parameter [C] or [length] as trained ones are: not all alike."""
@@ -157,6 +173,11 @@ class OpSpec:
     def implemented_as(self) -> str:
         return self.resolves_as or self.op
 
+    def demands(self, variant: str) -> dict[str, bool]:
+        """What a backend must take to run a variant of attention's example; see `registry.backends_for`."""
+        folded = self.name == "attention" and variant.startswith("qk_norm")
+        return {"folded": folded, "varlen": variant.endswith("cu_seqlens")}
+
     def run(self, arguments: Arguments, backend: str | None = None) -> tuple[Tensor, ...]:
         return as_tuple(self.function(**arguments, backend=backend))
 
@@ -193,13 +214,13 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def widened(arguments: Arguments) -> Arguments:
-    """The arguments with float tensors in float64."""
-    return {n: a.detach().double() if isinstance(a, Tensor) else a for n, a in arguments.items()}
+    """The arguments with tensors in float64, but for those of indices."""
+    return {n: a.detach().double() if isinstance(a, Tensor) and n != "cu_seqlens" else a for n, a in arguments.items()}
 
 
 def differentiable(arguments: Arguments) -> dict[str, Tensor]:
-    """The arguments that have gradients: every tensor but DropPath's factors."""
-    return {n: a for n, a in arguments.items() if isinstance(a, Tensor) and n != "row_scale"}
+    """The arguments that have gradients: every tensor but DropPath's factors and indices."""
+    return {n: a for n, a in arguments.items() if isinstance(a, Tensor) and n not in ("row_scale", "cu_seqlens")}
 
 
 def converted(arguments: Arguments, dtype: torch.dtype) -> Arguments:
@@ -213,6 +234,14 @@ def batched(arguments: Arguments) -> list[str]:
     """The arguments whose first dimension is the image."""
     names = ("x", "residual", "branch", "q", "k", "v", "qkv", "pre_activation", "row_scale", "rstd_q", "rstd_k")
     return [n for n, a in arguments.items() if n in names and isinstance(a, Tensor)]
+
+
+def first_images(arguments: Arguments, images: int) -> Arguments:
+    """The arguments of the first images of a batch, or of packed sequences."""
+    cu_seqlens = arguments.get("cu_seqlens")
+    first = images if cu_seqlens is None else int(cu_seqlens[images])
+    fewer = {n: arguments[n][:first] for n in batched(arguments)}
+    return arguments | fewer | ({} if cu_seqlens is None else {"cu_seqlens": cu_seqlens[: images + 1]})
 
 
 @dataclass(frozen=True)

@@ -150,12 +150,13 @@ def row_scale(op: str, row_scale: Tensor | None, residual: Tensor) -> None:
         raise ValueError(f"{op}: row_scale is a random factor and gets no gradient, got requires_grad=True")
 
 
-def heads(op: str, **tensors: Tensor) -> None:
-    """q, k, v are [B, N, H, D] of one shape, dtype and device, contiguous in D."""
+def heads(op: str, *, varlen: bool = False, **tensors: Tensor) -> None:
+    """q, k, v are [B, N, H, D], or [total, H, D] beside cu_seqlens, of one shape, dtype and device."""
     names = iter(tensors.items())
     first, x = next(names)
-    if x.dim() != 4 or 0 in x.shape[2:]:
-        raise ValueError(f"{op}: {first} must have shape [B, N, H, D], got {shape_of(x)}")
+    if x.dim() != 4 - varlen or 0 in x.shape[-2:]:
+        layout = "[total, H, D] beside cu_seqlens" if varlen else "[B, N, H, D]"
+        raise ValueError(f"{op}: {first} must have shape {layout}, got {shape_of(x)}")
     for name, t in names:
         same_shape(op, name, t, first, x)
         same_dtype(op, first, x, **{name: t})
@@ -164,11 +165,27 @@ def heads(op: str, **tensors: Tensor) -> None:
 
 
 def qk_weights(op: str, q: Tensor, **weights: Tensor | None) -> None:
-    parameters(op, "q", q, q.shape[2] * q.shape[3], "q's heads times head dimension", **weights)
+    parameters(op, "q", q, q.shape[-2] * q.shape[-1], "q's heads times head dimension", **weights)
 
 
 def token_statistics(op: str, q: Tensor, **statistics: Tensor | None) -> None:
-    leading(op, "q", q, 2, "[B, N]", **statistics)
+    leading(op, "q", q, q.dim() - 2, "[B, N]" if q.dim() == 4 else "tokens", **statistics)
+
+
+def sequences(op: str, first: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
+    """int32 [B + 1] and a number, or neither; `core.sequences.check_values` checks values."""
+    if (cu_seqlens is None) != (max_seqlen is None):
+        absent = "cu_seqlens" if cu_seqlens is None else "max_seqlen"
+        raise ValueError(f"{op}: cu_seqlens and max_seqlen go together, got None for {absent}")
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"{op}: cu_seqlens must be torch.int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{op}: cu_seqlens must have shape [B + 1], got {shape_of(cu_seqlens)}")
+    device(op, first, x, cu_seqlens=cu_seqlens)
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)) or max_seqlen < 0:
+        raise ValueError(f"{op}: max_seqlen must be an integer >= 0, got {max_seqlen!r}")
 
 
 def written(op: str, first: str, x: Tensor, /, **tensors: Tensor) -> None:
@@ -181,12 +198,18 @@ def written(op: str, first: str, x: Tensor, /, **tensors: Tensor) -> None:
             )
 
 
+def lse_shape(q: Tensor) -> tuple[int, ...]:
+    """[B, H, N] of q [B, N, H, D]; [H, total] of [total, H, D]."""
+    return (*q.shape[:-3], q.shape[-2], q.shape[-3])
+
+
 def lse(op: str, q: Tensor, lse: Tensor, backend: str) -> None:
-    """[B, H, N], or empty from a backend whose attention returns none."""
+    """[B, H, N] or [H, total], or empty from a backend whose attention returns none."""
     if BACKENDS[backend].exposes_lse_on(q.device.type):
-        expected = [q.shape[0], q.shape[2], q.shape[1]]
-        if list(lse.shape) != expected:
-            raise ValueError(f"{op}: lse must have shape {expected} (q's [B, H, N]), got {shape_of(lse)}")
+        expected = lse_shape(q)
+        if tuple(lse.shape) != expected:
+            layout = "[B, H, N]" if q.dim() == 4 else "[H, total]"
+            raise ValueError(f"{op}: lse must have shape {list(expected)} (q's {layout}), got {shape_of(lse)}")
     device(op, "q", q, lse=lse)
     floating(op, lse=lse)
 

@@ -193,12 +193,21 @@ struct Driver {
     report("norm", dtype);
   }
 
-  void attention(DType dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, bool normed) {
+  // With `ends` the tokens of a batch of one are packed sequences.
+  void attention(DType dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, bool normed,
+                 const std::vector<int32_t>& ends = {}) {
     const int64_t width = heads * head_dim, n = batch * tokens * width, bytes = n * size_of(dtype);
     const auto view = [&](const void* data) { return HeadsView{data, tokens * width, width, head_dim}; };
     const auto set_sizes = [&](auto& params) {
       params.batch = batch;
-      params.tokens = tokens;
+      params.tokens = params.row_stride = tokens;
+      if (!ends.empty()) {
+        params.cu_seqlens = ends.data();
+        params.sequences = int64_t(ends.size()) - 1;
+        params.tokens = 0;
+        for (size_t i = 1; i < ends.size(); ++i)
+          params.tokens = std::max<int64_t>(params.tokens, ends[i] - ends[i - 1]);
+      }
       params.heads = heads;
       params.head_dim = head_dim;
       params.scale = 0.125f;
@@ -235,14 +244,15 @@ struct Driver {
     b.rstd_q = p.rstd_q;
     b.rstd_k = p.rstd_k;
     for (HeadsView* grad : {&b.grad_q, &b.grad_k, &b.grad_v}) *grad = view(guarded(bytes));
-    b.grad_q_weight_partial = empty_floats(batch * width);
-    b.grad_k_weight_partial = empty_floats(batch * width);
+    const int64_t images = ends.empty() ? batch : int64_t(ends.size()) - 1;
+    b.grad_q_weight_partial = empty_floats(images * width);
+    b.grad_k_weight_partial = empty_floats(images * width);
     b.row_dot_q = empty_floats(batch * heads * tokens);
     b.row_dot_k = empty_floats(batch * heads * tokens);
     set_sizes(b);
     kernels.attention_backward(b, executor);
     for (const HeadsView& grad : {b.grad_q, b.grad_k, b.grad_v}) add(grad.data, bytes);
-    if (normed) add(b.grad_q_weight_partial, batch * width * 4);
+    if (normed && ends.empty()) add(b.grad_q_weight_partial, batch * width * 4);
     report("attention_backward", dtype);
   }
 
@@ -357,6 +367,7 @@ struct Driver {
       attention(dtype, 2, 3, 2, 40, true);
       attention(dtype, 1, 67, 2, 64, true);
       attention(dtype, 1, 33, 1, 128, false);
+      attention(dtype, 1, 103, 2, 40, true, {0, 67, 67, 70, 103});
     }
     if (!kernels.linear) return;
     linear(1, 8, 1);

@@ -8,7 +8,7 @@ import torch
 from internvit.kernels.common.launch import record
 from internvit.kernels.common.target import TARGETS
 from internvit.ops import attention, qk_norm_attention, rms_norm
-from internvit.ops.backends.registry import has_implementation, implementation
+from internvit.ops.backends.registry import BACKENDS, has_implementation, implementation
 from internvit.ops.core.spec import SPECS, TINY, Inputs, Size
 from tests.support.implementations import op_calls
 
@@ -47,6 +47,7 @@ CASES = {
     for name, spec in SPECS.items()
     if has_implementation(spec.implemented_as, "triton")
     for variant, example in spec.examples.items()
+    if BACKENDS["triton"].lacks(**spec.demands(variant)) is None
 }
 every_op = pytest.mark.parametrize(("spec", "example"), CASES.values(), ids=CASES)
 
