@@ -194,6 +194,7 @@ def run_tiles(
         scale: the kernel's last argument.
     """
     B, N, H, D = strided[0].shape
+    tail: int
     if sequences is None:
         cu_seqlens, programs = None, config.programs(N)
         strides, unit = head_strides(*strided)
