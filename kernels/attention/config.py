@@ -204,7 +204,7 @@ def run_tiles(
         B = sequences.count if N else 0
         strides, unit = token_strides(*strided)
         target = launch.target_of(strided[0])
-        # apart from whole tiles, grad_kv spills 8 bytes on sm_100 and 16 on gfx1100 at D = 128
+        # with a token apart grad_kv spills 8 bytes on sm_100, D = 128, and 16 on gfx1100, where 4 are left
         peel_row = target.matrix_instructions != "wmma"
         peel_column = peel_row and target.matrix_instructions != "tcgen05"
         tail = LAST_AGAIN.value if keeps == "keys" or masks_every_tile(D, target) else 0
