@@ -96,8 +96,8 @@ def attention_flops(q: tuple[int, ...], products: int, max_seqlen: int | None = 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, scale: float, *rest: Any) -> None:
     *qk_norm, cu_seqlens, max_seqlen = rest
-    check.heads(OP, varlen=cu_seqlens is not None, q=q, k=k, v=v)
     check.sequences(OP, "q", q, cu_seqlens, max_seqlen)
+    check.heads(OP, varlen=cu_seqlens is not None, q=q, k=k, v=v)
     check.scale(OP, scale)
     _validate_qk_norm(OP, q, *qk_norm)
 
@@ -115,8 +115,8 @@ def _validate_qk_norm(op: str, q: Tensor, *qk_norm: Tensor | None) -> None:
 def _validate_backward(*args: Any) -> None:
     grad_out, q, k, v, out, lse, scale, *qk_norm, cu_seqlens, max_seqlen, backend = args
     op = f"{OP}_backward"
-    check.heads(op, varlen=cu_seqlens is not None, q=q, k=k, v=v)
     check.sequences(op, "q", q, cu_seqlens, max_seqlen)
+    check.heads(op, varlen=cu_seqlens is not None, q=q, k=k, v=v)
     check.scale(op, scale)
     check.like(op, "q", q, grad_out=grad_out, out=out)
     check.lse(op, q, lse, backend)

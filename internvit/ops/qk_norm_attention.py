@@ -96,8 +96,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Fills `grads` (any strides); returns the gradients of the weights."""
     check_values(f"{OP}_backward", cu_seqlens, max_seqlen, grad_out.shape[0])
-    q, k, v = qkv
-    sequences = pack(cu_seqlens, max_seqlen, q.shape[0])
+    (q, k, v), sequences = qkv, pack(cu_seqlens, max_seqlen, grad_out.shape[0])
     backward = implementation("attention_backward", backend)
     if q_weight is None or k_weight is None:
         backward(grad_out, SavedAttention(q, k, v, out, lse, scale, None, sequences), grads)
@@ -159,8 +158,8 @@ def _validate(
     max_seqlen: int | None,
 ) -> None:
     first, q = next(iter(heads.items()))
-    check.heads(op, varlen=cu_seqlens is not None, **heads)
     check.sequences(op, first, q, cu_seqlens, max_seqlen)
+    check.heads(op, varlen=cu_seqlens is not None, **heads)
     check.eps(op, eps)
     check.scale(op, scale)
     check.choice(op, "rounding", rounding, check.ROUNDINGS)
@@ -179,7 +178,8 @@ def _validate_backward(op: str, grad_out: Tensor, qkv: dict[str, Tensor], *rest:
         check.token_statistics(op, q, rstd_q=rstd_q, rstd_k=rstd_k)
 
 
-def _check_packed(op: str, qkv: Tensor, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+def _check_packed(op: str, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> dict[str, Tensor]:
+    check.sequences(op, "qkv", qkv, cu_seqlens, max_seqlen)
     if qkv.dim() != (5 if cu_seqlens is None else 4) or qkv.shape[-3] != 3:
         layout = "[B, N, 3, H, D]" if cu_seqlens is None else "[total, 3, H, D] beside cu_seqlens"
         raise ValueError(f"{op}: qkv must have shape {layout}, got {check.shape_of(qkv)}")
@@ -187,7 +187,7 @@ def _check_packed(op: str, qkv: Tensor, cu_seqlens: Tensor | None) -> dict[str, 
 
 
 def _validate_packed(qkv: Tensor, *rest: Any) -> None:
-    _validate(PACKED, _check_packed(PACKED, qkv, rest[-2]), *rest)
+    _validate(PACKED, _check_packed(PACKED, qkv, *rest[-2:]), *rest)
 
 
 def _resolve(args: tuple[Any, ...], asked: str | None, caller: str) -> str:
@@ -236,7 +236,7 @@ define_backward(
     QK_NORM_ATTENTION_QKVPACKED,
     f"{PACKED}_backward(Tensor grad_out, Tensor qkv, {_SAVED} -> (Tensor grad_qkv, {_WEIGHT_GRADS}",
     validate=lambda grad_out, qkv, *rest: _validate_backward(
-        f"{PACKED}_backward", grad_out, _check_packed(f"{PACKED}_backward", qkv, rest[-3]), *rest
+        f"{PACKED}_backward", grad_out, _check_packed(f"{PACKED}_backward", qkv, *rest[-3:-1]), *rest
     ),
     run=_run_packed_backward,
     flops=lambda grad_out, qkv, *rest, **__: attention_flops(qkv, 5, rest[-2]),
@@ -385,13 +385,6 @@ register_spec(
             "reference": lambda make: {"qkv": make.qkv(), **_weights(make), "rounding": "reference"},
             "no weights": lambda make: {"qkv": make.qkv()},
             "cu_seqlens": lambda make: {"qkv": make.packed_qkv(), **_weights(make), **make.sequences()},
-            "reference, cu_seqlens": lambda make: {
-                "qkv": make.packed_qkv(),
-                **_weights(make),
-                "rounding": "reference",
-                **make.sequences(),
-            },
-            "no weights, cu_seqlens": lambda make: {"qkv": make.packed_qkv(), **make.sequences()},
         },
         multiplies,
         resolves_as="attention",
