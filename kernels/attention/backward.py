@@ -22,7 +22,7 @@ none masked. Compiled for sm_80, sm_90, sm_100 and gfx942, D = 64 and 128, with 
 
 from torch import Tensor
 
-from internvit.kernels.attention.config import QKNorm, call
+from internvit.kernels.attention.config import QKNorm, Sequences, call
 from internvit.kernels.attention.delta import delta
 from internvit.kernels.attention.grad_kv import grad_kv
 from internvit.kernels.attention.grad_q import grad_q as run_grad_q
@@ -45,18 +45,29 @@ def attention_backward(
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Fills grad_q, grad_k and grad_v by their strides; returns the weights' gradients and the row dots."""
+    """Fills grad_q, grad_k and grad_v by their strides; returns the weights' gradients and the row dots [B, H, N], of a
+    pack [H, total]."""
+    sequences = None
+    if cu_seqlens is not None:
+        sequences = Sequences(cu_seqlens.contiguous(), max_seqlen)
+        grad_out, q, k, v, out = (t.unsqueeze(0) for t in (grad_out, q, k, v, out))
+        grad_q, grad_k, grad_v = (t.unsqueeze(0) for t in (grad_q, grad_k, grad_v))
     grad_out, q, k, v, out = (dense_heads(t) for t in (grad_out, q, k, v, out))
     norm = QKNorm(q_weight, k_weight, rstd_q, rstd_k).contiguous()
     deltas = call("delta", q, delta, grad_out, out, q, norm, grad_q, scale)
     softmax = lse.contiguous(), deltas
     queries = q if rstd_k is None else grad_q
-    row_dot_k = call("grad_kv", q, grad_kv, queries, k, v, grad_out, *softmax, norm.rstd_k, grad_k, grad_v, scale)
-    row_dot_q, partials = call("grad_q", q, run_grad_q, q, k, v, norm, grad_out, *softmax, grad_q, scale)
+    given = (queries, k, v, grad_out, *softmax, norm.rstd_k)
+    row_dot_k = call("grad_kv", q, grad_kv, *given, grad_k, grad_v, scale, sequences)
+    row_dot_q, partials = call("grad_q", q, run_grad_q, q, k, v, norm, grad_out, *softmax, grad_q, scale, sequences)
     if q_weight is None or k_weight is None:
         return None, None, None, None
     (shared,) = sum_partials(partials, q_weight.float())
     assert shared is not None
     grad_weights = (shared * k_weight).to(q_weight.dtype), (shared * q_weight).to(k_weight.dtype)
+    if sequences is not None:
+        row_dot_q, row_dot_k = row_dot_q.squeeze(0), row_dot_k.squeeze(0)
     return *grad_weights, row_dot_q, row_dot_k

@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from internvit.kernels.attention.tiles import LAST_AGAIN
 from internvit.kernels.common import config as configs
 from internvit.kernels.common import launch
 from internvit.kernels.common.rows import contiguous
 from internvit.kernels.common.sizes import cdiv, next_power_of_2
-from internvit.kernels.common.strides import head_strides
+from internvit.kernels.common.strides import head_strides, token_strides
 from internvit.kernels.common.target import Target
 
 
@@ -137,6 +138,36 @@ class QKNorm(NamedTuple):
         return QKNorm(*map(contiguous, self))
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of a pack [total, H, D]: sequence b has the tokens cu_seqlens[b] to cu_seqlens[b + 1].
+
+    Attributes:
+        cu_seqlens: [B + 1] int32, from 0 to total, on the tokens' device.
+        max_seqlen: the tokens of the longest sequence, or more.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @property
+    def count(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+
+def masks_every_tile(head_dim: int, target: Target) -> bool:
+    """Whether a pack's keys are masked in every tile of the loop; else in a copy of its body behind it, for the tile
+    that is not whole, which tensor cores that are no bound without masks ask for: on sm_90 and D = 64 forward takes 293
+    cycles of instructions for 64 x 64 scores instead of 377, and grad_q 286 instead of 371.
+
+    With mma and wide heads tensor cores are the bound (1024 cycles on sm_80, 655 of instructions with all masks), and
+    with the copy grad_q spills 560 bytes on sm_120. On CDNA the copy takes twice the shared memory.
+    grad_kv masks each tile: what is masked there is lse, a load of a row.
+    """
+    family = target.matrix_instructions
+    return family in ("mfma", "wmma") or (family == "mma" and head_dim > 64)
+
+
 def head_blocks(head_dim: int) -> dict[str, int]:
     """The constants of a kernel that say how a head's dimension is padded."""
     return {"D": head_dim, "BLOCK_D": max(16, next_power_of_2(head_dim))}
@@ -149,25 +180,41 @@ def run_tiles(
     pointers: Sequence[Tensor | None],
     strided: Sequence[Tensor],
     scale: float,
+    sequences: Sequences | None = None,
 ) -> None:
     """Starts `kernel`, a program for each tile of queries or of keys that it keeps while it walks over the others.
 
+    Each sequence of a pack gets the programs of the longest; those beyond its end have nothing to do. The kernel reads
+    from cu_seqlens whether whole tiles leave a sequence's first token over. Programs that look their sequence up among
+    all tiles would be fewer, but each would wait for a search through cu_seqlens.
+
     Args:
         pointers: the kernel's first arguments.
-        strided: those of them that are read and written by strides, each [B, N, H, D].
+        strided: those of them that are read and written by strides, each [B, N, H, D], or [1, total, H, D] of a pack.
         scale: the kernel's last argument.
     """
     B, N, H, D = strided[0].shape
-    programs = config.programs(N)
-    strides, unit = head_strides(*strided)
-    peel_row, peel_column, tail = config.peeling(N)
+    tail: int
+    if sequences is None:
+        cu_seqlens, programs = None, config.programs(N)
+        strides, unit = head_strides(*strided)
+        peel_row, peel_column, tail = config.peeling(N)
+    else:
+        cu_seqlens, programs = sequences.cu_seqlens, config.programs(sequences.max_seqlen)
+        B = sequences.count if N else 0
+        strides, unit = token_strides(*strided)
+        target = launch.target_of(strided[0])
+        # with a token apart grad_kv spills 8 bytes on sm_100, D = 128, and 16 on gfx1100, where 4 are left
+        peel_row = target.matrix_instructions != "wmma"
+        peel_column = peel_row and target.matrix_instructions != "tcgen05"
+        tail = LAST_AGAIN.value if keeps == "keys" or masks_every_tile(D, target) else 0
     queries, keys = (config.rows, peel_row), (config.columns, peel_column)
     if keeps == "keys":
         queries, keys = keys, queries
     launch.run(
         kernel,
         (programs * B * H,),
-        *(*pointers, N, H, programs, *strides, scale),
+        *(*pointers, cu_seqlens, N, H, programs, *strides, scale),
         **head_blocks(D),
         STRIDE_UNIT=unit,
         BLOCK_M=queries[0],

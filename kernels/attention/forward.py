@@ -10,6 +10,10 @@ One program keeps a tile of one head's queries and walks over its keys; softmax 
 The class token makes 1025 = 8 * 128 + 1 of 1024 patches: a ninth tile of queries and a 17th of keys with one row each.
 Where N is one more than whole tiles the first key starts the softmax instead, and the first query gets a program of 16
 rows, 15 of them masked: 128 tile products a head and 16 of an eighth instead of 153, and none of them masked.
+
+With cu_seqlens q, k, v are packs [total, H, D], lse [H, total] as flash-attn's. The same kernel takes each sequence by
+its own length: it finds at run time whether whole tiles leave the first token over, so that a sequence has the sums,
+in their order, that it has alone and dense. A program beyond its sequence's end has nothing to do.
 """
 
 import torch
@@ -17,9 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.attention.config import AttentionConfig, QKNorm, call, run_tiles
+from internvit.kernels.attention.config import AttentionConfig, QKNorm, Sequences, call, run_tiles
 from internvit.kernels.attention.scores import LN2, LOG2E, add_product, fold, key_scores, scores
-from internvit.kernels.attention.tiles import LONE_ROWS, load_rows, one_head, store_rows, tile_of_program
+from internvit.kernels.attention.tiles import (
+    LAST_AGAIN,
+    LONE_ROWS,
+    keys_of_sequence,
+    load_rows,
+    one_head,
+    store_rows,
+    tile_of_program,
+    tile_of_sequence,
+)
 from internvit.kernels.common.heads import dense_heads
 from internvit.kernels.common.rows import load_vector
 
@@ -60,10 +73,11 @@ def softmax_step(
 def attend_tile(
     p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
     i_m, m_end, i_h, N, H,
+    peeled_keys,  # 1 where key 0 starts the softmax, else 0
     stride_qn, stride_kn, stride_vn,
     scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PEEL_KEY: tl.constexpr, TAIL: tl.constexpr,
+    PEEL_KEY: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Queries i_m.. before m_end of one head; all pointers are that head's."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -73,19 +87,33 @@ def attend_tile(
         b_rstd = tl.load(p_rstd_q + o_m, mask=o_m < m_end, other=0.0)
         b_q = fold(b_q, p_q_weight, p_k_weight, b_rstd, i_h, o_d, scale_log2, D)
     if PEEL_KEY:
-        b_first = tl.sum(b_q.to(tl.float32) * load_vector(p_k, o_d, D)[None, :], 1)  # [BLOCK_M]
+        b_first = tl.sum(b_q.to(tl.float32) * load_vector(p_k, o_d, D * peeled_keys)[None, :], 1)  # [BLOCK_M]
         b_max = b_first * (scale_log2 if p_rstd_k is None else tl.load(p_rstd_k))
         b_sum = tl.full([BLOCK_M], 1.0, tl.float32)
-        b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + load_vector(p_v, o_d, D)[None, :]
+        b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + load_vector(p_v, o_d, D * peeled_keys)[None, :]
+        if PACKED:
+            b_max = tl.where(peeled_keys == 1, b_max, float("-inf"))
+            b_sum *= peeled_keys
     else:
         b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         b_sum = tl.zeros([BLOCK_M], tl.float32)
         b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i_n in range(1 if PEEL_KEY else 0, N, BLOCK_N):
+    n_end = N
+    if PACKED:
+        p_k, p_v, p_rstd_k, N, n_end = keys_of_sequence(
+            p_k, p_v, p_rstd_k, N, peeled_keys, stride_kn, stride_vn, BLOCK_N, TAIL
+        )
+    for i_n in range(0 if PACKED else peeled_keys, n_end, BLOCK_N):
         b_acc, b_sum, b_max = softmax_step(
             b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, i_n, N, stride_kn, stride_vn, o_d, scale_log2,
             D, BLOCK_N, TAIL,
         )  # fmt: skip
+    if PACKED and not TAIL:  # noqa: SIM102 (resolved when compiled, the inner one at run time)
+        if n_end < N:
+            b_acc, b_sum, b_max = softmax_step(
+                b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, n_end, N, stride_kn, stride_vn, o_d, scale_log2,
+                D, BLOCK_N, LAST_AGAIN,
+            )  # fmt: skip
     store_rows(p_out, i_m, m_end, H * D, o_d, D, BLOCK_M, b_acc / b_sum[:, None])
     tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < m_end)
 
@@ -97,6 +125,7 @@ def attention_kernel(
     p_rstd_q, p_rstd_k,  # [B, N] or None
     p_out,  # [B, N, H, D] contiguous
     p_lse,  # [B, H, N]
+    p_cu_seqlens,  # [B + 1] of a pack, else None
     N, H, programs,  # of one head
     stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh,
@@ -104,43 +133,57 @@ def attention_kernel(
     scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own
-    PEEL_KEY: tl.constexpr,  # key 0 starts the softmax
+    PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own; in a pack where its sequence asks for it
+    PEEL_KEY: tl.constexpr,  # key 0 starts the softmax; alike
     TAIL: tl.constexpr,  # the last tile of keys is not whole
 ):  # fmt: skip
-    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_QUERY)
-    p_q, stride_qn = one_head(p_q, i_b, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
-    p_k, stride_kn = one_head(p_k, i_b, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
-    p_v, stride_vn = one_head(p_v, i_b, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
-    p_out += (i_b * N * H + i_h) * D
-    p_lse += i_bh * N
+    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_QUERY and p_cu_seqlens is None)
+    i_image, peeled_queries, peeled_keys = i_b, 1, 1 if PEEL_KEY else 0
+    if p_cu_seqlens is not None:
+        i_image, i_row, N, i_lone, peeled_queries, peeled_keys = tile_of_sequence(
+            p_cu_seqlens, i_tile, i_b, i_h, N, BLOCK_M, BLOCK_N
+        )
+        peeled_keys = peeled_keys if PEEL_KEY else 0
+    p_q, stride_qn = one_head(p_q, i_image, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
+    p_k, stride_kn = one_head(p_k, i_image, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
+    p_v, stride_vn = one_head(p_v, i_image, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
+    i_token = i_b * N if p_cu_seqlens is None else i_image
+    p_out += (i_token * H + i_h) * D
+    p_lse += i_bh * N if p_cu_seqlens is None else i_row
     if p_rstd_k is not None:
-        p_rstd_q += i_b * N
-        p_rstd_k += i_b * N
+        p_rstd_q += i_token
+        p_rstd_k += i_token
     # fmt: off
     if PEEL_QUERY:
-        if i_tile == programs - 1:
+        if i_tile == (programs - 1 if p_cu_seqlens is None else i_lone):
             attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
-                        0, 1, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
-                        D, BLOCK_D, LONE_ROWS, BLOCK_N, PEEL_KEY, TAIL)
+                        0, 1, i_h, N, H, peeled_keys, stride_qn, stride_kn, stride_vn, scale_log2,
+                        D, BLOCK_D, LONE_ROWS, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
         else:
             attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
-                        1 + i_tile * BLOCK_M, N, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
-                        D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
+                        peeled_queries + i_tile * BLOCK_M, N, i_h, N, H, peeled_keys, stride_qn, stride_kn, stride_vn,
+                        scale_log2, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
     else:
         attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
-                    i_tile * BLOCK_M, N, i_h, N, H, stride_qn, stride_kn, stride_vn, scale_log2,
-                    D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
+                    i_tile * BLOCK_M, N, i_h, N, H, peeled_keys, stride_qn, stride_kn, stride_vn, scale_log2,
+                    D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
     # fmt: on
 
 
 def attend(
-    config: AttentionConfig, q: Tensor, k: Tensor, v: Tensor, scale: float, norm: QKNorm
+    config: AttentionConfig,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    norm: QKNorm,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, N, H, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, H, N), dtype=torch.float32)
-    run_tiles(attention_kernel, config, "queries", (q, k, v, *norm, out, lse), (q, k, v), scale * LOG2E.value)
+    pointers = (q, k, v, *norm, out, lse)
+    run_tiles(attention_kernel, config, "queries", pointers, (q, k, v), scale * LOG2E.value, sequences)
     return out, lse
 
 
@@ -153,8 +196,15 @@ def attention(
     k_weight: Tensor | None,
     rstd_q: Tensor | None,
     rstd_k: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    """out and lse [B, H, N]; of a pack [total, H, D] with rstd [total], lse [H, total]."""
     norm = QKNorm(q_weight, k_weight, rstd_q, rstd_k).contiguous()
     if scale < 0:
         q, scale = -q, -scale
-    return call("forward", q, attend, dense_heads(q), dense_heads(k), dense_heads(v), scale, norm)
+    if cu_seqlens is None:
+        return call("forward", q, attend, *map(dense_heads, (q, k, v)), scale, norm)
+    heads = (dense_heads(t.unsqueeze(0)) for t in (q, k, v))
+    out, lse = call("forward", q, attend, *heads, scale, norm, Sequences(cu_seqlens.contiguous(), max_seqlen))
+    return out.squeeze(0), lse.squeeze(0)

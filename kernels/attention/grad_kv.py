@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.attention.config import AttentionConfig, run_tiles
+from internvit.kernels.attention.config import AttentionConfig, Sequences, run_tiles
 from internvit.kernels.attention.scores import LN2, LOG2E, add_product, probabilities, scores
 from internvit.kernels.attention.tiles import (
     LONE_ROWS,
@@ -17,6 +17,7 @@ from internvit.kernels.attention.tiles import (
     one_head,
     store_rows,
     tile_of_program,
+    tile_of_sequence,
 )
 
 
@@ -61,10 +62,11 @@ def grad_kv_step(
 def grad_kv_tile(
     p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
     i_n, n_end, N,
+    peeled_queries,  # 1 where query 0 goes before the loop, else 0
     stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
     scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PEEL_QUERY: tl.constexpr, TAIL: tl.constexpr,
+    PEEL_QUERY: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Keys and values i_n.. before n_end of one head; all pointers are that head's."""
     o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -80,10 +82,16 @@ def grad_kv_tile(
     b_grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if PEEL_QUERY:
         b_grad_k, b_grad_v = grad_kv_step(
-            b_grad_k, b_grad_v, b_k, b_v, b_column_scale, p_q, p_grad_out, p_lse, p_delta, 0, N,
-            stride_qn, stride_gn, o_d, D, 1, False, p_rstd_k is not None,
+            b_grad_k, b_grad_v, b_k, b_v, b_column_scale, p_q, p_grad_out, p_lse, p_delta, 0,
+            peeled_queries if PACKED else N, stride_qn, stride_gn, o_d, D, 1, False, p_rstd_k is not None,
         )  # fmt: skip
-    for i_m in range(1 if PEEL_QUERY else 0, N, BLOCK_M):
+    if PACKED:
+        p_q += peeled_queries * stride_qn
+        p_grad_out += peeled_queries * stride_gn
+        p_lse += peeled_queries
+        p_delta += peeled_queries
+        N -= peeled_queries
+    for i_m in range(0 if PACKED else peeled_queries, N, BLOCK_M):
         b_grad_k, b_grad_v = grad_kv_step(
             b_grad_k, b_grad_v, b_k, b_v, b_column_scale, p_q, p_grad_out, p_lse, p_delta, i_m, N,
             stride_qn, stride_gn, o_d, D, BLOCK_M, TAIL, p_rstd_k is not None,
@@ -106,6 +114,7 @@ def attention_grad_kv_kernel(
     p_rstd_k,  # [B, N] or None
     p_grad_k, p_grad_v,  # [B, N, H, D]
     p_row_dot_k,  # [B, H, N] or None
+    p_cu_seqlens,  # [B + 1] of a pack, else None
     N, H, programs,  # of one head
     stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh,
@@ -116,36 +125,44 @@ def attention_grad_kv_kernel(
     scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PEEL_QUERY: tl.constexpr,  # query 0 goes before the loop
-    PEEL_KEY: tl.constexpr,  # key 0 has a program of its own
+    PEEL_QUERY: tl.constexpr,  # query 0 goes before the loop; in a pack where its sequence asks for it
+    PEEL_KEY: tl.constexpr,  # key 0 has a program of its own; alike
     TAIL: tl.constexpr,  # the last tile of the loop is not whole
 ):  # fmt: skip
-    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_KEY)
-    p_q, stride_qn = one_head(p_q, i_b, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
-    p_k, stride_kn = one_head(p_k, i_b, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
-    p_v, stride_vn = one_head(p_v, i_b, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
-    p_grad_out, stride_gn = one_head(p_grad_out, i_b, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
-    p_grad_k, stride_dkn = one_head(p_grad_k, i_b, i_h, stride_dkb, stride_dkn, stride_dkh, STRIDE_UNIT)
-    p_grad_v, stride_dvn = one_head(p_grad_v, i_b, i_h, stride_dvb, stride_dvn, stride_dvh, STRIDE_UNIT)
-    p_lse += i_bh * N
-    p_delta += i_bh * N
+    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_KEY and p_cu_seqlens is None)
+    i_image, peeled_keys, peeled_queries = i_b, 1, 1 if PEEL_QUERY else 0
+    if p_cu_seqlens is not None:
+        i_image, i_row, N, i_lone, peeled_keys, peeled_queries = tile_of_sequence(
+            p_cu_seqlens, i_tile, i_b, i_h, N, BLOCK_N, BLOCK_M
+        )
+        peeled_queries = peeled_queries if PEEL_QUERY else 0
+    p_q, stride_qn = one_head(p_q, i_image, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
+    p_k, stride_kn = one_head(p_k, i_image, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
+    p_v, stride_vn = one_head(p_v, i_image, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
+    p_grad_out, stride_gn = one_head(p_grad_out, i_image, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
+    p_grad_k, stride_dkn = one_head(p_grad_k, i_image, i_h, stride_dkb, stride_dkn, stride_dkh, STRIDE_UNIT)
+    p_grad_v, stride_dvn = one_head(p_grad_v, i_image, i_h, stride_dvb, stride_dvn, stride_dvh, STRIDE_UNIT)
+    i_row = i_bh * N if p_cu_seqlens is None else i_row
+    p_lse += i_row
+    p_delta += i_row
     if p_rstd_k is not None:
-        p_rstd_k += i_b * N
-        p_row_dot_k += i_bh * N
+        p_rstd_k += i_b * N if p_cu_seqlens is None else i_image
+        p_row_dot_k += i_row
     # fmt: off
     if PEEL_KEY:
-        if i_tile == programs - 1:
+        if i_tile == (programs - 1 if p_cu_seqlens is None else i_lone):
             grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k, 0, 1, N,
-                         stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn, scale,
-                         D, BLOCK_D, BLOCK_M, LONE_ROWS, PEEL_QUERY, TAIL)
+                         peeled_queries, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn, scale,
+                         D, BLOCK_D, BLOCK_M, LONE_ROWS, PEEL_QUERY, TAIL, p_cu_seqlens is not None)
         else:
             grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
-                         1 + i_tile * BLOCK_N, N, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
-                         scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL)
+                         peeled_keys + i_tile * BLOCK_N, N, N, peeled_queries, stride_qn, stride_kn, stride_vn,
+                         stride_gn, stride_dkn, stride_dvn, scale,
+                         D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL, p_cu_seqlens is not None)
     else:
         grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
-                     i_tile * BLOCK_N, N, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
-                     scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL)
+                     i_tile * BLOCK_N, N, N, peeled_queries, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn,
+                     stride_dvn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL, p_cu_seqlens is not None)
     # fmt: on
 
 
@@ -161,10 +178,12 @@ def grad_kv(
     grad_k: Tensor,
     grad_v: Tensor,
     scale: float,
+    sequences: Sequences | None = None,
 ) -> Tensor | None:
     """Fills grad_k and grad_v; returns row_dot_k [B, H, N] with QK-norm, whose `queries` are q~."""
     B, N, H, _ = k.shape
     row_dot_k = None if rstd_k is None else k.new_empty((B, H, N), dtype=torch.float32)
     pointers = (queries, k, v, grad_out, lse, delta, rstd_k, grad_k, grad_v, row_dot_k)
-    run_tiles(attention_grad_kv_kernel, config, "keys", pointers, (queries, k, v, grad_out, grad_k, grad_v), scale)
+    strided = (queries, k, v, grad_out, grad_k, grad_v)
+    run_tiles(attention_grad_kv_kernel, config, "keys", pointers, strided, scale, sequences)
     return row_dot_k

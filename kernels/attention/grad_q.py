@@ -8,9 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit.kernels.attention.config import AttentionConfig, QKNorm, run_tiles
+from internvit.kernels.attention.config import AttentionConfig, QKNorm, Sequences, run_tiles
 from internvit.kernels.attention.scores import LOG2E, add_product, key_scores, load_head_weight, probabilities, scores
-from internvit.kernels.attention.tiles import LONE_ROWS, load_rows, one_head, store_rows, tile_of_program
+from internvit.kernels.attention.tiles import (
+    LAST_AGAIN,
+    LONE_ROWS,
+    keys_of_sequence,
+    load_rows,
+    one_head,
+    store_rows,
+    tile_of_program,
+    tile_of_sequence,
+)
 
 
 @triton.jit
@@ -41,10 +50,11 @@ def grad_q_tile(
     p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q, p_row_dot_q,
     p_partial,  # [D] of this tile
     i_m, m_end, i_h, N,
+    peeled_keys,  # 1 where key 0 goes before the loop, else 0
     stride_qn, stride_kn, stride_vn, stride_gn, stride_dqn,
     scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PEEL_KEY: tl.constexpr, TAIL: tl.constexpr,
+    PEEL_KEY: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Queries i_m.. before m_end of one head; all pointers are that head's."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -64,14 +74,25 @@ def grad_q_tile(
     scale_log2 = scale * LOG2E
     if PEEL_KEY:
         b_grad_q = grad_q_step(
-            b_grad_q, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_rstd_k, 1.0 / unit, 0, N,
-            stride_kn, stride_vn, o_d, scale_log2, D, 1, False,
+            b_grad_q, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_rstd_k, 1.0 / unit, 0,
+            peeled_keys if PACKED else N, stride_kn, stride_vn, o_d, scale_log2, D, 1, PACKED,
         )  # fmt: skip
-    for i_n in range(1 if PEEL_KEY else 0, N, BLOCK_N):
+    n_end = N
+    if PACKED:
+        p_k, p_v, p_rstd_k, N, n_end = keys_of_sequence(
+            p_k, p_v, p_rstd_k, N, peeled_keys, stride_kn, stride_vn, BLOCK_N, TAIL
+        )
+    for i_n in range(0 if PACKED else peeled_keys, n_end, BLOCK_N):
         b_grad_q = grad_q_step(
             b_grad_q, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_rstd_k, 1.0 / unit, i_n, N,
             stride_kn, stride_vn, o_d, scale_log2, D, BLOCK_N, TAIL,
         )  # fmt: skip
+    if PACKED and not TAIL:  # noqa: SIM102 (resolved when compiled, the inner one at run time)
+        if n_end < N:
+            b_grad_q = grad_q_step(
+                b_grad_q, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_rstd_k, 1.0 / unit, n_end, N,
+                stride_kn, stride_vn, o_d, scale_log2, D, BLOCK_N, LAST_AGAIN,
+            )  # fmt: skip
 
     b_grad_q *= scale * unit
     if p_rstd_k is not None:
@@ -95,6 +116,7 @@ def attention_grad_q_kernel(
     p_grad_q,  # [B, N, H, D], holds q~ before with QK-norm
     p_row_dot_q,  # [B, H, N] or None
     p_partials,  # [1, B * programs, H * D] float32 or None
+    p_cu_seqlens,  # [B + 1] of a pack, else None
     N, H, programs,  # of one head
     stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh,
@@ -104,37 +126,47 @@ def attention_grad_q_kernel(
     scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own
-    PEEL_KEY: tl.constexpr,  # key 0 goes before the loop
+    PEEL_QUERY: tl.constexpr,  # query 0 has a program of its own; in a pack where its sequence asks for it
+    PEEL_KEY: tl.constexpr,  # key 0 goes before the loop; alike
     TAIL: tl.constexpr,  # the last tile of the loop is not whole
 ):  # fmt: skip
-    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_QUERY)
-    p_q, stride_qn = one_head(p_q, i_b, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
-    p_k, stride_kn = one_head(p_k, i_b, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
-    p_v, stride_vn = one_head(p_v, i_b, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
-    p_grad_out, stride_gn = one_head(p_grad_out, i_b, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
-    p_grad_q, stride_dqn = one_head(p_grad_q, i_b, i_h, stride_dqb, stride_dqn, stride_dqh, STRIDE_UNIT)
-    p_lse += i_bh * N
-    p_delta += i_bh * N
+    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_QUERY and p_cu_seqlens is None)
+    i_image, peeled_queries, peeled_keys = i_b, 1, 1 if PEEL_KEY else 0
+    if p_cu_seqlens is not None:
+        i_image, i_row, N, i_lone, peeled_queries, peeled_keys = tile_of_sequence(
+            p_cu_seqlens, i_tile, i_b, i_h, N, BLOCK_M, BLOCK_N
+        )
+        peeled_keys = peeled_keys if PEEL_KEY else 0
+    p_q, stride_qn = one_head(p_q, i_image, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
+    p_k, stride_kn = one_head(p_k, i_image, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
+    p_v, stride_vn = one_head(p_v, i_image, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
+    p_grad_out, stride_gn = one_head(p_grad_out, i_image, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
+    p_grad_q, stride_dqn = one_head(p_grad_q, i_image, i_h, stride_dqb, stride_dqn, stride_dqh, STRIDE_UNIT)
+    i_row = i_bh * N if p_cu_seqlens is None else i_row
+    p_lse += i_row
+    p_delta += i_row
     if p_rstd_k is not None:
-        p_rstd_q += i_b * N
-        p_rstd_k += i_b * N
-        p_row_dot_q += i_bh * N
+        i_token = i_b * N if p_cu_seqlens is None else i_image
+        p_rstd_q += i_token
+        p_rstd_k += i_token
+        p_row_dot_q += i_row
         p_partials += ((i_b * programs + i_tile) * H + i_h) * D
     # fmt: off
     if PEEL_QUERY:
-        if i_tile == programs - 1:
+        if i_tile == (programs - 1 if p_cu_seqlens is None else i_lone):
             grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
-                        p_row_dot_q, p_partials, 0, 1, i_h, N, stride_qn, stride_kn, stride_vn, stride_gn, stride_dqn,
-                        scale, D, BLOCK_D, LONE_ROWS, BLOCK_N, PEEL_KEY, TAIL)
+                        p_row_dot_q, p_partials, 0, 1, i_h, N, peeled_keys, stride_qn, stride_kn, stride_vn, stride_gn,
+                        stride_dqn, scale, D, BLOCK_D, LONE_ROWS, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
         else:
             grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
-                        p_row_dot_q, p_partials, 1 + i_tile * BLOCK_M, N, i_h, N, stride_qn, stride_kn, stride_vn,
-                        stride_gn, stride_dqn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
+                        p_row_dot_q, p_partials, peeled_queries + i_tile * BLOCK_M, N, i_h, N, peeled_keys, stride_qn,
+                        stride_kn, stride_vn, stride_gn, stride_dqn, scale,
+                        D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
     else:
         grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
-                    p_row_dot_q, p_partials, i_tile * BLOCK_M, N, i_h, N, stride_qn, stride_kn, stride_vn, stride_gn,
-                    stride_dqn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL)
+                    p_row_dot_q, p_partials, i_tile * BLOCK_M, N, i_h, N, peeled_keys, stride_qn, stride_kn, stride_vn,
+                    stride_gn, stride_dqn, scale,
+                    D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
     # fmt: on
 
 
@@ -149,6 +181,7 @@ def grad_q(
     delta: Tensor,
     grad_q: Tensor,
     scale: float,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fills grad_q, which holds q~ with QK-norm; returns row_dot_q [B, H, N] and partial sums of the weights' gradient
     [1, B * programs, H * D] with it."""
@@ -156,7 +189,10 @@ def grad_q(
     row_dot_q = partials = None
     if norm.rstd_q is not None:
         row_dot_q = q.new_empty((B, H, N), dtype=torch.float32)
-        partials = q.new_empty((1, B * config.programs(N), H * D), dtype=torch.float32)
+        programs = B * config.programs(N)
+        if sequences is not None:
+            programs = sequences.count * config.programs(sequences.max_seqlen)
+        partials = q.new_empty((1, programs, H * D), dtype=torch.float32)
     pointers = (q, k, v, *norm, grad_out, lse, delta, grad_q, row_dot_q, partials)
-    run_tiles(attention_grad_q_kernel, config, "queries", pointers, (q, k, v, grad_out, grad_q), scale)
+    run_tiles(attention_grad_q_kernel, config, "queries", pointers, (q, k, v, grad_out, grad_q), scale, sequences)
     return row_dot_q, partials

@@ -33,6 +33,12 @@ def head_strides(*tensors: Tensor) -> tuple[list[int], int]:
     return in_units([s for t in tensors for s in t.stride()[:3]])
 
 
+def token_strides(*tensors: Tensor) -> tuple[list[int], int]:
+    """As `head_strides` of packs [1, total, H, D], where a kernel finds a sequence by its first token: the stride of
+    tokens is that of images too."""
+    return in_units([t.stride(dim) for t in tensors for dim in (1, 1, 2)])
+
+
 @triton.jit
 def in_elements(stride, STRIDE_UNIT: tl.constexpr):
     """A stride passed in units of STRIDE_UNIT elements; int64 where it has to be multiplied (`stride_unit`)."""

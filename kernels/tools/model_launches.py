@@ -56,6 +56,11 @@ def _evaluate(model: nn.Module, images: Tensor) -> None:
         model.eval()(images)
 
 
+def _train_packed(model: nn.Module, images: Tensor) -> None:
+    output: Any = model.train()([*images, images[0, :, : images.shape[2] // 2]])
+    output.last_hidden_state.values.float().sum().backward()
+
+
 def _optimize(model: InternViT, images: Tensor) -> None:
     # As on a GPU: packed weights and a float32 stream by default are for CPUs, which these tensors lie on.
     _evaluate(internvit.optimize_for_inference(model.eval(), pack=False, residual_dtype=None), images)
@@ -179,6 +184,7 @@ MODES: dict[str, Mode] = {
     "eval, rounding of the reference": Mode(prepare=lambda m: m.set_rounding("reference")),
     "eval, wide image": Mode(size=(448, 532)),  # 1217 tokens: neither whole tiles nor one more
     "train, small image": Mode(run=_train, size=(70, 98)),  # 36 tokens
+    "train, packed": Mode(run=_train_packed),
     "eval, float32 residual": Mode(_SIXTEEN_BITS, prepare=_keep_residual_in_float32),
     "optimize_for_inference, float32 residual": Mode(_SIXTEEN_BITS, prepare=_keep_residual_in_float32, run=_optimize),
     "train, float32 residual": Mode(_SIXTEEN_BITS, prepare=_keep_residual_in_float32, run=_train),

@@ -8,6 +8,7 @@ Arithmetic from data sheets, no measurement: never to be printed beside one as i
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -57,13 +58,14 @@ def multiplies(kernel: str) -> bool:
 
 def kernel_work(kernel: str, tensors: Iterable[Tensor]) -> tuple[float, float]:
     """Bytes of a kernel's tensors, each moved once, and flops of its matrix products; attention's first tensor is q,
-    a GEMM's first are x and weight. Of int8 and float8 operands half of the flops are counted: each target multiplies
-    them at twice the rate."""
+    a GEMM's first are x and weight. The sequences of a pack count as equally long: fewer flops no lengths take. Of int8
+    and float8 operands half of the flops are counted: each target multiplies them at twice the rate."""
     unique = list({id(t): t for t in tensors}.values())
     flops = 0.0
     if kernel in MATRIX_PRODUCTS:
         B, N, H, D = unique[0].shape
-        flops = 2.0 * MATRIX_PRODUCTS[kernel] * B * H * N * N * D
+        sequences = [B, *(t.numel() - 1 for t in unique if t.dtype == torch.int32)][-1]
+        flops = 2.0 * MATRIX_PRODUCTS[kernel] * H * (B * N) ** 2 / max(sequences, 1) * D
     elif kernel == GEMM:
         one_byte = unique[0].element_size() == 1
         flops = (1.0 if one_byte else 2.0) * unique[0].numel() * unique[1].shape[0]

@@ -119,7 +119,8 @@ def config_of(one: Specialization) -> str:
     dtypes = list(dict.fromkeys(t.removeprefix("*") for t in types.values() if t.startswith("*")))
     parts = ["/".join(dtypes)]
     parts += [f"{name}={value}" for name, value in constants.items() if name.isupper() and value is not None]
-    absent = [name.removeprefix("p_") for name, value in constants.items() if value is None]
+    # a pack's int32 cu_seqlens stands among the dtypes; what is not packed is the rule
+    absent = [name.removeprefix("p_") for name, value in constants.items() if value is None and name != "p_cu_seqlens"]
     parts += [f"without {','.join(absent)}"] if absent else []
     parts += [f"{name}=1" for name, value in constants.items() if not name.isupper() and value == 1]
     narrow = [name for name, t in types.items() if (t.startswith("*") or "stride" in name) and name not in aligned]

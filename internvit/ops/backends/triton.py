@@ -16,6 +16,7 @@ from internvit.ops.backends.registry import implements
 from internvit.ops.backends.torch_gemm import float8_sums, int8_sums
 from internvit.ops.core.attention_math import Heads, QKNorm, QKNormGrads, SavedAttention
 from internvit.ops.core.registration import OPS
+from internvit.ops.core.sequences import Sequences
 from internvit.ops.linear_gelu import linear_then_gelu
 
 _NO_QK_NORM: tuple[Any, ...] = (None, None, None, None)
@@ -31,15 +32,18 @@ implements("linear_gelu", "triton")(functools.partial(linear_then_gelu, "triton"
 
 
 @implements("attention", "triton")
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None) -> tuple[Tensor, Tensor]:
-    return attention_kernels(q, k, v, scale, *(qk_norm or _NO_QK_NORM))
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None, sequences: Sequences | None = None
+) -> tuple[Tensor, Tensor]:
+    return attention_kernels(q, k, v, scale, *(qk_norm or _NO_QK_NORM), *(sequences or ()))
 
 
 @implements("attention_backward", "triton")
 def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> QKNormGrads | None:
-    q, k, v, out, lse, scale, qk_norm, _ = saved
+    q, k, v, out, lse, scale, qk_norm, sequences = saved
     inside: tuple[Any, ...] = qk_norm or _NO_QK_NORM
-    outputs: Any = attention_backward_kernels(grad_out, q, k, v, out, lse, scale, *(*inside, *grads))
+    given = (*inside, *grads, *(sequences or ()))
+    outputs: Any = attention_backward_kernels(grad_out, q, k, v, out, lse, scale, *given)
     return None if qk_norm is None else QKNormGrads(*outputs)
 
 

@@ -53,9 +53,14 @@ every_op = pytest.mark.parametrize(("spec", "example"), CASES.values(), ids=CASE
 
 
 def arguments(example, make):
-    """The example's arguments with tensors from `make`, called with a shape."""
-    given = example(Inputs(TINY, device="meta"))
-    return {n: make(a.shape) if isinstance(a, torch.Tensor) else a for n, a in given.items()}
+    """The example's arguments with tensors from `make`, called with a shape; integers keep their dtype."""
+    given = {n: (a, make(a.shape)) for n, a in tensors_of(example).items()}
+    made = {n: t if a.is_floating_point() else t.to(a.dtype) for n, (a, t) in given.items()}
+    return {**example(Inputs(TINY, device="meta")), **made}
+
+
+def tensors_of(example):
+    return {n: a for n, a in example(Inputs(TINY, device="meta")).items() if isinstance(a, torch.Tensor)}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
@@ -72,10 +77,9 @@ def test_every_op_refuses_cpu_tensors_and_float64(spec, example):
 
 @every_op
 def test_every_argument_on_another_device_is_named(spec, example):
-    tensors = [n for n, a in arguments(example, lambda shape: on_cuda(*shape)).items() if isinstance(a, torch.Tensor)]
-    for name in tensors[1:]:
+    for name in list(tensors_of(example))[1:]:
         given = arguments(example, lambda shape: on_cuda(*shape))
-        given[name] = torch.empty(given[name].shape, dtype=torch.bfloat16)
+        given[name] = torch.empty(given[name].shape, dtype=given[name].dtype)
         with pytest.raises(ValueError, match=rf"{spec.name}: {name} must be on \w+'s device cuda:0, got cpu"):
             spec.run(given, "triton")
 

@@ -168,6 +168,20 @@ def test_a_masked_tail_of_queries_does_not_spill(arch):
     assert row["registers"] < 200
 
 
+@pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_86", "sm_120"))])
+@pytest.mark.parametrize("head_dim", [72, 128])
+def test_packs_of_other_heads_do_not_spill(arch, head_dim):
+    """Those that no model of ours has; the models' own packs are compiled with all they launch."""
+    q, k, v = torch.empty(3000, 3, 16, head_dim, dtype=torch.bfloat16).unbind(1)
+    none, given = (None,) * 4, (torch.empty(9, dtype=torch.int32), 1025)
+    rows = compiled_rows(arch, attention, q, k, v, 0.1, *none, *given)
+    rows |= compiled_rows(arch, attention_backward, q, q, k, v, q, torch.empty(16, 3000), 0.1, *none, q, k, v, *given)
+    assert len(rows) == 4
+    for name, row in rows.items():
+        assert row["spills"] == 0, name
+        assert row["shared_bytes"] <= TARGETS[arch].shared_bytes, name
+
+
 def test_rows_that_8_divides_load_16_bytes():
     """Neighbours of that fault: the row kernels' stride, and QK-norm's tokens."""
     x, weight = torch.empty(2, 577, 1160, dtype=torch.bfloat16), torch.empty(1160, dtype=torch.bfloat16)

@@ -86,4 +86,6 @@ def test_ceilings():
     bytes_moved, flops = roofline.kernel_work("attention_kernel", [q, q, lse])
     assert bytes_moved == q.numel() * 2 + lse.numel() * 4, "a tensor given twice is moved once"
     assert flops == 2 * (2 * 2 * 16 * 1025**2 * 64)
+    pack, ends = q.flatten(0, 1)[None], torch.empty(3, dtype=torch.int32)
+    assert roofline.kernel_work("attention_kernel", [pack, pack, lse, ends])[1] == flops, "two images, packed"
     assert {c.target for c in roofline.CEILINGS} == set(TARGETS)
