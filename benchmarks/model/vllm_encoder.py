@@ -7,8 +7,10 @@ turn, on the same tiles. The folders of models and the engines come from tests, 
 """
 
 import argparse
+import importlib
 import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,20 +19,26 @@ import torch
 from internvit import InternViTConfig
 from internvit.benchmarks.harness.timing import interleaved
 
+FOLDERS = "tests.support.vllm_folders"
+
 
 def compare(folder: Path, layout: str, layers: int, tiles: list[int], rounds: int) -> list[str]:
     """A line a number of tiles: median milliseconds with vLLM's tower and with ours, and their ratio."""
-    from tests.integrations.vllm.engines import engine, features
-    from tests.support.vllm_folders import write_model
-
+    engines, folders = (importlib.import_module(name) for name in ("tests.integrations.vllm.engines", FOLDERS))
     config = InternViTConfig.from_name("internvit-300m-448px", num_hidden_layers=layers, drop_path_rate=0.0)
-    write_model(folder / layout, layout, config, torch.bfloat16, seed=0)
+    folders.write_model(folder / layout, layout, config, torch.bfloat16, seed=0)
     settings = {"dtype": "bfloat16", "max_model_len": 8192}
     lines = []
-    with engine(folder / layout, False, **settings) as plain, engine(folder / layout, True, **settings) as ours:
+    with (
+        engines.engine(folder / layout, False, **settings) as plain,
+        engines.engine(folder / layout, True, **settings) as ours,
+    ):
         for count in tiles:
             pixels = torch.randn(count, 3, *config.image_hw).bfloat16()
-            calls = {name: partial(features, llm, pixels) for name, llm in (("plain", plain), ("ours", ours))}
+            calls: dict[str, Callable[[], object]] = {
+                "plain": partial(engines.features, plain, pixels),
+                "ours": partial(engines.features, ours, pixels),
+            }
             *_, times = interleaved(calls, rounds)
             before, after = (times[name].median * 1e3 for name in calls)
             spread = sorted(a / b for a, b in zip(times["plain"].seconds, times["ours"].seconds, strict=True))
@@ -47,15 +55,12 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
-    from tests.integrations.vllm.environment import variables
-
+    environment = importlib.import_module("tests.integrations.vllm.environment")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(variables(Path(folder) / "cache"))
-        from tests.support.vllm_folders import FORMATS
-
+        os.environ.update(environment.variables(Path(folder) / "cache"))
         lines = [
             line
-            for layout in FORMATS
+            for layout in importlib.import_module(FOLDERS).FORMATS
             for line in compare(Path(folder), layout, given.layers, given.tiles, given.rounds)
         ]
     print(f"{given.layers} layers, {torch.get_num_threads()} threads, median of {given.rounds} rounds")
