@@ -169,7 +169,7 @@ def test_a_masked_tail_of_queries_does_not_spill(arch):
 
 
 @pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_86", "sm_120"))])
-@pytest.mark.parametrize("head_dim", [72, 128])
+@pytest.mark.parametrize("head_dim", [72, pytest.param(128, marks=pytest.mark.slow)])
 def test_packs_of_other_heads_do_not_spill(arch, head_dim):
     """Those that no model of ours has; the models' own packs are compiled with all they launch."""
     q, k, v = torch.empty(3000, 3, 16, head_dim, dtype=torch.bfloat16).unbind(1)
