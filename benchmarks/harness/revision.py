@@ -48,6 +48,6 @@ def measured(ref: str, arguments: Sequence[str], progress: Callable[[str], None]
             for name, tree in (("base", base), ("here", ROOT)):
                 progress(f"timing {ref if name == 'base' else 'this checkout'}")
                 out = Path(folder) / name
-                command = [sys.executable, "-m", "internvit", "bench", *arguments, "--out", out]
+                command = [sys.executable, "-m", "internvit", "bench", *arguments, "--out", str(out)]
                 _run(command, tree, f"timing in {name}")
         return read(Path(folder) / "base"), read(Path(folder) / "here")
