@@ -13,7 +13,8 @@ class InternViTOutput(NamedTuple):
         last_hidden_state: [B, N, C], after the last block (InternViT has no final norm).
         pooler_output: [B, C], the class token of last_hidden_state.
         hidden_states: L + 1 tensors [B, N, C], the embeddings and the output of each block; None unless asked for.
-        attentions: L tensors [B, H, N, N], softmax probabilities; None unless asked for.
+        attentions: L tensors [B, H, N, N], softmax probabilities, or [B, H, N], those of the class token; None unless
+            asked for.
 
     Of a list of images, last_hidden_state and each of hidden_states are `PackedTokens`, a sequence of one tensor
     [N_i, C] an image, and each of attentions is a list of [H, N_i, N_i].

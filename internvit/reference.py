@@ -185,7 +185,7 @@ class InternViT(nn.Module):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         pixel_embeds: Tensor | None = None,
-        output_attentions: bool = False,
+        output_attentions: bool | str = False,
     ) -> InternViTOutput | tuple:
         """Features of pixel_values [B, channels, height, width], or of already embedded tokens [B, N, C]."""
         if (pixel_values is None) == (pixel_embeds is None):
@@ -202,7 +202,7 @@ class InternViT(nn.Module):
             if output_hidden_states:
                 hidden_states.append(x)
             if output_attentions:
-                attentions.append(attention)
+                attentions.append(attention[:, :, 0] if output_attentions == "class" else attention)
         output = InternViTOutput(
             last_hidden_state=x,
             pooler_output=x[:, 0],

@@ -31,7 +31,7 @@ from internvit.inference.save import save_quantized
 from internvit.model import recompute
 from internvit.model.block import is_unmodified
 from internvit.model.embeddings import embed
-from internvit.model.encoder import InternViTEncoder
+from internvit.model.encoder import InternViTEncoder, asks_for_class_rows, attention_maps
 from internvit.model.fused_block import run_block
 from internvit.model.hooks import has_hooks
 from internvit.model.packed import PackedTokens, packed_output
@@ -98,10 +98,13 @@ class OptimizedInternViT(nn.Module):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         pixel_embeds: Tensor | PackedTokens | None = None,
-        output_attentions: bool = False,
+        output_attentions: bool | str = False,
     ) -> InternViTOutput | tuple:
-        """As `InternViT.forward`, without gradients; attention maps run on the model itself."""
+        """As `InternViT.forward`, without gradients; attention maps run on the model itself, but for class rows."""
         model = self.model
+        if asks_for_class_rows(output_attentions) and self._replaces_forward():
+            output = self._with_class_rows(pixel_values, pixel_embeds, output_hidden_states)
+            return output if return_dict else output.to_tuple()
         if output_attentions or not self._replaces_forward():
             output = model(pixel_values, output_hidden_states, return_dict, pixel_embeds, output_attentions)
             return output if self.out_dtype is None else _cast(output, self.out_dtype)
@@ -116,6 +119,16 @@ class OptimizedInternViT(nn.Module):
             output = InternViTOutput(x, x[:, 0], tuple(hidden) if output_hidden_states else None, None)
         output = _cast(output, self.out_dtype or embedded.dtype)
         return output if return_dict else output.to_tuple()
+
+    def _with_class_rows(self, pixel_values: Any, pixel_embeds: Any, output_hidden_states: bool) -> InternViTOutput:
+        """The output with the class token's row of every block's attention map, from the hidden states between them."""
+        output = self.forward(pixel_values, True, True, pixel_embeds)
+        before = list(zip(self.model.encoder.layers, output.hidden_states[:-1], strict=True))
+        if isinstance(output.last_hidden_state, PackedTokens):
+            rows = tuple(attention_maps(layer, h.values, True, h.sequences) for layer, h in before)
+        else:
+            rows = tuple(attention_maps(layer, h, True) for layer, h in before)
+        return output._replace(attentions=rows, hidden_states=output.hidden_states if output_hidden_states else None)
 
     def _stream_dtype(self, embedded: Tensor) -> torch.dtype:
         """The residual stream's dtype for embedded tokens in the dtype in which the model itself would carry it."""

@@ -142,9 +142,9 @@ class InternViTLayer(nn.Module):
         norm = fusible(self.norm1)
         return norm if isinstance(norm, Norm) else None
 
-    def attention_map(self, hidden_states: Tensor) -> Tensor:
+    def attention_map(self, hidden_states: Tensor, class_only: bool = False) -> Tensor:
         """The softmax probabilities [B, H, N, N] of the block's attention; see `Attention.attention_map`."""
-        return self.attn.attention_map(self.norm1(hidden_states))
+        return self.attn.attention_map(self.norm1(hidden_states), class_only)
 
     def has_plain_parts(self, quantised: bool = False) -> bool:
         """Whether nothing but InternViT's own forward happens in the block's parts; `quantised`: as `is_unmodified`."""

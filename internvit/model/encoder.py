@@ -90,18 +90,19 @@ class InternViTEncoder(nn.Module):
         self,
         hidden_states: Tensor,
         output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_attentions: bool | str = False,
         indices: Collection[int] = (),
         depth: int | None = None,
         sequences: Sequences | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Any, ...] | None]:
-        """The last hidden state; all L + 1 hidden states and L attention maps where asked for.
+        """The last hidden state; all L + 1 hidden states and L attention maps, or their class rows, where asked for.
 
         With `sequences` the hidden states are [total, C], packed images; an attention map is a list of the images'.
 
         With `indices` the hidden states are the outputs of these blocks alone, in order, and no other is held. Only
         the first `depth` blocks run; by default all.
         """
+        class_only = asks_for_class_rows(output_attentions)
         if sequences is not None and runs_alone(hidden_states, sequences):
             images = split(hidden_states, sequences)
             settings = output_hidden_states, output_attentions, indices, depth
@@ -116,7 +117,7 @@ class InternViTEncoder(nn.Module):
         with recompute.scope():
             for index, layer in enumerate(layers):
                 if output_attentions:
-                    attentions.append(_attention_maps(layer, hidden_states, sequences))
+                    attentions.append(attention_maps(layer, hidden_states, class_only, sequences))
                 if sequences is not None and not isinstance(layer, InternViTLayer):
                     hidden_states, normed = one_by_one(layer, hidden_states, sequences), None
                 elif checkpoints:
@@ -154,10 +155,22 @@ def _joined(results: list[Any]) -> tuple[Tensor, Any, Any]:
     )
 
 
-def _attention_maps(layer: Any, hidden_states: Tensor, sequences: Sequences | None) -> Any:
+def asks_for_class_rows(output_attentions: Any) -> bool:
+    """Whether the class token's rows of the attention maps are asked for, and not the maps.
+
+    Raises:
+        ValueError: neither a truth value nor "class".
+    """
+    if isinstance(output_attentions, str) and output_attentions != "class":
+        raise ValueError(f"output_attentions: expected False, True or 'class', got {output_attentions!r}")
+    return output_attentions == "class"
+
+
+def attention_maps(layer: Any, hidden_states: Tensor, class_only: bool, sequences: Sequences | None = None) -> Any:
+    """A block's attention map, or the class token's row of it; of packed images a list of the images'."""
     if sequences is None:
-        return layer.attention_map(hidden_states)
-    return [layer.attention_map(image[None])[0] for image in split(hidden_states, sequences)]
+        return layer.attention_map(hidden_states, class_only)
+    return [layer.attention_map(image[None], class_only)[0] for image in split(hidden_states, sequences)]
 
 
 def _first_norm(layer: Any) -> Norm | None:

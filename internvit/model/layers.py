@@ -9,10 +9,11 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from internvit.config import InternViTConfig
 from internvit.model.fused_block import AttentionParts, Norm, attention_output, fc1_gelu, linear_per_image, norm_heads
-from internvit.model.hooks import is_plain
+from internvit.model.hooks import is_plain, is_plain_linear
 from internvit.ops.core.sequences import Sequences
 
 
@@ -121,16 +122,27 @@ class Attention(nn.Module):
             return parts
         return parts._replace(q_norm=fusible(self.q_norm), k_norm=fusible(self.k_norm))
 
-    def attention_map(self, x: Tensor) -> Tensor:
+    def attention_map(self, x: Tensor, class_only: bool = False) -> Tensor:
         """The softmax probabilities [B, H, N, N] for normed tokens x, computed in float32, in x's dtype.
 
-        A diagnostic: it runs the projection once more and holds all scores in memory.
+        A diagnostic: it runs the projection once more and holds all scores in memory. With `class_only` it is the class
+        token's row alone, [B, H, N]: the projection of k, one query and no other score, 1/12 of a block's Linears.
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in self._queries_and_keys(x, class_only))
         if self.qk_normalization:
-            q, k, _ = norm_heads(self.q_norm, self.k_norm, q, k, v)
+            q, k, _ = norm_heads(self.q_norm, self.k_norm, q, k, k)
         scores = (q.transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float()) * self.head_dim**-0.5
-        return scores.softmax(-1).to(x.dtype)
+        probabilities = scores.softmax(-1).to(x.dtype)
+        return probabilities[:, :, 0] if class_only else probabilities
+
+    def _queries_and_keys(self, x: Tensor, class_only: bool) -> tuple[Tensor, Tensor]:
+        """q and k [B, N, C] of normed tokens x; with `class_only` q is [B, 1, C]."""
+        if not class_only or not is_plain_linear(self.qkv):
+            q, k, _ = self.qkv(x).chunk(3, -1)
+            return q[:, : 1 if class_only else None], k
+        q_weight, k_weight, _ = self.qkv.weight.chunk(3)
+        q_bias, k_bias, _ = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        return F.linear(x[:, :1], q_weight, q_bias), F.linear(x, k_weight, k_bias)
 
 
 class MLP(nn.Module):

@@ -64,7 +64,7 @@ class InternViT(nn.Module):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         pixel_embeds: Tensor | PackedTokens | None = None,
-        output_attentions: bool = False,
+        output_attentions: bool | str = False,
     ) -> InternViTOutput | tuple:
         """Features of a batch of images, or of a list of images of any sizes.
 
@@ -79,11 +79,13 @@ class InternViT(nn.Module):
             output_hidden_states: also return the embeddings and every block's output.
             return_dict: False returns a plain tuple of what was asked for, as torch.jit.trace always gets.
             pixel_embeds: [B, N, C], tokens embedded already, instead of pixel_values; or `PackedTokens`.
-            output_attentions: also return every block's attention map (slow: all scores are held in memory).
+            output_attentions: also return every block's attention map (slow: all scores are held in memory), or, with
+                "class", the class token's row of it, [B, heads, N], without the other scores.
 
         Raises:
             TypeError: pixels that are no tensor, or not floating-point.
-            ValueError: both or neither input, a wrong shape or number of channels, or a size off the patch grid.
+            ValueError: both or neither input, a wrong shape or number of channels, a size off the patch grid, another
+                `output_attentions`.
         """
         embedded = embed(self.embeddings, pixel_values, pixel_embeds)
         if isinstance(embedded, PackedTokens):

@@ -91,7 +91,7 @@ class TensorParallelAttention(Attention):
         """The branch [B, N, C], of all heads."""
         return _row_linear(attended, self.proj, self.group)
 
-    def attention_map(self, x: Tensor) -> Tensor:
+    def attention_map(self, x: Tensor, class_only: bool = False) -> Tensor:
         raise ValueError("output_attentions: a tensor-parallel model has no attention maps; ask a model that is whole")
 
 

@@ -117,11 +117,15 @@ def test_attention_maps_and_intermediates(name) -> None:
     model, pixels = build(name), photos()
     with torch.no_grad():
         packed = model(pixels, output_attentions=True)
+        rows = [m(pixels, output_attentions="class") for m in (model, internvit.optimize_for_inference(model))]
         last, listed = model.forward_intermediates(pixels, (0, 2), return_prefix_tokens=True)
         for i, image in enumerate(pixels):
             alone = model(image[None], output_attentions=True)
             for ours, theirs in zip(packed.attentions, alone.attentions, strict=True):
                 torch.testing.assert_close(ours[i], theirs[0])
+            for out in rows:
+                for row, theirs in zip(out.attentions, alone.attentions, strict=True):
+                    torch.testing.assert_close(row[i], theirs[0, :, 0])
             one, pairs = model.forward_intermediates(image[None], (0, 2), return_prefix_tokens=True)
             assert torch.equal(last[i], one[0])
             for (maps, prefix), (map_of_one, prefix_of_one) in zip(listed, pairs, strict=True):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import internvit
 from internvit import InternViT, InternViTConfig
 from internvit.numerics import relative_error
 from tests.support.models import CONFIGS, images, pair, random_weights, timm_judge, transformers_judge
@@ -282,6 +283,41 @@ def test_attention_maps_are_the_references() -> None:
     ours, theirs = (m(pixels, output_attentions=True).attentions for m in (model, reference))
     for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["tiny-rms_norm", "tiny-layer_norm"])
+def test_class_rows_are_those_of_the_maps(name) -> None:
+    """Also with an adapter on qkv, from the optimised model, with gradients, and without a change of the features."""
+    model, reference = pair(name)
+    pixels = images(model.config, 2)
+    maps = model(pixels, output_attentions=True).attentions
+    models = {"model": model, "reference": reference, "optimised": internvit.optimize_for_inference(model)}
+    for which, m in models.items():
+        out = m(pixels, output_attentions="class")
+        assert torch.equal(out.last_hidden_state, m(pixels).last_hidden_state), which
+        assert out.hidden_states is None
+        for row, whole in zip(out.attentions, maps, strict=True):
+            assert row.shape == (2, model.config.num_attention_heads, whole.shape[-1])
+            assert relative_error(row, whole[:, :, 0]) < 1e-5, which
+    sum(row[..., 0].sum() for row in model(pixels, output_attentions="class").attentions).backward()
+    grads = [model.encoder.layers[0].attn.qkv.weight.grad, *(p.grad for p in model.embeddings.parameters())]
+    model.zero_grad()
+    sum(whole[:, :, 0, 0].sum() for whole in model(pixels, output_attentions=True).attentions).backward()
+    expected = [model.encoder.layers[0].attn.qkv.weight.grad, *(p.grad for p in model.embeddings.parameters())]
+    for a, b in zip(grads, expected, strict=True):
+        assert relative_error(a, b) < 1e-4
+    calls = []
+    model.encoder.layers[1].attn.qkv.register_forward_hook(lambda *_: calls.append(1))
+    hooked = model(pixels, output_attentions="class").attentions
+    assert len(calls) == 2  # the forward, and the row: a Linear with hooks is called whole
+    assert relative_error(hooked[1], maps[1][:, :, 0]) < 1e-5
+
+
+def test_another_kind_of_attentions_is_an_error() -> None:
+    model, _ = pair("tiny-rms_norm")
+    for m in (model, internvit.optimize_for_inference(model)):
+        with pytest.raises(ValueError, match="output_attentions: expected False, True or 'class', got 'rows'"):
+            m(images(model.config, 1), output_attentions="rows")
 
 
 @pytest.mark.parametrize(
