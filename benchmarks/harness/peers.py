@@ -143,18 +143,26 @@ def timm_model(config: InternViTConfig, weights: dict[str, Tensor]) -> Any:
     return model.eval()
 
 
-def freezing(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def freezing(model: nn.Module, backend: str = "inductor") -> Callable[[Tensor], Tensor]:
     """torch.compile with weights as constants."""
     from torch._inductor import config as inductor
 
     torch.compiler.reset()
-    compiled = torch.compile(model, dynamic=False)
+    compiled = torch.compile(model, dynamic=False, backend=backend)
 
     def run(*inputs: Tensor) -> Tensor:
         with inductor.patch(freezing=True), torch.no_grad():
             return compiled(*inputs)
 
     return run
+
+
+def zentorch(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """AMD's zentorch, a backend of torch.compile for EPYC processors; a wheel of it fits one torch."""
+    needs("zentorch", "pip install zentorch, the version of your torch")
+    import zentorch  # registers the backend
+
+    return freezing(model, zentorch.__name__)
 
 
 class _Features(nn.Module):

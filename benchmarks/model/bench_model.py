@@ -1,4 +1,4 @@
-"""InternViT end to end in bfloat16, next to transformers, torch.compile, timm, OpenVINO and onnxruntime.
+"""InternViT end to end in bfloat16, next to transformers, torch.compile, zentorch, timm, OpenVINO and onnxruntime.
 
 Random weights, the same in every model; the result of ours is judged against the reference in float32, and every one's
 error to that stands beside its time. Ours in int8 quantises every block.
@@ -70,6 +70,9 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
     def compiled() -> Callable[[Tensor], Any]:
         return peers.freezing(peers.transformers_model(config, weights()))
 
+    def zentorch() -> Callable[[Tensor], Any]:
+        return peers.zentorch(peers.transformers_model(config, weights()))
+
     def timm() -> Callable[[Tensor], Tensor]:
         return peers.timm_model(config, weights()).forward_features
 
@@ -108,6 +111,7 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
     if every_peer:
         variants.append(Implementation("transformers, torch.compile freezing", compiled, trains=False, compiles=True))
         if setting.device == "cpu":
+            variants.append(Implementation("zentorch", zentorch, trains=False, compiles=True))
             variants.append(Implementation("OpenVINO bf16", openvino, trains=False))
             variants.append(Implementation("OpenVINO int8", functools.partial(openvino, torch.int8), trains=False))
             variants.append(Implementation("onnxruntime float32", onnxruntime, trains=False))
