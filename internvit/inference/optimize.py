@@ -122,7 +122,8 @@ class OptimizedInternViT(nn.Module):
 
     def _with_class_rows(self, pixel_values: Any, pixel_embeds: Any, output_hidden_states: bool) -> InternViTOutput:
         """The output with the class token's row of every block's attention map, from the hidden states between them."""
-        output = self.forward(pixel_values, True, True, pixel_embeds)
+        output = InternViTOutput(*self.forward(pixel_values, True, True, pixel_embeds))
+        assert output.hidden_states is not None
         before = list(zip(self.model.encoder.layers, output.hidden_states[:-1], strict=True))
         if isinstance(output.last_hidden_state, PackedTokens):
             rows = tuple(attention_maps(layer, h.values, True, h.sequences) for layer, h in before)

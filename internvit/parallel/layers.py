@@ -152,8 +152,8 @@ class TensorParallelLayer(InternViTLayer):
     def first_norm(self) -> Norm:
         return local_norm(self.norm1)
 
-    def attention_map(self, x: Tensor) -> Tensor:
-        return self.attn.attention_map(x)
+    def attention_map(self, x: Tensor, class_only: bool = False) -> Tensor:
+        return self.attn.attention_map(x, class_only)
 
     def has_plain_parts(self, quantised: bool = False) -> bool:
         return is_plain_layer(self) and not any(has_hooks(module) for module in self.modules())
