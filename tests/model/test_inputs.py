@@ -43,7 +43,6 @@ def test_pixels_that_are_no_floating_point_tensor(name) -> None:
     for pixels, kind in (
         (np.zeros((1, 3, 56, 56), np.float32), r"numpy\.ndarray"),
         ([[0.0]], r"builtins\.list"),
-        ([torch.zeros(3, 56, 56)], r"builtins\.list"),
         ("cat.jpg", r"builtins\.str"),
     ):
         with pytest.raises(TypeError, match=rf"expected a torch\.Tensor \[batch, 3, height, width\], got a {kind}"):
