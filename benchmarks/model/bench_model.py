@@ -67,11 +67,13 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
         model = peers.transformers_model(config, weights())
         return lambda x: model(x).last_hidden_state
 
-    def compiled() -> Callable[[Tensor], Any]:
-        return peers.freezing(peers.transformers_model(config, weights()))
+    def compiled() -> Callable[[Tensor], Tensor]:
+        model: Callable[[Tensor], Any] = peers.freezing(peers.transformers_model(config, weights()))
+        return lambda x: model(x).last_hidden_state
 
-    def zentorch() -> Callable[[Tensor], Any]:
-        return peers.zentorch(peers.transformers_model(config, weights()))
+    def zentorch() -> Callable[[Tensor], Tensor]:
+        model: Callable[[Tensor], Any] = peers.zentorch(peers.transformers_model(config, weights()))
+        return lambda x: model(x).last_hidden_state
 
     def timm() -> Callable[[Tensor], Tensor]:
         return peers.timm_model(config, weights()).forward_features
