@@ -118,8 +118,8 @@ def resolve(
     """The name of the backend that `op` takes for tensors like `x`, by the argument, the context, or `auto`.
 
     `folded` asks for an attention that takes QK-norm's weights and statistics, `varlen` for one that takes packed
-    sequences; `caller` is the op that errors name
-    where it is another one that the user called. A name that `auto` chose is an `AutoBackend`, outside of traces.
+    sequences; `caller` is the op that errors name where it is another one that the user called. A name that `auto`
+    chose is an `AutoBackend`, outside of traces.
     """
     # A size that a trace leaves open is 0, which every backend takes; it is checked when the program runs.
     head_dim, channels = (0 if isinstance(n, torch.SymInt) else n for n in (head_dim, _channels(caller or op, x)))
@@ -158,9 +158,8 @@ def _resolve_once(
     name = asked or context
     while not asked and name != "auto" and usable(name).find(op) is None:
         name = BACKENDS[name].fallback
-    if name != "auto":
-        return _asked_by_name(op, device, dtype, head_dim, folded, caller, name, channels, varlen)
-    return first_backend(CallClass(op, caller, device, dtype, head_dim, channels, folded, varlen), caller)
+    calls = CallClass(op, caller, device, dtype, head_dim, channels, folded, varlen)
+    return first_backend(calls, caller) if name == "auto" else _asked_by_name(name, calls)
 
 
 def forget_resolved() -> None:
@@ -168,25 +167,15 @@ def forget_resolved() -> None:
     _resolve_once.cache_clear()
 
 
-def _asked_by_name(
-    op: str,
-    device: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    folded: bool,
-    caller: str,
-    name: str,
-    channels: int,
-    varlen: bool,
-) -> str:
+def _asked_by_name(name: str, calls: CallClass) -> str:
     chosen = usable(name)
-    if chosen.find(op) is None:
-        raise ValueError(f"{caller}: backend {name!r} does not implement this op")
-    reason = chosen.unsupported_reason(device, dtype, head_dim) or chosen.too_wide(channels, op)
-    reason = reason or chosen.lacks(folded, varlen)
+    if chosen.find(calls.op) is None:
+        raise ValueError(f"{calls.caller}: backend {name!r} does not implement this op")
+    reason = chosen.unsupported_reason(calls.device, calls.dtype, calls.head_dim)
+    reason = reason or chosen.too_wide(calls.channels, calls.op) or chosen.lacks(calls.folded, calls.varlen)
     if reason is not None:
         raise ValueError(
-            f"{caller}: backend {name!r} cannot take this input: {reason}; use backend='reference', or 'auto' to "
+            f"{calls.caller}: backend {name!r} cannot take this input: {reason}; use backend='reference', or 'auto' to "
             "have one chosen"
         )
     return chosen.name
