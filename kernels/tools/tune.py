@@ -29,6 +29,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import internvit
 from internvit import InternViT, InternViTConfig
+from internvit.benchmarks.harness import tune_backends
+from internvit.benchmarks.harness.tune_backends import FUSED, OP
 from internvit.files import atomic_write
 from internvit.kernels.attention.config import AttentionConfig, tuned_key
 from internvit.kernels.common.config import Call, record_calls, tuned_files
@@ -37,10 +39,7 @@ from internvit.kernels.common.rows import RowConfig
 from internvit.kernels.common.target import TARGETS, Target
 from internvit.kernels.gelu import GeluConfig
 from internvit.kernels.linear import LinearConfig
-from internvit.kernels.tools import tune_backends
-from internvit.kernels.tools.tune_backends import FUSED
 from internvit.numerics import relative_error
-from internvit.ops.core.tuned import OP
 
 ROUNDS = 20
 DEVICE = "cuda"

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from internvit import InternViTConfig
+from internvit.benchmarks.harness import tune_backends
 from internvit.kernels.attention.config import AttentionConfig, attention_config
 from internvit.kernels.common import config as configs
 from internvit.kernels.common.rows import FOLLOWERS, RowConfig, row_config
 from internvit.kernels.common.target import INTERPRETER
 from internvit.kernels.gelu import gelu_config
 from internvit.kernels.linear import LinearConfig, linear_config
-from internvit.kernels.tools import tune, tune_backends
+from internvit.kernels.tools import tune
 from internvit.numerics import relative_error
 from internvit.ops.backends import flash, registry
 from internvit.ops.core.registration import OPS

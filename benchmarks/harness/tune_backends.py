@@ -23,6 +23,7 @@ from internvit.ops.backends import flash
 from internvit.ops.backends.registry import BACKENDS
 from internvit.ops.core.fallback import describe
 from internvit.ops.core.spec import SPECS
+from internvit.ops.core.tuned import OP as OP
 
 FUSED = "triton"
 PACKED = "qk_norm_attention_qkvpacked"
