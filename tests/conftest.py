@@ -3,6 +3,7 @@
 import contextlib
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -54,9 +55,15 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    families: Counter[str] = Counter()
     for item in items:
-        if "gpu" in item.keywords:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None:
+            family = item.nodeid.partition("[")[0]
+            if (config.option.seed + families[family]) % sampled.args[0]:
+                item.add_marker("slow")
+            families[family] += 1
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

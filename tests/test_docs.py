@@ -1,6 +1,6 @@
 """The documentation builds, its links lead somewhere, its code runs, and what its API pages name exists.
 
-Python blocks run in the order of their page, on a tiny checkpoint of 24 layers in place of the hub's. Of shell blocks
+Python blocks run in the order of their page, on a tiny checkpoint in place of the hub's. Of shell blocks
 every command is looked up: scripts, modules, make's targets, extras, and the options of `internvit`.
 """
 
@@ -15,6 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,18 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    config = internvit.InternViTConfig(
-        image_size=56, hidden_size=32, num_attention_heads=2, num_hidden_layers=24, intermediate_size=64
-    )
-    folder = tmp_path_factory.mktemp("checkpoint")
-    internvit.InternViT(config).save_pretrained(folder)
+def checkpoints(tmp_path_factory) -> Callable[[int], Path]:
+    """A folder of a tiny model of so many layers."""
+
+    @functools.lru_cache
+    def folder(layers: int) -> Path:
+        config = internvit.InternViTConfig(
+            image_size=56, hidden_size=32, num_attention_heads=2, num_hidden_layers=layers, intermediate_size=64
+        )
+        folder = tmp_path_factory.mktemp("checkpoint")
+        internvit.InternViT(config).save_pretrained(folder)
+        return folder
+
     return folder
 
 
@@ -86,9 +93,13 @@ def flash_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def namespace(checkpoint, flash_folder) -> dict[str, Any]:
-    """What the documentation's code takes for granted."""
+def namespace_of(checkpoints, flash_folder) -> Callable[[str], dict[str, Any]]:
+    """What a text's code takes for granted: a model of 24 layers where the text asks for the last, else of 2."""
     torch.use_deterministic_algorithms(False)  # adaptive pooling's backward has no deterministic form
+    return lambda text: names_of(checkpoints(24 if re.search(r"\b2[34][)\]]", text) else 2), flash_folder)
+
+
+def names_of(checkpoint: Path, flash_folder: Path) -> dict[str, Any]:
     model = internvit.InternViT.from_pretrained(checkpoint)
     config = model.config
 
@@ -129,13 +140,15 @@ def run_python(code: str, namespace: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_python_blocks_run(page: Path, namespace, tmp_path, monkeypatch) -> None:
+def test_python_blocks_run(page: Path, namespace_of, tmp_path, monkeypatch) -> None:
     pytest.importorskip("torchvision", reason="detectors are torchvision's")
     pytest.importorskip("torchmetrics", reason="the segmentation extra is not installed")
     pytest.importorskip("transformers", reason="the hf extra is not installed")
     monkeypatch.chdir(tmp_path)
-    for i, block in enumerate(blocks(page, "python")):
-        run_python(block, namespace, f"{page.name}, block {i}")
+    namespace = namespace_of(page.read_text())
+    with torch.compiler.set_stance("force_eager"):  # compiling has tests of its own
+        for i, block in enumerate(blocks(page, "python")):
+            run_python(block, namespace, f"{page.name}, block {i}")
 
 
 def api_names() -> list[str]:
@@ -160,12 +173,15 @@ def find(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", documented())
-def test_examples_of_docstrings_run(name: str, namespace, tmp_path, monkeypatch) -> None:
+def test_examples_of_docstrings_run(name: str, namespace_of, tmp_path, monkeypatch) -> None:
     import torchvision
 
     thing = find(name)
     monkeypatch.chdir(tmp_path)
-    namespace |= {"torchvision": torchvision, **vars(sys.modules[getattr(thing, "__module__", name)])}
+    namespace = namespace_of(thing.__doc__) | {
+        "torchvision": torchvision,
+        **vars(sys.modules[getattr(thing, "__module__", name)]),
+    }
     for i, example in enumerate(doctest.DocTestParser().get_examples(thing.__doc__)):
         run_python(example.source, namespace, f"{name}, example {i}")
 

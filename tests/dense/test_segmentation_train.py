@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from PIL import Image
 
 from internvit import InternViT, InternViTConfig
@@ -79,9 +80,22 @@ def command(place: Path, out: str, *more: str) -> list[str]:
     return [*call, "--out", str(place / out), "--weights", str(place / "tower"), *more]
 
 
-def run(call: list[str], code: str | None = None) -> subprocess.CompletedProcess:
-    start = [sys.executable, *(["-c", code] if code else []), *call]
-    return subprocess.run(start, capture_output=True, text=True, timeout=300, env=environment())
+def start(call: list[str], code: str) -> int:
+    """The exit status of a process of its own that runs `code` before the script."""
+    process = [sys.executable, "-c", code, *call]
+    return subprocess.run(process, capture_output=True, timeout=300, env=environment()).returncode
+
+
+def run(call: list[str]) -> Result:
+    """The script in this process, on one thread as in `environment`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        done = CliRunner().invoke(train.main, call[1:])
+    finally:
+        torch.set_num_threads(threads)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done
 
 
 def environment() -> dict[str, str]:
@@ -91,9 +105,7 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def whole(place) -> Path:
     """A run that nobody disturbed."""
-    done = run(command(place, "whole"))
-    assert done.returncode == 0, done.stderr
-    assert "mIoU" in done.stdout
+    assert "mIoU" in run(command(place, "whole")).stdout
     return place / "whole"
 
 
@@ -128,17 +140,16 @@ def test_a_run_leaves_what_it_says(whole) -> None:
     assert Image.open(whole / "predictions.png").size[0] > 300
 
 
-def test_killed_while_writing_a_checkpoint(place, whole) -> None:
-    killed = run(command(place, "writing"), DIES_WRITING.format(n=3))
-    assert killed.returncode == -signal.SIGKILL
+def test_killed_while_writing_a_checkpoint(place, whole, caplog) -> None:
+    assert start(command(place, "writing"), DIES_WRITING.format(n=3)) == -signal.SIGKILL
     assert list((place / "writing").glob(".*.writing")), "it died half-way"
     previous = torch.load(place / "writing" / "checkpoint.pt", weights_only=True)
     assert previous["step"] == 4
     rows = (place / "writing" / "log.csv").read_text().splitlines()
     assert len(rows) == 1 + 6, "it had got further than its last checkpoint"
-    resumed = run(command(place, "writing"))
-    assert resumed.returncode == 0, resumed.stderr
-    assert "going on from step 4" in resumed.stderr
+    with caplog.at_level("INFO"):
+        run(command(place, "writing"))
+    assert "going on from step 4" in caplog.text
     assert not list((place / "writing").glob(".*.writing"))
     check_same_run(place / "writing", whole)
 
@@ -157,8 +168,7 @@ def test_killed_at_any_moment(place, whole) -> None:
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert checkpoints.read_checkpoint(place / "outside" / "checkpoint.pt")["step"] < 9
-    resumed = run(command(place, "outside", "--workers", "1"))
-    assert resumed.returncode == 0, resumed.stderr
+    run(command(place, "outside", "--workers", "1"))
     check_same_run(place / "outside", whole)
 
 
@@ -288,16 +298,25 @@ def test_a_full_disk_is_one_line(place) -> None:
     assert not list((place / "full").glob(".*.writing"))
 
 
-@pytest.fixture
-def frozen(place, tmp_path) -> tuple[Path, list[str]]:
+FROZEN = ("--set", "model.freeze=true", "--set", "optim.steps=4", "--set", "run.evaluate_every=4")
+
+
+@pytest.fixture(scope="module")
+def stopped(place, tmp_path_factory) -> Path:
     """A copy of everything, with a run on a frozen tower that was stopped half-way."""
-    shutil.copytree(place / "data", tmp_path / "data")
-    shutil.copytree(place / "tower", tmp_path / "tower")
-    shutil.copy(place / "recipe.toml", tmp_path)
-    changes = ("--set", "model.freeze=true", "--set", "optim.steps=4", "--set", "run.evaluate_every=4")
-    done = run(command(tmp_path, "out", *changes), DIES_WRITING.format(n=2))
-    assert done.returncode == -signal.SIGKILL
-    return tmp_path, list(changes)
+    folder = tmp_path_factory.mktemp("frozen") / "place"
+    shutil.copytree(place, folder, ignore=lambda _, names: {"whole", "writing", "outside"} & set(names))
+    assert start(command(folder, "out", *FROZEN), DIES_WRITING.format(n=2)) == -signal.SIGKILL
+    return folder
+
+
+@pytest.fixture
+def frozen(stopped, tmp_path) -> Iterator[tuple[Path, list[str]]]:
+    """It is put back afterwards: a checkpoint names its weights' place."""
+    shutil.copytree(stopped, tmp_path / "kept")
+    yield stopped, list(FROZEN)
+    shutil.rmtree(stopped)
+    shutil.copytree(tmp_path / "kept", stopped)
 
 
 def test_a_resumed_run_refuses_other_data_classes_and_weights(frozen) -> None:
@@ -321,11 +340,11 @@ def test_a_resumed_run_refuses_other_data_classes_and_weights(frozen) -> None:
     assert "written with other the frozen weights" in refused(place, "out", *changes)
 
 
-def test_a_resumed_run_on_a_frozen_tower_continues(frozen) -> None:
+def test_a_resumed_run_on_a_frozen_tower_continues(frozen, caplog) -> None:
     place, changes = frozen
-    done = run(command(place, "out", *changes))
-    assert done.returncode == 0, done.stderr
-    assert "going on from step 2" in done.stderr
+    with caplog.at_level("INFO"):
+        run(command(place, "out", *changes))
+    assert "going on from step 2" in caplog.text
 
 
 def test_checkpoints_of_something_else(place, whole, tmp_path) -> None:

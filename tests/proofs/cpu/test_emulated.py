@@ -24,6 +24,7 @@ def folder(build_folder):
     return emulated.build(build_folder).parent
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "arguments",
     [
