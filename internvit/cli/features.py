@@ -14,6 +14,7 @@ from internvit.cli.network import (
     DTYPES,
     Layers,
     configuration,
+    dtype_beside,
     load_in_precision,
     load_network,
     network_options,
@@ -119,14 +120,11 @@ def features(
         return
     if pca or overwrite:
         raise click.UsageError("--pca, --overwrite: for a .safetensors file as --out; a folder is never replaced")
-    if precision or skip:
-        raise click.UsageError("--precision, --skip: for a .safetensors file as --out")
     if folder["keep_size"] and size:
         raise click.UsageError("--keep-size: not with --size")
     embedder = {
-        **dict(
-            name_or_path=source_of(model, weights), config=configuration(model, weights), prefix=prefix, dtype=dtype
-        ),
+        **dict(name_or_path=source_of(model, weights), config=configuration(model, weights), prefix=prefix),
+        **dict(dtype=dtype_beside(precision, skip, dtype), precision=precision, skip=skip or None),
         **dict(size="image" if folder["keep_size"] else size, layers=layers, device=device, batch=batch),
         **dict(pooling=folder["pooling"] or "class", connector=folder["connector"], tiles=folder["tiles"]),
         **dict(out_dtype=folder["out_dtype"], strict=strict),

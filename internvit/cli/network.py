@@ -82,18 +82,25 @@ def load_network(
 def load_in_precision(
     precision: str | None, skip: tuple[str, ...], dtype: str, network: "Callable[[str], tuple[InternViT, str]]"
 ) -> tuple[Any, str]:
-    """The network that `network` loads in a dtype; with a precision in bfloat16, and optimised for inference."""
+    """The network that `network` loads in a dtype; with a precision optimised for inference."""
     from internvit.inference.optimize import optimize_for_inference
 
+    loaded, source = network(dtype_beside(precision, skip, dtype))
+    if precision is None:
+        return loaded, source
+    return optimize_for_inference(loaded, precision=precision, skip=skip or None), source
+
+
+def dtype_beside(precision: str | None, skip: tuple[str, ...], dtype: str) -> str:
+    """--dtype, which is bfloat16 with a precision."""
     if precision is None:
         if skip:
             raise click.UsageError("--skip names Linears that --precision int8 or fp8 leaves out")
-        return network(dtype)
+        return dtype
     given = click.get_current_context().get_parameter_source("dtype")
     if dtype != "bfloat16" and given is not ParameterSource.DEFAULT:
         raise click.UsageError(f"--precision {precision} computes in bfloat16, got --dtype {dtype}")
-    loaded, source = network("bfloat16")
-    return optimize_for_inference(loaded, precision=precision, skip=skip or None), source
+    return "bfloat16"
 
 
 def source_of(model: str | None, weights: str | None) -> str:

@@ -114,7 +114,6 @@ class Embedder:
             self.source = os.fspath(name_or_path)
         self.config = network.config
         self.model = optimize_for_inference(network, pack=pack, precision=precision, skip=skip)
-        self.precision, self.skip = precision, None if skip is None else tuple(skip)
         self.layers = None if layers is None else take_indices(self.config.num_hidden_layers, layers)
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers: expected numbers of blocks, each once, got {tuple(layers or ())}")
@@ -168,8 +167,7 @@ class Embedder:
             "internvit": __version__,
             "weights_digest": tensors_digest(network.state_dict().items()),
             "dtype": str(network.dtype).removeprefix("torch."),
-            "precision": str(self.precision),
-            "skip": "default" if self.skip is None else ",".join(self.skip),
+            "precision": self.model.settings,  # as computed: without int8's instructions Linears stay bfloat16
             "device": network.device.type,
             "size": "image" if size is None else f"{size[0]}x{size[1]}",
             "tiles": str(self.preprocess.tiles),

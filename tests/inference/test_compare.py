@@ -123,8 +123,27 @@ def test_features_in_int8_and_a_resume_in_another_precision(weights: Path, photo
     ):
         printed = call(capsys, *arguments[:-1], tmp_path / "other.safetensors", *options, code=2)[1]
         assert message in " ".join(printed.split())
-    printed = call(capsys, *arguments[:-1], tmp_path / "folder", "--precision", "int8", code=2)[1]
-    assert "--precision, --skip: for a .safetensors file as --out" in " ".join(printed.split())
+
+
+def test_features_into_a_folder_in_int8(weights: Path, photos: Path, tmp_path, capsys) -> None:  # noqa: F811
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the data extra is not installed")
+    out = tmp_path / "features"
+    arguments = ["features", photos, "--weights", weights, "--out", out, "--pooling", "mean"]
+    call(capsys, *arguments, "--precision", "int8", "--skip", "encoder.layers.2")
+    model = internvit.InternViT.from_pretrained(weights, dtype=torch.bfloat16)
+    fast = internvit.optimize_for_inference(model, precision="int8", skip=["encoder.layers.2"])
+    table = parquet.read_table(out / "data")
+    images = [Path(name) for name in table["path"].to_pylist()]
+    pixels = torch.stack([load_pixels(image, (56, 56)) for image in images])
+    expected = fast(pixels).last_hidden_state[:, 1:].float().mean(1)
+    torch.testing.assert_close(torch.tensor(table["features"].to_pylist()), expected)
+    for options, message in (
+        (("--precision", "int8"), "precision"),
+        ((), "dtype"),
+        (("--precision", "int8", "--dtype", "float32"), "computes in bfloat16, got --dtype float32"),
+        (("--skip", "a"), "--skip names Linears that"),
+    ):
+        assert message in " ".join(call(capsys, *arguments, *options, code=2)[1].split())
 
 
 def test_parts_of_another_precision_are_not_taken_up(weights: Path, photos: Path, tmp_path, monkeypatch) -> None:  # noqa: F811
