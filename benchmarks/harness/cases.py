@@ -5,6 +5,7 @@ cases of it. An op's cases follow from its `OpSpec`.
 """
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -184,6 +185,10 @@ def needs(package: str, how: str) -> None:
         raise MissingPeerError(f"{package} is not installed: {how}")
 
 
+class ForwardOnly(functools.partial):
+    """What builds a peer that has no backward."""
+
+
 Peers = Mapping[str, Callable[[], Callable]]
 
 
@@ -253,7 +258,8 @@ def op_case(
     implementations.append(Implementation("eager", lambda: case.plain))
     if compile_peer and not setting.quick:
         implementations.append(Implementation("torch.compile", compiled(case.plain), compiles=True))
-    implementations += [Implementation(peer, build) for peer, build in (peers or {}).items()]
+    for peer, build in (peers or {}).items():
+        implementations.append(Implementation(peer, build, trains=not isinstance(build, ForwardOnly)))
     least = cost(spec, size, dtype, variant)
     return BenchmarkCase(
         bench or name,

@@ -326,7 +326,7 @@ def test_pytest_benchmark_runs_the_same_cases() -> None:
     call = [sys.executable, "-m", "pytest", "-q", "benchmarks/ops/bench_rms_norm.py", "--quick", "--benchmark-disable"]
     done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
-    assert "8 passed, 4 skipped" in done.stdout, done.stdout
+    assert "8 passed, 6 skipped" in done.stdout, done.stdout
 
 
 def test_training_counts_and_refuses(monkeypatch) -> None:
