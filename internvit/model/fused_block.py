@@ -243,7 +243,7 @@ def attention_output(parts: AttentionParts, x: Tensor) -> Tensor:
     else:
         heads = [t.unflatten(-1, (parts.num_heads, -1)) for t in qkv]  # 3 of [B, N, H, D] or [total, H, D]
     q_norm, k_norm = parts.q_norm, parts.k_norm
-    packed: dict[str, Any] = {} if parts.sequences is None else parts.sequences._asdict()
+    packed: dict[str, Any] = {} if parts.sequences is None else parts.sequences.settings()
     fused: Any = qk_norm_attention_qkvpacked if len(heads) == 1 else qk_norm_attention
     if q_norm is None and k_norm is None:
         return fused(*heads, scale=parts.scale, **packed).flatten(-2)

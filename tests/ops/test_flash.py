@@ -91,10 +91,10 @@ pointers = []
 
 def forward(q, k, v, scale):
     pointers.append((q.data_ptr(), k.data_ptr(), v.data_ptr()))
-    return torch.ops.internvit.attention(q, k, v, scale, *[None] * 6, "reference")
+    return torch.ops.internvit.attention(q, k, v, scale, *[None] * 8, "reference")
 
 def backward(dout, q, k, v, out, lse, scale):
-    args = (dout, q, k, v, out, lse, scale, *[None] * 6, "reference")
+    args = (dout, q, k, v, out, lse, scale, *[None] * 8, "reference")
     return torch.ops.internvit.attention_backward(*args)[:3]
 
 def fill(results, *grads):
