@@ -186,6 +186,12 @@ def masks_every_tile(head_dim: int, target: Target) -> bool:
     return family in ("mfma", "wmma") or (family == "mma" and head_dim > 64)
 
 
+def target_options(kept: Literal["queries", "keys"], head_dim: int, target: Target) -> dict[str, int]:
+    """Options of a pack's kernel that one family of targets has. With wmma and wide heads LLVM keeps registers free for
+    more waves than shared memory and registers allow, and grad_kv spills 4 bytes on gfx1100; told of one wave, none."""
+    return {"waves_per_eu": 1} if kept == "keys" and head_dim > 64 and target.matrix_instructions == "wmma" else {}
+
+
 def head_blocks(head_dim: int) -> dict[str, int]:
     """The constants of a kernel that say how a head's dimension is padded."""
     return {"D": head_dim, "BLOCK_D": max(16, next_power_of_2(head_dim))}
@@ -217,6 +223,7 @@ def run_tiles(
     if keeps == "keys":
         N, walked = walked, N
     tail: int
+    options: dict[str, int] = {}
     if sequences is None:
         ends, ends_walked, programs = None, None, config.programs(N)
         strides, unit = head_strides(*strided)
@@ -227,7 +234,8 @@ def run_tiles(
         B = sequences.count if N else 0
         strides, unit = token_strides(*strided)
         target = launch.target_of(strided[0])
-        # with a token apart grad_kv spills 8 bytes on sm_100, D = 128, and 16 on gfx1100, where 4 are left
+        options = target_options(keeps, D, target)
+        # with a token apart grad_kv spills 8 bytes on sm_100, D = 128, and 16 on gfx1100
         peel_row = target.matrix_instructions != "wmma"
         peel_column = peel_row and target.matrix_instructions != "tcgen05"
         tail = LAST_AGAIN.value if keeps == "keys" or masks_every_tile(D, target) else 0
@@ -247,4 +255,5 @@ def run_tiles(
         TAIL=tail,
         num_warps=config.warps,
         num_stages=config.stages,
+        **options,
     )
