@@ -170,6 +170,10 @@ class _Translations:
             q = self._scale_heads(q, op.CastLike(op.Unsqueeze(rstd_q, self._ints(2, 3)), q), q_weight)
             k = self._scale_heads(k, op.CastLike(op.Unsqueeze(rstd_k, self._ints(2, 3)), k), k_weight)
         out = self._attend(q, k, v, scale, mask)
+        if cu_seqlens_k is not None:  # a query without a key has a softmax of NaN
+            keys = op.ReduceSum(op.Cast(mask, to=_INT64), self._ints(1), keepdims=1)
+            there = op.Unsqueeze(op.Greater(keys, op.Constant(value_int=0)), self._ints(2))
+            out = op.Where(there, out, self._float(0.0, out))
         return out if cu_seqlens is None else op.Squeeze(out, self._ints(0)), self._empty(v)
 
     def _as_image(self, t: Any) -> Any:

@@ -186,10 +186,11 @@ def masks_every_tile(head_dim: int, target: Target) -> bool:
     return family in ("mfma", "wmma") or (family == "mma" and head_dim > 64)
 
 
-def target_options(kept: Literal["queries", "keys"], head_dim: int, target: Target) -> dict[str, int]:
-    """Options of a pack's kernel that one family of targets has. With wmma and wide heads LLVM keeps registers free for
-    more waves than shared memory and registers allow, and grad_kv spills 4 bytes on gfx1100; told of one wave, none."""
-    return {"waves_per_eu": 1} if kept == "keys" and head_dim > 64 and target.matrix_instructions == "wmma" else {}
+def target_options(keeps: Literal["queries", "keys"], head_dim: int, masked: bool, target: Target) -> dict[str, int]:
+    """Options that one family of targets has. With wmma, wide heads and a masked walk LLVM keeps registers free for
+    more waves than fit, and grad_kv spills 4 bytes on gfx1100; told of one wave, none."""
+    wide = head_dim > 64 and target.matrix_instructions == "wmma"
+    return {"waves_per_eu": 1} if wide and masked and keeps == "keys" else {}
 
 
 def head_blocks(head_dim: int) -> dict[str, int]:
@@ -223,7 +224,7 @@ def run_tiles(
     if keeps == "keys":
         N, walked = walked, N
     tail: int
-    options: dict[str, int] = {}
+    target = launch.target_of(strided[0])
     if sequences is None:
         ends, ends_walked, programs = None, None, config.programs(N)
         strides, unit = head_strides(*strided)
@@ -233,8 +234,6 @@ def run_tiles(
         programs = config.programs(longest)
         B = sequences.count if N else 0
         strides, unit = token_strides(*strided)
-        target = launch.target_of(strided[0])
-        options = target_options(keeps, D, target)
         # with a token apart grad_kv spills 8 bytes on sm_100, D = 128, and 16 on gfx1100
         peel_row = target.matrix_instructions != "wmma"
         peel_column = peel_row and target.matrix_instructions != "tcgen05"
@@ -255,5 +254,5 @@ def run_tiles(
         TAIL=tail,
         num_warps=config.warps,
         num_stages=config.stages,
-        **options,
+        **target_options(keeps, D, bool(tail), target),
     )

@@ -1,6 +1,6 @@
 """A key-padding mask for attention of packed sequences, which no kernel has to know.
 
-The tokens of each image are sorted: those that are there, then the padding. Each image becomes two sequences, and one
+The tokens of each image are parted: those that are there, then the padding. Each image becomes two sequences, and one
 that attends to the first of them alone has no padding among its keys. All B * N rows are kept, so that no size depends
 on the values of the mask: nothing is read back from a device, and a compiled graph takes any mask.
 """
@@ -18,19 +18,26 @@ class Padding(NamedTuple):
 
     Attributes:
         mask: bool [B, N], True for padding.
-        order: the row of the batch at each place of the pack.
+        places: the row of the pack [B * N] for each row of the batch.
+        order: the row of the batch for each row of the pack.
         ends: int32 [2 B + 1], the ends of the sequences, two for each image.
     """
 
     mask: Tensor
+    places: Tensor
     order: Tensor
     ends: Tensor
 
     @classmethod
     def of(cls, mask: Tensor) -> "Padding":
-        first = torch.arange(mask.shape[0], device=mask.device)[:, None] * mask.shape[1]
-        order = mask.to(torch.uint8).argsort(dim=1, stable=True) + first
-        return cls(mask, order.flatten(), sequence_ends(mask.shape[1] - mask.sum(1), mask.shape[1]))
+        images, tokens = mask.shape
+        first = torch.arange(images, device=mask.device)[:, None] * tokens
+        lengths = tokens - mask.sum(1)
+        there, padding = (~mask).cumsum(1) - 1, lengths[:, None] + mask.cumsum(1) - 1
+        places = (first + torch.where(mask, padding, there)).flatten()
+        # Not a sort, which takes longer and which ONNX has none of.
+        order = torch.zeros_like(places).scatter(0, places, torch.arange(images * tokens, device=mask.device))
+        return cls(mask, places, order, sequence_ends(lengths, tokens))
 
     def pack(self, x: Tensor, value: float) -> Tensor:
         """x [B, N, ...] as [B * N, ...]; padding is `value`, and gets no gradient, whatever it held."""
@@ -43,7 +50,7 @@ class Padding(NamedTuple):
 
     def unpack(self, x: Tensor) -> Tensor:
         """`pack` undone, with 0 for padding."""
-        rows = x.index_select(0, self.order.argsort()).unflatten(0, self.mask.shape)
+        rows = x.index_select(0, self.places).unflatten(0, self.mask.shape)
         return rows.masked_fill(self.mask.view(*self.mask.shape, *[1] * (x.dim() - 1)), 0.0)
 
 
