@@ -118,9 +118,9 @@ def rows_per_image(row_count: int, row_scale: Tensor | None) -> int:
 def layer_scale_residual(
     config: rows.RowConfig, residual: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None
 ) -> Tensor:
-    residual_rows, branch_rows = rows.as_rows(residual), rows.as_rows(branch)
-    M, C = residual_rows.shape
-    out = residual.new_empty(residual.shape)
+    residual_rows, branch_rows = rows.dense_rows(residual), rows.dense_rows(branch)
+    M, C = rows.size(residual_rows)
+    out = rows.contiguous_like(residual)
     strides, unit = row_strides(residual_rows, branch_rows)
     launch.run(
         layer_scale_residual_kernel,
@@ -143,11 +143,11 @@ def layer_scale_residual_backward(
     branch_dtype: torch.dtype,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    grad_rows = rows.as_rows(grad_out)
-    branch_rows = None if branch is None or not output_mask[1] else rows.as_rows(branch)
-    M, C = grad_rows.shape
+    grad_rows = rows.dense_rows(grad_out)
+    branch_rows = None if branch is None or not output_mask[1] else rows.dense_rows(branch)
+    M, C = rows.size(grad_rows)
     programs = rows.persistent_programs(M, config, launch.target_of(grad_out))
-    grad_branch = grad_out.new_empty(grad_out.shape, dtype=branch_dtype) if output_mask[0] else None
+    grad_branch = rows.contiguous_like(grad_out, branch_dtype) if output_mask[0] else None
     partials = grad_out.new_empty((int(output_mask[1]), programs, C), dtype=torch.float32)
     strides, unit = row_strides(grad_rows, branch_rows)
     launch.run(

@@ -137,8 +137,8 @@ def layer_scale_residual_norm(
     norm_type: str,
     rounding: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    residual_out, normed = residual.new_empty(residual.shape), branch.new_empty(branch.shape)
-    rstd = residual.new_empty(residual.shape[:-1], dtype=torch.float32)
+    residual_out, normed = rows.contiguous_like(residual), rows.contiguous_like(branch)
+    rstd = rows.empty_statistics(residual, residual.shape[:-1])
     mean = torch.empty_like(rstd) if norm_type == "layer_norm" else None
     written = (residual_out, normed, None, None, mean, rstd)
     read = (residual, branch, gamma, row_scale, weight, bias)
@@ -160,7 +160,7 @@ def layer_scale_residual_norm_quant(
     symmetric: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    residual_out = residual.new_empty(residual.shape)
+    residual_out = rows.contiguous_like(residual)
     x_q, scale, zero, x_bytes = outputs(branch, dtype)
     written = (residual_out, x_bytes, scale, zero, None, None)
     read = (residual, branch, gamma, row_scale, weight, bias)
@@ -178,8 +178,8 @@ def _launch(
     quant: str,
 ) -> None:
     residual, branch, gamma, row_scale, weight, bias = read
-    residual_rows, branch_rows = rows.as_rows(residual), rows.as_rows(branch)
-    M, C = residual_rows.shape
+    residual_rows, branch_rows = rows.dense_rows(residual), rows.dense_rows(branch)
+    M, C = rows.size(residual_rows)
     strides, unit = row_strides(residual_rows, branch_rows)
     launch.run(
         layer_scale_residual_norm_kernel,
@@ -211,13 +211,13 @@ def layer_scale_residual_norm_backward(
     norm_type: str,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    grad_rows = None if grad_residual_out is None else rows.as_rows(grad_residual_out)
-    branch_rows = None if branch is None or not output_mask[2] else rows.as_rows(branch)
-    grad_normed_rows, x_rows = rows.as_rows(grad_normed), rows.as_rows(residual_out)
-    M, C = x_rows.shape
+    grad_rows = None if grad_residual_out is None else rows.dense_rows(grad_residual_out)
+    branch_rows = None if branch is None or not output_mask[2] else rows.dense_rows(branch)
+    grad_normed_rows, x_rows = rows.dense_rows(grad_normed), rows.dense_rows(residual_out)
+    M, C = rows.size(x_rows)
     programs = rows.persistent_programs(M, config, launch.target_of(residual_out))
-    grad_residual = residual_out.new_empty(residual_out.shape) if output_mask[0] else None
-    grad_branch = grad_normed.new_empty(grad_normed.shape) if output_mask[1] else None
+    grad_residual = rows.contiguous_like(residual_out) if output_mask[0] else None
+    grad_branch = rows.contiguous_like(grad_normed) if output_mask[1] else None
     partials = residual_out.new_empty((sum(output_mask[2:]), programs, C), dtype=torch.float32)
     strides, unit = row_strides(grad_rows, grad_normed_rows, x_rows, branch_rows)
     launch.run(

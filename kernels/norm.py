@@ -170,8 +170,8 @@ def norm(
     config: rows.RowConfig, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm_type: str, rounding: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, mean (None for RMSNorm), rstd."""
-    y = x.new_empty(x.shape)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    y = rows.contiguous_like(x)
+    rstd = rows.empty_statistics(x, x.shape[:-1])
     mean = torch.empty_like(rstd) if norm_type == "layer_norm" else None
     _launch(config, x, weight, bias, (y, None, None, mean, rstd), eps, norm_type, rounding, "none")
     return y, mean, rstd
@@ -205,8 +205,8 @@ def _launch(
     rounding: str,
     quant: str,
 ) -> None:
-    x_rows = rows.as_rows(x)
-    M, C = x_rows.shape
+    x_rows = rows.dense_rows(x)
+    M, C = rows.size(x_rows)
     strides, unit = row_strides(x_rows)
     launch.run(
         norm_kernel,
@@ -233,10 +233,10 @@ def norm_gradients(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """grad_x, grad_weight, grad_bias; None where `output_mask` is False."""
-    grad_rows, x_rows = rows.as_rows(grad_y), rows.as_rows(x)
-    M, C = x_rows.shape
+    grad_rows, x_rows = rows.dense_rows(grad_y), rows.dense_rows(x)
+    M, C = rows.size(x_rows)
     programs = rows.persistent_programs(M, config, launch.target_of(x))
-    grad_x = x.new_empty(x.shape) if output_mask[0] else None
+    grad_x = rows.contiguous_like(x) if output_mask[0] else None
     partials = x.new_empty((output_mask[1] + output_mask[2], programs, C), dtype=torch.float32)
     strides, unit = row_strides(grad_rows, x_rows)
     launch.run(

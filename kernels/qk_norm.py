@@ -66,8 +66,9 @@ def normalize_qk(
     config: RowConfig, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, rounding: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k = dense_heads(q), dense_heads(k)
-    q_normed, k_normed = q.new_empty(q.shape), k.new_empty(k.shape)
-    rstd_q, rstd_k = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
+    q_normed, k_normed = rows.contiguous_like(q), rows.contiguous_like(k)
+    rstd_q = rows.empty_statistics(q, q.shape[:2])
+    rstd_k = torch.empty_like(rstd_q)
     pointers = (q, k, q_weight.contiguous(), k_weight.contiguous(), q_normed, k_normed, rstd_q, rstd_k)
     run_heads(qk_norm_kernel, config, pointers, (q, k), eps, ROUNDING=rounding, SMALL_EPS=is_small(eps))
     return q_normed, k_normed, rstd_q, rstd_k

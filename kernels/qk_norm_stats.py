@@ -65,7 +65,8 @@ def qk_norm_stats_backward_kernel(
 
 def statistics(config: RowConfig, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     q, k = dense_heads(q), dense_heads(k)
-    rstd_q, rstd_k = (q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
+    rstd_q = rows.empty_statistics(q, q.shape[:2])
+    rstd_k = torch.empty_like(rstd_q)
     run_heads(qk_norm_stats_kernel, config, (q, k, rstd_q, rstd_k), (q, k), eps, SMALL_EPS=is_small(eps))
     return rstd_q, rstd_k
 

@@ -53,7 +53,10 @@ def _raw_call(spec: OpSpec, arguments: Arguments) -> Callable[[], Any] | None:
     with _FirstCall() as first, torch.no_grad():
         spec.run(arguments, "cpu")
     assert first.args is not None
-    return functools.partial(getattr(torch.ops.internvit_cpu, spec.op).default, *first.args)
+    raw = getattr(torch.ops.internvit_cpu, spec.op).default
+    names = (a.name for a in OPS[spec.op].overload._schema.arguments)
+    named = dict(zip(names, first.args, strict=False))
+    return functools.partial(raw, *(named[a.name] for a in raw._schema.arguments))
 
 
 def _forward_and_backward(function: Callable[[Arguments], tuple[Tensor, ...]], arguments: Arguments) -> Callable:

@@ -63,8 +63,9 @@ def _forward(
         return (*run_attention(backend, q, k, v, scale, None, sequences), empty_grad(q), empty_grad(q))
     batched_q, batched_k = _as_image(q), _as_image(k)
     if _folds(backend, rounding):
-        statistics = implementation("qk_norm_stats", backend)(batched_q, batched_k, eps)
-        rstd_q, rstd_k = (t.view(q.shape[:-2]) for t in statistics)
+        rstd_q, rstd_k = implementation("qk_norm_stats", backend)(batched_q, batched_k, eps)
+        if sequences is not None:
+            rstd_q, rstd_k = rstd_q.squeeze(0), rstd_k.squeeze(0)
         inside = QKNorm(q_weight, k_weight, rstd_q, rstd_k)
         return (*run_attention(backend, q, k, v, scale, inside, sequences), rstd_q, rstd_k)
     normed = _run_qk_norm("qk_norm", q, backend, batched_q, batched_k, q_weight, k_weight, eps, rounding)
@@ -129,10 +130,14 @@ def _unpack(qkv: Tensor) -> Heads:
     return q, k, v
 
 
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host time of new_empty
+
+
 def _run_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grads = _contiguous_like(q), _contiguous_like(k), _contiguous_like(v)
     return (*grads, *_backward(grad_out, (q, k, v), grads, *rest))
 
 

@@ -125,6 +125,8 @@ def call(kernel: str, q: Tensor, function: Callable[..., Any], *args: Any) -> An
     """`function(config, *args)` with the configuration of attention's `kernel` for q [B, N, H, D]."""
     head_dim = q.shape[-1]
     config = attention_config(kernel, head_dim, q.dtype, launch.target_of(q))
+    if not configs.recording():
+        return function(config, *args)
     return configs.call(f"attention_{kernel}", tuned_key(head_dim, q.dtype), config, function, *args)
 
 

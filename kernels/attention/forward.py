@@ -35,7 +35,7 @@ from internvit.kernels.attention.tiles import (
     store_rows,
 )
 from internvit.kernels.common.heads import dense_heads
-from internvit.kernels.common.rows import load_vector
+from internvit.kernels.common.rows import contiguous_like, load_vector
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def attend(
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, N, H, _ = q.shape
-    out = q.new_empty(q.shape)
+    out = contiguous_like(q)
     lse = q.new_empty((B, H, N), dtype=torch.float32)
     if k.numel() == 0:
         return out.zero_(), lse.fill_(-float("inf"))

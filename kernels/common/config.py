@@ -145,6 +145,11 @@ def record_calls() -> Iterator[list[Call]]:
         _calls.reset(token)
 
 
+def recording() -> bool:
+    """Whether `record_calls` is in force; else a launch needs no name of its configuration."""
+    return _calls.get() is not None
+
+
 def call(kernel: str, key: str, config: Config, function: Callable[..., Any], *args: Any) -> Any:
     """`function(config, *args)`, seen by `record_calls`."""
     calls = _calls.get()

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from internvit.kernels.common import compiled
 from internvit.kernels.common.target import INTERPRETER, Target, target_of_device
 
 logger = logging.getLogger("internvit")
@@ -79,7 +80,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stag
         interception.receive(Launch(kernel, grid, args, constants, num_warps, num_stages))
         return
     with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
-        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+        compiled.start(kernel, grid, args, constants, num_warps, num_stages)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ input gives the same bits on one GPU; another GPU has other multiprocessors, and
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -87,7 +88,7 @@ def row_config(kernel: str, channels: int, target: Target) -> RowConfig:
 def call(kernel: str, channels: int, x: Tensor, function: Callable[..., Any], *args: Any) -> Any:
     """`function(config, *args)` with `kernel`'s configuration for rows of `channels` on x's device."""
     config = row_config(kernel, channels, launch.target_of(x))
-    if kernel.removesuffix("_backward") in FOLLOWERS:  # nothing of theirs is measured
+    if not configs.recording() or kernel.removesuffix("_backward") in FOLLOWERS:  # nothing of theirs is measured
         return function(config, *args)
     return configs.call(kernel, f"C={channels}", config, function, *args)
 
@@ -114,8 +115,35 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """x where it is contiguous, which spares a view (1 us), else `as_rows(x)`; see `size` and `strides.row_strides`."""
+    return x if x.is_contiguous() else as_rows(x)
+
+
+def size(x: Tensor) -> tuple[int, int]:
+    """The number of rows of x [..., C], and C."""
+    channels = x.shape[-1]
+    return x.numel() // channels, channels
+
+
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An output of x's shape, not filled; half the host time of `x.new_empty(x.shape)`, 1 us."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(4096)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(max(1, prod(shape[i + 1 :])) for i in range(len(shape)))
+
+
+def empty_statistics(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float32, contiguous, not filled; `x.new_empty` takes a part of x's shape 0.7 us later."""
+    return torch.empty_strided(shape, _strides(shape), dtype=torch.float32, device=x.device)
 
 
 RESIDENT_WARPS = {"mfma": 20, "wmma": 40}  # else 12
@@ -223,7 +251,7 @@ def sum_partials_kernel(
 
 def sum_partials(partials: Tensor, *like: Tensor | None) -> list[Tensor | None]:
     """partials [sums, P, C] float32 -> for each of `like` that is not None a [C] tensor of its dtype and device."""
-    outs = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
+    outs = [None if t is None else contiguous_like(t) for t in like]
     summed = [out for out in outs if out is not None]
     if summed:
         sums, P, C = partials.shape

@@ -24,8 +24,8 @@ def in_units(strides: list[int]) -> tuple[list[int], int]:
 
 
 def row_strides(*tensors: Tensor | None) -> tuple[list[int], int]:
-    """The stride between rows of each tensor, 0 for None, in units."""
-    return in_units([0 if t is None else t.stride(0) for t in tensors])
+    """The stride between rows of each tensor, contiguous or [M, C], 0 for None, in units."""
+    return in_units([0 if t is None else t.shape[-1] if t.is_contiguous() else t.stride(0) for t in tensors])
 
 
 def head_strides(*tensors: Tensor) -> tuple[list[int], int]:

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from internvit.kernels.common import launch
+from internvit.kernels.common import compiled, launch
 from internvit.kernels.common.launch import Launch
 from internvit.kernels.common.target import Target
 
@@ -100,13 +100,13 @@ def specialize(one: Launch) -> Specialization:
         triton.knobs.runtime.jit_cache_hook = keep
         options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
         one.kernel.run(*one.args, grid=one.grid, warmup=True, **options, **one.constants)
-    (compiled,) = seen
-    names, attributes = one.kernel.arg_names, compiled["configs"][0]
+    (request,) = seen
+    names, attributes = one.kernel.arg_names, request["configs"][0]
     return Specialization(
         one.kernel.fn.__module__,
         one.kernel.fn.__name__,
-        tuple(compiled["signature"].items()),
-        tuple((names[path[0]], value) for path, value in compiled["constants"].items()),
+        tuple(request["signature"].items()),
+        tuple((names[path[0]], value) for path, value in request["constants"].items()),
         tuple((path[0], tuple(map(tuple, found))) for path, found in attributes.items() if found),
         one.num_warps,
         one.num_stages,
@@ -210,8 +210,7 @@ def triton_takes_cpu_tensors() -> Iterator[None]:
 
 def compile_and_look_up(one: Launch) -> None:
     """All that the JIT does for a launch but to start the kernel."""
-    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
-    one.kernel.run(*one.args, grid=one.grid, warmup=True, **options, **one.constants)
+    compiled.start(one.kernel, one.grid, one.args, one.constants, one.num_warps, one.num_stages, warmup=True)
 
 
 @contextlib.contextmanager

@@ -51,16 +51,19 @@ class Plan:
         self.passes_through = None if passes_through is None else inputs.index(passes_through)
         self.when_differentiated = {inputs.index(name): value for name, value in when_differentiated.items()}
         self.grads_of = [inputs.index(r.name.removeprefix("grad_")) for r in backward.returns]
-        self.from_inputs: list[tuple[int, int, tuple[int, ...]]] = []  # argument, input, those it is saved for
+        self.tensors: list[tuple[int, int, tuple[int, ...]]] = []  # argument, input, those it is saved for
+        self.values: list[tuple[int, int]] = []  # argument, input that is no tensor
         self.from_outputs: list[tuple[int, int]] = []
         self.dtypes: list[tuple[int, int]] = []
         self.grads: list[tuple[int, int, bool]] = []  # argument, output, whether it must be given
         self.mask: int | None = None
         for i, argument in enumerate(backward.arguments):
             name = argument.name
-            if name in inputs:
+            if name in inputs and "Tensor" in str(argument.type):
                 needs = tuple(inputs.index(n) for n in saved_for.get(name, ()))
-                self.from_inputs.append((i, inputs.index(name), needs))
+                self.tensors.append((i, inputs.index(name), needs))
+            elif name in inputs:
+                self.values.append((i, inputs.index(name)))
             elif name in outputs:
                 self.from_outputs.append((i, outputs.index(name)))
             elif name == "output_mask":
@@ -71,6 +74,7 @@ class Plan:
                 required = "Optional" not in str(argument.type)
                 self.grads.append((i, outputs.index(name.removeprefix("grad_")), required))
         self.arguments = len(backward.arguments)
+        self.saved = [entry[0] for entry in self.tensors] + [entry[0] for entry in self.from_outputs]
         self.differentiable = [output for _, output, _ in self.grads]
         self.constant = [i for i in range(len(outputs)) if i not in self.differentiable]
         # With one differentiable output alone, backward is not called without its gradient.
@@ -78,26 +82,24 @@ class Plan:
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         """Keeps in `ctx` what backward's arguments are when forward ends."""
+        tensors = [
+            inputs[i] if not needs or any(ctx.needs_input_grad[j] for j in needs) else None
+            for _, i, needs in self.tensors
+        ]
+        ctx.save_for_backward(*tensors, *[outputs[i] for _, i in self.from_outputs])
         values: list[Any] = [None] * self.arguments
-        for argument, i, needs in self.from_inputs:
-            if not needs or any(ctx.needs_input_grad[j] for j in needs):
-                values[argument] = inputs[i]
-        for argument, i in self.from_outputs:
-            values[argument] = outputs[i]
+        for argument, i in self.values:
+            values[argument] = inputs[i]
         for argument, i in self.dtypes:
             values[argument] = inputs[i].dtype
-        tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
-        ctx.save_for_backward(*[values[i] for i in tensors])
-        for i in tensors:
-            values[i] = None
-        ctx.values, ctx.tensors = values, tensors
+        ctx.values = values
         ctx.likes = {i: (outputs[i].shape, outputs[i].dtype, outputs[i].device) for i in self.zeros}
 
     def restore(self, ctx: Any, grads: tuple[Tensor | None, ...], needs: list[bool]) -> list[Any]:
         """Backward's arguments."""
         args = list(ctx.values)
         # Read once: a checkpoint gives each saved tensor out only once.
-        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+        for i, tensor in zip(self.saved, ctx.saved_tensors, strict=True):
             args[i] = tensor
         for argument, output, required in self.grads:
             grad = grads[output]
@@ -131,10 +133,11 @@ def derive_function(op: Any, overload: Callable, backward: Any, plan: Plan) -> t
             results: list[Tensor | None] = [None] * plan.inputs
             if all(grads[i] is None for i in plan.differentiable):
                 return tuple(results)
-            if plan.passes_through is not None and ctx.needs_input_grad[plan.passes_through]:
+            asked = ctx.needs_input_grad
+            if plan.passes_through is not None and asked[plan.passes_through]:
                 results[plan.passes_through] = grads[0]
-            needs = [ctx.needs_input_grad[i] for i in plan.grads_of]
-            if any(needs):
+            needs = [asked[i] for i in plan.grads_of]
+            if True in needs:
                 outputs = _as_tuple(backward(*plan.restore(ctx, grads, needs)))
                 for i, needed, grad in zip(plan.grads_of, needs, outputs, strict=True):
                     results[i] = grad if needed else None

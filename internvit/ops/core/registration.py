@@ -49,6 +49,7 @@ OPS: dict[str, "Op"] = {}
 """Every registered op, backward ops too."""
 
 _MOST_CHOICES = 4096
+_NONE = type(None)
 
 _chosen: ContextVar[AutoBackend | None] = ContextVar("internvit_chosen", default=None)
 """What `auto` chose for the op that is called now through the dispatcher, which hands plain names on."""
@@ -56,7 +57,7 @@ _chosen: ContextVar[AutoBackend | None] = ContextVar("internvit_chosen", default
 
 def fill_gradients(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
     """Gradients with placeholders for those that are None."""
-    return tuple(empty_grad(like) if g is None else g for g in grads)
+    return tuple([empty_grad(like) if g is None else g for g in grads])
 
 
 class Op:
@@ -184,10 +185,8 @@ class Op:
 
     def _run_in_backend(self, *args: Any) -> Any:
         outputs = implementation(self.name, args[-1])(*args[:-1])
-        if type(outputs) is tuple:
-            for output in outputs:
-                if output is None:
-                    return fill_gradients(outputs, next(a for a in args if isinstance(a, Tensor)))
+        if type(outputs) is tuple and _NONE in map(type, outputs):
+            return fill_gradients(outputs, next(a for a in args if isinstance(a, Tensor)))
         return outputs
 
     def _dispatch_autograd(self, *args: Any) -> Any:
@@ -247,11 +246,11 @@ class PublicOp(Op):
         key: list[Any] = [backend, requested()]
         differentiate = False
         for a in args:
-            kind = type(a)
-            if kind in PLAIN and not a.is_meta:
+            if type(a) in PLAIN:
                 needs = a.requires_grad
                 key += (a.shape, a.dtype, a.device, needs)
-                differentiate = differentiate or needs
+                if needs:
+                    differentiate = True
             elif isinstance(a, Tensor):
                 return self._call_watched(args, backend)
             else:
@@ -261,6 +260,8 @@ class PublicOp(Op):
         except TypeError:  # an argument that cannot be hashed is none of ours
             return self._call_watched(args, backend)
         if name is None:
+            if not plain(args):  # on the meta device
+                return self._call_watched(args, backend)
             name = self._check_and_choose(args, backend)
             if len(self._choices) >= _MOST_CHOICES:
                 self._choices.clear()
