@@ -116,22 +116,26 @@ class Memory:
     @contextlib.contextmanager
     def allocations(self) -> Iterator[None]:
         """Inside, what ops allocate is guarded and starts as NaN."""
-        new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+        new_empty, empty_like, empty_strided = torch.Tensor.new_empty, torch.empty_like, torch.empty_strided
 
         def guarded_new_empty(t: Tensor, *shape: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
             if isinstance(shape[0], (tuple, list)):
                 shape = tuple(shape[0])
             return self.empty(shape, dtype or t.dtype)
 
-        def guarded_empty_like(t: Tensor, **_: Any) -> Tensor:
-            return self.empty(tuple(t.shape), t.dtype)
+        def guarded_empty_like(t: Tensor, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+            return self.empty(tuple(t.shape), dtype or t.dtype)
+
+        def guarded_empty_strided(shape: tuple[int, ...], strides: Any, dtype: torch.dtype, device: Any) -> Tensor:
+            return self.empty(tuple(shape), dtype)
 
         torch.Tensor.new_empty, torch.empty_like = guarded_new_empty, guarded_empty_like  # type: ignore[method-assign]
+        torch.empty_strided = guarded_empty_strided  # type: ignore[assignment]
         try:
             yield
         finally:
             del torch.Tensor.new_empty
-            torch.empty_like = empty_like
+            torch.empty_like, torch.empty_strided = empty_like, empty_strided
         assert torch.Tensor.new_empty is new_empty
 
 
