@@ -173,6 +173,37 @@ def finish(
     tl.store(tile_pointers(p_y, i_m, N, o_n, BLOCK_M), b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
+@triton.jit
+def products(
+    p_x, p_weight, i_m, i_n, M, N, K, stride_x, stride_weight,
+    WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tile (i_m, i_n) of x weight^T, [BLOCK_M, BLOCK_N] float32, int32 of int8 operands."""
+    o_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    m_a = (i_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[:, None]
+    m_b = (i_n * BLOCK_N + tl.arange(0, BLOCK_N) < N)[:, None]
+    p_a = tile_pointers(p_x, i_m, stride_x, o_k, BLOCK_M)
+    p_b = tile_pointers(p_weight, i_n, stride_weight, o_k, BLOCK_N)
+    is_int8: tl.constexpr = p_x.dtype.element_ty == tl.int8
+    is_float8: tl.constexpr = p_x.dtype.element_ty == tl.float8e4nv
+    b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if is_int8 else tl.float32)
+    for i_k in range(0, K, BLOCK_K):
+        if WHOLE_K:
+            b_a = tl.load(p_a + i_k, mask=m_a, other=0.0)  # [BLOCK_M, BLOCK_K]
+            b_b = tl.load(p_b + i_k, mask=m_b, other=0.0)  # [BLOCK_N, BLOCK_K]
+        else:
+            m_k = (o_k < K - i_k)[None, :]
+            b_a = tl.load(p_a + i_k, mask=m_a & m_k, other=0.0)
+            b_b = tl.load(p_b + i_k, mask=m_b & m_k, other=0.0)
+        if is_int8:
+            b_y = tl.dot(b_a, tl.trans(b_b), b_y, out_dtype=tl.int32)
+        elif is_float8:
+            b_y = tl.dot(b_a, tl.trans(b_b), b_y, max_num_imprecise_acc=BLOCK_K)
+        else:
+            b_y = tl.dot(b_a, tl.trans(b_b), b_y, input_precision="ieee")
+    return b_y
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     p_x,  # [M, K]
@@ -200,28 +231,7 @@ def linear_kernel(
     GROUP: tl.constexpr,
 ):
     i_m, i_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP)
-    o_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    m_a = (i_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[:, None]
-    m_b = (i_n * BLOCK_N + tl.arange(0, BLOCK_N) < N)[:, None]
-    p_a = tile_pointers(p_x, i_m, stride_x, o_k, BLOCK_M)
-    p_b = tile_pointers(p_weight, i_n, stride_weight, o_k, BLOCK_N)
-    is_int8: tl.constexpr = p_x.dtype.element_ty == tl.int8
-    is_float8: tl.constexpr = p_x.dtype.element_ty == tl.float8e4nv
-    b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if is_int8 else tl.float32)
-    for i_k in range(0, K, BLOCK_K):
-        if WHOLE_K:
-            b_a = tl.load(p_a + i_k, mask=m_a, other=0.0)  # [BLOCK_M, BLOCK_K]
-            b_b = tl.load(p_b + i_k, mask=m_b, other=0.0)  # [BLOCK_N, BLOCK_K]
-        else:
-            m_k = (o_k < K - i_k)[None, :]
-            b_a = tl.load(p_a + i_k, mask=m_a & m_k, other=0.0)
-            b_b = tl.load(p_b + i_k, mask=m_b & m_k, other=0.0)
-        if is_int8:
-            b_y = tl.dot(b_a, tl.trans(b_b), b_y, out_dtype=tl.int32)
-        elif is_float8:
-            b_y = tl.dot(b_a, tl.trans(b_b), b_y, max_num_imprecise_acc=BLOCK_K)
-        else:
-            b_y = tl.dot(b_a, tl.trans(b_b), b_y, input_precision="ieee")
+    b_y = products(p_x, p_weight, i_m, i_n, M, N, K, stride_x, stride_weight, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K)
     # One half after the other: the whole tile's epilogue holds 155 to 184 registers a thread (sm_90), a half's at most
     # 128, of which two programs share a multiprocessor.
     b_left, b_right = halves(b_y)
@@ -287,7 +297,7 @@ class Quantized:
 def scale_sums(sums: Tensor, quantized: Quantized, bias: Tensor | None, residual: Tensor | None, gelu: bool) -> Tensor:
     """y [M, N] from the sums [M, N] of a GEMM, float32 or int32."""
     M, N = sums.shape
-    residual_rows = None if residual is None else _operand(residual)
+    residual_rows = None if residual is None else operand(residual)
     y = sums.new_empty((M, N), dtype=quantized.dtype)
     block_m, block_n = 16, 128
     launch.run(
@@ -321,8 +331,8 @@ def multiply(
             f"linear_fp8: backend 'triton_gemm' needs a GPU that multiplies float8_e4m3fn (compute capability 8.9 or "
             f"higher, gfx950), got {target.name}; use backend='triton', which multiplies in bfloat16 there"
         )
-    x_rows, weight_rows = _operand(x), _operand(weight)
-    residual_rows = None if residual is None else _operand(residual)
+    x_rows, weight_rows = operand(x), operand(weight)
+    residual_rows = None if residual is None else operand(residual)
     (M, K), N = x_rows.shape, weight.shape[0]
     if N >= MAX_STRIDE:
         raise ValueError(f"linear: weight must have fewer than {MAX_STRIDE} rows for backend 'triton_gemm', got {N}")
@@ -344,7 +354,7 @@ def multiply(
     return y, z
 
 
-def _operand(x: Tensor) -> Tensor:
+def operand(x: Tensor) -> Tensor:
     """x as rows within reach of int32, 16 bytes at a time wherever their length allows it: else a copy."""
     x = as_rows(x)
     aligned = x.stride(0) % 16 == 0 or x.shape[1] % 16 != 0

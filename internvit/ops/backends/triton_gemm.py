@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from internvit.kernels import norm_linear as normed
 from internvit.kernels.linear import Quantized, linear
 from internvit.ops.backends.registry import implementation, implements
 from internvit.ops.linear_layer_scale import linear_layer_scale_backward_reference
@@ -32,6 +33,22 @@ def linear_layer_scale(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, residual: Tensor | None
 ) -> Tensor:
     return linear("linear_layer_scale", x, weight.to(x.dtype), bias, gamma, residual)[0]
+
+
+implements("norm_linear", "triton_gemm")(normed.multiply_normed)
+implements("linear_residual_stats", "triton_gemm")(normed.add_with_statistics)
+
+
+@implements("norm_qkv", "triton_gemm")
+def norm_qkv(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    made = normed.project_qkv(x, *args)
+    if made is not None:
+        return made
+    *operands, eps = args
+    qkv = normed.multiply_normed(x, *operands, False)
+    heads = qkv.view(1, -1, 3, 1, qkv.shape[-1] // 3)
+    rstd_q, rstd_k = implementation("qk_norm_stats", "triton")(heads[:, :, 0], heads[:, :, 1], eps)
+    return qkv, rstd_q.view(x.shape[:-1]), rstd_k.view(x.shape[:-1])
 
 
 @implements("linear_int8", "triton_gemm")
