@@ -1,6 +1,7 @@
 """A norm's weight and bias folded into the Linear behind it: one pass over the Linear's weight.
 
-    folded = weight * norm_weight (- its row's mean),  folded_bias = bias + weight norm_bias,  weight_sum = sum of folded
+    folded = weight * norm_weight (- its row's mean)
+    folded_bias = bias + weight norm_bias,  weight_sum = sum of folded's columns
 
 A row's mean is taken away for LayerNorm: mean * weight_sum is then small beside x folded^T, whatever x's mean is.
 `weight_sum` is of the weight as rounded. Reads a weight and writes one.

@@ -1,4 +1,4 @@
-"""A norm inside two GEMMs: its statistics in the epilogue of the one before, its rows in the epilogue of the one behind.
+"""A norm inside two GEMMs: its statistics in the epilogue of the one before, the rest in that of the one behind.
 
     y = rstd * (x weight^T - mean * weight_sum) + bias                                    or gelu of that
     y = residual + gamma * (x weight^T + bias),  mean and rstd of y's rows

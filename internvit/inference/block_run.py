@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internvit.inference.folded_norms import can_fold, folded_parts
 from internvit.inference.fp8 import fp8_parts
 from internvit.inference.packed_block import PackedBlock
 from internvit.model.block import is_unmodified
@@ -57,6 +58,7 @@ class BlockRun:
         model_dtype: torch.dtype,
         float8: Collection[str],
         images: Pieces,
+        fold_norms: bool = False,
     ) -> None:
         self.layer, self.model_dtype, self.sequences = layer, model_dtype, images.sequences
         sequences = self.sequences
@@ -64,6 +66,8 @@ class BlockRun:
             self.parts: BlockParts | None = fp8_parts(layer, float8, sequences)
         elif block is not None:
             self.parts = block.parts(layer, sequences)
+        elif fold_norms and can_fold(layer):
+            self.parts = folded_parts(layer, sequences)
         else:
             self.parts = layer.parts(sequences) if is_unmodified(layer, quantised=True) else None
         norm = None if self.parts is None else self.parts.norm1

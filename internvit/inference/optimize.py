@@ -49,6 +49,7 @@ class OptimizedInternViT(nn.Module):
         residual_dtype, out_dtype: as in `optimize_for_inference`.
         int8: the names of the Linears that are computed in int8 wherever their layer is packed.
         float8: those of the Linears that are computed in float8 wherever nothing in their layer was modified.
+        fold_norms: as in `optimize_for_inference`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class OptimizedInternViT(nn.Module):
         out_dtype: torch.dtype | None = None,
         int8: Collection[str] = (),
         float8: Collection[str] = (),
+        fold_norms: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -67,6 +69,7 @@ class OptimizedInternViT(nn.Module):
         self.residual_dtype = residual_dtype
         self.out_dtype = out_dtype
         self.int8, self.float8 = frozenset(int8), frozenset(float8)
+        self.fold_norms = fold_norms
         self._graphs = graphs
         self._guard: CaptureGuard | None = None
         self._packed: dict[int, PackedBlock] = {}
@@ -154,7 +157,7 @@ class OptimizedInternViT(nn.Module):
         empty = embedded.numel() == 0
         if graphs is None or empty or torch.cuda.is_current_stream_capturing() or not self._can_capture():
             return self._run_blocks(embedded, output_hidden_states)
-        variant = (output_hidden_states, requested(), self.residual_dtype)
+        variant = (output_hidden_states, requested(), self.residual_dtype, self.fold_norms)
         return graphs(lambda static: self._run_blocks(static, output_hidden_states), embedded, variant)
 
     def _can_capture(self) -> bool:
@@ -174,8 +177,9 @@ class OptimizedInternViT(nn.Module):
         x = embedded.to(self._stream_dtype(embedded))
         # Images go through the blocks one by one where the GEMMs want that: nothing is copied between them.
         images = Pieces(x, sequences, any(b is not None and b.one_image for b in blocks))
+        folds = self.fold_norms and x.dtype == self.model.dtype and not torch.is_autocast_enabled(x.device.type)
         runs = [
-            BlockRun(layer, block, embedded.dtype, _of_layer(index, self.float8), images)
+            BlockRun(layer, block, embedded.dtype, _of_layer(index, self.float8), images, folds)
             for index, (layer, block) in enumerate(zip(layers, blocks, strict=True))
         ]
         hidden_states = [x]
@@ -216,7 +220,7 @@ class OptimizedInternViT(nn.Module):
         """What results depend on beside the weights: two objects of equal settings and weights compute the same."""
         int8 = sorted(self.int8) if linear_int8.unavailable_reason() is None else []
         names = f"int8 {' '.join(int8) or 'none'}, float8 {' '.join(sorted(self.float8)) or 'none'}"
-        return f"residual {self.residual_dtype}, out {self.out_dtype}, {names}"
+        return f"residual {self.residual_dtype}, out {self.out_dtype}, {names}" + ", norms folded" * self.fold_norms
 
     @property
     def config(self) -> InternViTConfig:
@@ -297,6 +301,7 @@ def optimize_for_inference(
     out_dtype: torch.dtype | None = None,
     precision: str | None = None,
     skip: Iterable[str] | None = None,
+    fold_norms: bool = False,
 ) -> OptimizedInternViT:
     """Prepares a model for inference on this machine: the same forward, faster, without gradients.
 
@@ -333,6 +338,9 @@ def optimize_for_inference(
             "encoder.layers.0", "*.mlp.fc2". () for none. None: of a calibrated model, or one loaded from an int8
             checkpoint, what is not int8 in it; of others the first and the last block, which make nearly half of the
             error of a trained ViT-S.
+        fold_norms: under `internvit.backend("triton_gemm")`, compute the block norms and QK-norm's statistics inside
+            the GEMMs, with the norms' weights in those of qkv and fc1 (folded at each call); elsewhere it changes
+            nothing. Unmeasured: docs/lower-bounds.md counts when it may pay.
 
     Returns:
         A module with the model's forward and state_dict, which can be copied and pickled; `.undo()` gives the model.
@@ -350,7 +358,7 @@ def optimize_for_inference(
         raise ValueError("optimize_for_inference: precision='int8' packs weights, got pack=False")
     graphs = GraphedFunction(graph_limit, graph_batches)
     return OptimizedInternViT(
-        model, pack, graphs if cuda_graph else None, residual_dtype, out_dtype, int8, float8
+        model, pack, graphs if cuda_graph else None, residual_dtype, out_dtype, int8, float8, fold_norms
     ).eval()
 
 

@@ -34,6 +34,7 @@ from internvit.ops import (
     rms_norm,
     rms_norm_quant,
 )
+from internvit.ops.core.norm_math import statistics
 from internvit.ops.core.sequences import Sequences
 from internvit.ops.linear import linear
 from internvit.ops.linear_gelu import linear_gelu_with_pre_activation
@@ -50,7 +51,19 @@ class QuantizedRows(NamedTuple):
     x_zero: Tensor
 
 
-Normed: TypeAlias = Tensor | QuantizedRows
+class FoldedRows(NamedTuple):
+    """The stream [B, N, C] that a norm is of, and its statistics [B, N], for Linears that hold the norm's weights.
+
+    Attributes:
+        mean: None for RMSNorm.
+    """
+
+    x: Tensor
+    mean: Tensor | None
+    rstd: Tensor
+
+
+Normed: TypeAlias = Tensor | QuantizedRows | FoldedRows
 
 
 class Norm(NamedTuple):
@@ -58,6 +71,7 @@ class Norm(NamedTuple):
 
     Attributes:
         quantized: whether it writes `QuantizedRows`, for int8 Linears; with rounding "fused", without gradients.
+        folded: whether it is in the weights of the Linears behind it, which take `FoldedRows`; alike.
     """
 
     norm_type: str
@@ -66,9 +80,13 @@ class Norm(NamedTuple):
     eps: float
     rounding: str = "fused"
     quantized: bool = False
+    folded: bool = False
 
     def compute(self, x: Tensor) -> Any:
         """norm(x), in the dtype that the Linears behind it take."""
+        if self.folded:
+            mean, rstd = statistics(x, self.norm_type, self.eps)
+            return FoldedRows(x, mean if self.norm_type == "layer_norm" else None, rstd)
         if self.quantized and self.norm_type == "rms_norm":
             return QuantizedRows(*rms_norm_quant(x, self.weight, eps=self.eps, symmetric=False))
         if self.quantized:
@@ -80,7 +98,7 @@ class Norm(NamedTuple):
     def __call__(self, x: Tensor) -> Any:
         """norm(x), recomputed in backward."""
         y = self.compute(x)
-        return y if self.quantized else self.rematerialize(x, y)
+        return y if self.quantized or self.folded else self.rematerialize(x, y)
 
     def rematerialize(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns y = norm(x); backward recomputes it from x instead of keeping it."""
@@ -119,12 +137,14 @@ class BranchOutput(NamedTuple):
         row_scale: DropPath's factor per image [B] for a branch [B, N, C], or None.
         linear_residual: (hidden, residual) -> residual + gamma * linear(hidden), by a GEMM that adds the residual in
             its epilogue; None where there is no such GEMM.
+        linear_residual_folded: (hidden, residual, norm) -> that sum with the statistics of a folded norm, by one GEMM.
     """
 
     linear: Function
     gamma: Tensor | None
     row_scale: Callable[[Tensor], Tensor | None] | None = None
     linear_residual: Callable[[Tensor, Tensor], Tensor] | None = None
+    linear_residual_folded: Callable[[Tensor, Tensor, Norm], FoldedRows] | None = None
 
 
 class BranchScale:
@@ -203,6 +223,9 @@ def add_branch(
 
     With `Defer`: x, and the branch.
     """
+    if end.linear_residual_folded is not None and isinstance(norm, Norm) and norm.folded:
+        rows = end.linear_residual_folded(hidden, x, norm)
+        return rows.x, rows
     # A float32 stream stays with the fused pass: its norm alone would write float32, and a cast would read that again.
     if end.linear_residual is not None and x.dtype == hidden.dtype:
         x = end.linear_residual(hidden, x)
@@ -224,7 +247,7 @@ def add_pending(x: Tensor, pending: PendingBranch, norm: Norm | Function) -> tup
 def _add_scaled(
     x: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None, norm: Any
 ) -> tuple[Tensor, Any]:
-    if not isinstance(norm, Norm):
+    if not isinstance(norm, Norm) or norm.folded:
         out = layer_scale_residual(x, branch, gamma, row_scale)
         return out, None if norm is None else norm(out)
     args = (x, branch, norm.weight, norm.bias, gamma, row_scale)

@@ -1,6 +1,7 @@
 """A norm's weight and bias folded into the Linear behind it, for `norm_linear`.
 
-    folded = weight * norm_weight (- its row's mean),  folded_bias = bias + weight norm_bias,  weight_sum = sum of folded
+    folded = weight * norm_weight (- its row's mean)
+    folded_bias = bias + weight norm_bias,  weight_sum = sum of folded's columns
 
 A row's mean is taken away for LayerNorm (`centred`): (x - mean) weight^T = x centred^T, in real numbers. What rounding
 leaves of the mean is in `weight_sum`, which is of the weight as rounded.

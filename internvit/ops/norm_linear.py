@@ -125,7 +125,7 @@ def _formula(*args: Any, gelu: bool = False, **named: Any) -> Tensor:
 
 
 def sums_violations(arguments: Arguments, actual: Tensor, truth: Tensor) -> list[str]:
-    """One rounding of the exact y in 16 bit, two with GELU; in float32 as good as eager's sums, which cancel as much."""
+    """16 bit: one rounding of the exact y, two with GELU. float32: as good as eager's sums, which cancel as much."""
     if actual.dtype == torch.float32:
         allowed = 4 * max(relative_error(_formula(**arguments), truth), 16 * torch.finfo(torch.float32).eps)
         error = relative_error(actual, truth)
