@@ -5,7 +5,8 @@
 A model's own launches and GEMMs are recorded without a device (`kernels.tools.compile_only`). Each costs:
 
 * a GEMM, its products at `GEMM_SHARE` of the data sheet's rate;
-* a kernel over rows, the bytes of its tensors, each moved once, at `COPY_SHARE` of the data sheet's bandwidth;
+* a kernel over rows, or over weights, the bytes of its tensors, each moved once, at `COPY_SHARE` of the data sheet's
+  bandwidth;
 * an attention kernel, the cycles of its main loop by unit (tests/proofs/triton/budget.json, from machine code) at
   `SUSTAINED` of the clock of the data sheet's rate. Expected: schedulers and tensor cores take turns, exponentials are
   hidden. Bounds: all units overlap, or none does. Where a target's code has no such figures, `ATTENTION_SHARE`.
@@ -115,12 +116,14 @@ class Work:
         rows: bytes of kernels over rows.
         attention: kernel, head dimension, whether QK-norm is folded -> flops.
         unit: bytes of one [N, C] tensor of the batch.
+        weights: bytes of kernels over weights, the same for any batch.
     """
 
     gemms: float = 0.0
     rows: float = 0.0
     attention: dict[tuple[str, int, bool], float] = field(default_factory=dict)
     unit: float = 0.0
+    weights: float = 0.0
 
     def receive(self, one: Launch) -> None:
         tensors = [a for a in one.args if isinstance(a, Tensor)]
@@ -130,8 +133,10 @@ class Work:
             folded = any("rstd_k" in parameter and given is not None for parameter, given in _named(one))
             key = name, tensors[0].shape[-1], folded
             self.attention[key] = self.attention.get(key, 0.0) + flops
-        elif name == roofline.GEMM:
+        elif name in roofline.GEMMS:
             self.gemms += flops
+        elif name == "fold_norm_kernel":
+            self.weights += moved
         else:
             self.rows += moved
 
@@ -152,7 +157,7 @@ class _Gemms(TorchDispatchMode):
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             inner = args[-1].shape[0]
             self.work.gemms += 2.0 * inner * result.numel()
-        elif func.namespace == "internvit" and func._opname.startswith("linear"):
+        elif func.namespace == "internvit" and func._opname.startswith("linear") and args[-1] != "triton_gemm":
             self.work.gemms += FORMULAS[func._opname](*tree_map(_shape, args), **tree_map(_shape, kwargs or {}))
         return result
 
@@ -173,7 +178,10 @@ def layer_of(config: InternViTConfig, target: Target, mode: str) -> Work:
     """One layer's share of a model: what a deeper model asks for beyond a shallower one."""
     deep, shallow = (work_of(config, target, mode, LAYERS * n) for n in (2, 1))
     attention = {key: (flops - shallow.attention[key]) / LAYERS for key, flops in deep.attention.items()}
-    return Work((deep.gemms - shallow.gemms) / LAYERS, (deep.rows - shallow.rows) / LAYERS, attention, deep.unit)
+    gemms, rows, weights = (
+        (getattr(deep, name) - getattr(shallow, name)) / LAYERS for name in ("gemms", "rows", "weights")
+    )
+    return Work(gemms, rows, attention, deep.unit, weights)
 
 
 @dataclass(frozen=True)
@@ -207,8 +215,17 @@ def predict(layer: Work, target: str, width: int, batch: int, fp8: str = "") -> 
             exactly(flops / (sheet.flops * ATTENTION_SHARE)) if loop is None else loop_seconds(target, flops, loop)
         )
     scale = batch / BATCH
-    return Prediction(exactly(gemms * scale), attention * scale, exactly(rows * scale))
+    passes = rows * scale + layer.weights / bandwidth
+    return Prediction(exactly(gemms * scale), attention * scale, exactly(passes))
 
+
+MODES_PREDICTED = (
+    "eval",
+    "optimize_for_inference",
+    "train",
+    "eval, Triton GEMMs",
+    "optimize_for_inference, Triton GEMMs, norms folded",
+)
 
 HEADER = [
     "GPU",
@@ -265,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpu", nargs="+", default=["sm_80", "sm_90", "sm_100"], choices=list(TARGETS))
     parser.add_argument("--model", nargs="+", default=list(MODELS), metavar="NAME")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--mode", default="optimize_for_inference", choices=["eval", "optimize_for_inference", "train"])
+    parser.add_argument("--mode", default="optimize_for_inference", choices=[*MODES_PREDICTED])
     parser.add_argument("--fp8", action="store_true", help="the Linears in 8 bits beside bfloat16")
     asked = parser.parse_args(arguments)
     if min(asked.batch) < 1:

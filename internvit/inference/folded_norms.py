@@ -11,8 +11,9 @@ one does not (docs/lower-bounds.md). Without gradients, and on backend `triton_g
 """
 
 from functools import partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from internvit.model.block import InternViTLayer, is_unmodified
@@ -26,8 +27,12 @@ BACKEND = "triton_gemm"
 
 
 def can_fold(layer: nn.Module) -> TypeGuard[InternViTLayer]:
-    """Whether nothing in the layer was modified, its norms round once, and the backend in force has such GEMMs."""
-    if not is_unmodified(layer) or layer.shares_heads or layer.training:
+    """Whether nothing in the layer was modified, its norms round once, and the backend in force has such GEMMs.
+
+    Not in float16: a norm's weight is small where the stream's channel is large, and their products with the Linear's
+    weights leave its normal range, which begins at 6e-5.
+    """
+    if not is_unmodified(layer) or layer.shares_heads or layer.training or layer.attn.qkv.weight.dtype == torch.float16:
         return False
     norms = [fusible(m) for m in (layer.norm1, layer.norm2)]
     if any(not isinstance(norm, Norm) or norm.rounding != "fused" for norm in norms):
@@ -49,7 +54,7 @@ def folded_parts(layer: InternViTLayer, sequences: Sequences | None = None) -> B
     )
 
 
-def _operands(linear: nn.Linear, norm: Norm, rows: FoldedRows) -> tuple[Tensor | None, ...]:
+def _operands(linear: nn.Linear, norm: Norm, rows: FoldedRows) -> Any:
     """The first arguments of `norm_linear`."""
     centred = norm.norm_type == "layer_norm"
     weight, bias, weight_sum = fold_norm(linear.weight, linear.bias, norm.weight, norm.bias, centred=centred)
@@ -57,22 +62,25 @@ def _operands(linear: nn.Linear, norm: Norm, rows: FoldedRows) -> tuple[Tensor |
 
 
 def _fc1_gelu(fc1: nn.Linear, norm: Norm, rows: FoldedRows) -> Tensor:
-    return norm_linear(*_operands(fc1, norm, rows), gelu=True)  # type: ignore[arg-type]
+    y: Tensor = norm_linear(*_operands(fc1, norm, rows), gelu=True)
+    return y
 
 
 def _attention(parts: AttentionParts, qkv: nn.Linear, norm: Norm, rows: FoldedRows) -> Tensor:
     """`attention_output` of folded rows."""
     operands = _operands(qkv, norm, rows)
     q_norm, k_norm = parts.q_norm, parts.k_norm
-    folds = isinstance(q_norm, Norm) and isinstance(k_norm, Norm) and parts.rounding == "fused"
-    if not folds or q_norm.eps != k_norm.eps:
-        projected = norm_linear(*operands)  # type: ignore[arg-type]
+    plain = not (isinstance(q_norm, Norm) and isinstance(k_norm, Norm) and q_norm.eps == k_norm.eps)
+    if plain or parts.rounding != "fused":
+        projected = norm_linear(*operands)
         return attention_output(parts._replace(qkv=(lambda _: projected,)), rows.x)
-    projected, *statistics = norm_qkv(*operands, eps=q_norm.eps)  # type: ignore[arg-type]
-    heads = projected.unflatten(-1, (3, parts.num_heads, -1)).unbind(-3)
-    packed = {} if parts.sequences is None else parts.sequences._asdict()
+    assert isinstance(q_norm, Norm)
+    assert isinstance(k_norm, Norm)
+    projected, rstd_q, rstd_k = norm_qkv(*operands, eps=q_norm.eps)
+    q, k, v = projected.unflatten(-1, (3, parts.num_heads, -1)).unbind(-3)
+    packed: dict[str, Any] = {} if parts.sequences is None else parts.sequences._asdict()
     weights = q_norm.weight, k_norm.weight
-    return attention(*heads, *weights, *statistics, scale=parts.scale, **packed).flatten(-2)
+    return attention(q, k, v, *weights, rstd_q, rstd_k, scale=parts.scale, **packed).flatten(-2)
 
 
 def _with_statistics(end: BranchOutput, linear: nn.Linear, gamma: Tensor) -> BranchOutput:

@@ -339,8 +339,9 @@ def optimize_for_inference(
             checkpoint, what is not int8 in it; of others the first and the last block, which make nearly half of the
             error of a trained ViT-S.
         fold_norms: under `internvit.backend("triton_gemm")`, compute the block norms and QK-norm's statistics inside
-            the GEMMs, with the norms' weights in those of qkv and fc1 (folded at each call); elsewhere it changes
-            nothing. Unmeasured: docs/lower-bounds.md counts when it may pay.
+            the GEMMs, with the norms' weights in those of qkv and fc1 (folded at each call). bfloat16 and float32;
+            elsewhere, and for a stream of another dtype than the weights', it changes nothing. Unmeasured:
+            docs/lower-bounds.md counts when it may pay.
 
     Returns:
         A module with the model's forward and state_dict, which can be copied and pickled; `.undo()` gives the model.

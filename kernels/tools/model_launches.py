@@ -61,9 +61,10 @@ def _train_packed(model: nn.Module, images: Tensor) -> None:
     output.last_hidden_state.values.float().sum().backward()
 
 
-def _optimize(model: InternViT, images: Tensor) -> None:
+def _optimize(model: InternViT, images: Tensor, fold_norms: bool = False) -> None:
     # As on a GPU: packed weights and a float32 stream by default are for CPUs, which these tensors lie on.
-    _evaluate(internvit.optimize_for_inference(model.eval(), pack=False, residual_dtype=None), images)
+    optimized = internvit.optimize_for_inference(model.eval(), pack=False, residual_dtype=None, fold_norms=fold_norms)
+    _evaluate(optimized, images)
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,9 @@ MODES: dict[str, Mode] = {
     "eval, autocast": Mode(_FLOAT32, autocast=torch.bfloat16),
     "train, autocast": Mode(_FLOAT32, run=_train, autocast=torch.bfloat16),
     "eval, Triton GEMMs": Mode(backend="triton_gemm"),
+    "optimize_for_inference, Triton GEMMs, norms folded": Mode(
+        run=functools.partial(_optimize, fold_norms=True), backend="triton_gemm"
+    ),
     "train, Triton GEMMs": Mode(run=_train, backend="triton_gemm"),
     "train, Triton GEMMs, LayerScale folded": Mode(
         prepare=lambda m: m.set_layer_scale_folding(True), run=_train, backend="triton_gemm"

@@ -48,12 +48,12 @@ MATRIX_PRODUCTS = {"attention_kernel": 2, "attention_grad_kv_kernel": 4, "attent
 """Products over all pairs of tokens that a kernel computes: the backward pair recomputes the scores twice."""
 
 
-GEMM = "linear_kernel"
+GEMMS = ("linear_kernel", "norm_linear_kernel")
 
 
 def multiplies(kernel: str) -> bool:
     """Whether `kernel` computes matrix products."""
-    return kernel == GEMM or kernel in MATRIX_PRODUCTS
+    return kernel in GEMMS or kernel in MATRIX_PRODUCTS
 
 
 def kernel_work(kernel: str, tensors: Iterable[Tensor]) -> tuple[float, float]:
@@ -66,7 +66,7 @@ def kernel_work(kernel: str, tensors: Iterable[Tensor]) -> tuple[float, float]:
         B, N, H, D = unique[0].shape
         sequences = [B, *(t.numel() - 1 for t in unique if t.dtype == torch.int32)][-1]
         flops = 2.0 * MATRIX_PRODUCTS[kernel] * H * (B * N) ** 2 / max(sequences, 1) * D
-    elif kernel == GEMM:
+    elif kernel in GEMMS:
         one_byte = unique[0].element_size() == 1
         flops = (1.0 if one_byte else 2.0) * unique[0].numel() * unique[1].shape[0]
     return float(sum(t.numel() * t.element_size() for t in unique)), flops

@@ -180,7 +180,7 @@ def _loop(sass: str, one: Specialization, target: Target) -> Row | None:
         return None
     constants, products = dict(one.constants), roofline.MATRIX_PRODUCTS.get(one.function, 1)
     tile = constants["BLOCK_M"] * constants["BLOCK_N"]
-    depth = constants["BLOCK_K" if one.function == roofline.GEMM else "BLOCK_D"]
+    depth = constants["BLOCK_K" if one.function in roofline.GEMMS else "BLOCK_D"]
     cost = loop_cost(sass, target, one.num_warps, tile, products, depth)
     return None if cost is None else asdict(cost)
 

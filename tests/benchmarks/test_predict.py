@@ -45,7 +45,7 @@ def test_attention_of_published_models_has_figures_with_qk_norm_and_without():
 
 def test_no_kernel_issues_products_that_are_not_needed():
     assert [(arch, kernel) for arch, kernel, _, loop in predict.loops() if loop["products"] > 1.05] == []
-    assert {kernel for _, kernel, _, _ in predict.loops()} == {*roofline.MATRIX_PRODUCTS, roofline.GEMM}
+    assert {kernel for _, kernel, _, _ in predict.loops()} == {*roofline.MATRIX_PRODUCTS, *roofline.GEMMS}
 
 
 def test_a_layer_is_the_sum_of_its_parts_and_scales_with_the_batch():
@@ -54,6 +54,8 @@ def test_a_layer_is_the_sum_of_its_parts_and_scales_with_the_batch():
     found = predict.predict(layer, "sm_90", 1024, predict.BATCH)
     assert found.layer == Seconds(2.0, 2.0, 2.0)
     assert predict.predict(layer, "sm_90", 1024, 4 * predict.BATCH).layer.expected == pytest.approx(8)
+    weights = Work(weights=predict.COPY_SHARE * sheet.bandwidth)
+    assert predict.predict(weights, "sm_90", 1024, 4 * predict.BATCH).layer.expected == pytest.approx(1)
     faster = predict.predict(layer, "sm_90", 1024, predict.BATCH, "written")
     assert faster.gemms.expected == pytest.approx(1 / predict.FP8_GAIN)
 

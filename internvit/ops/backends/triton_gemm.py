@@ -40,12 +40,19 @@ implements("linear_residual_stats", "triton_gemm")(normed.add_with_statistics)
 
 
 @implements("norm_qkv", "triton_gemm")
-def norm_qkv(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    made = normed.project_qkv(x, *args)
+def norm_qkv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rstd: Tensor,
+    mean: Tensor | None,
+    weight_sum: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = normed.project_qkv(x, weight, bias, rstd, mean, weight_sum, eps)
     if made is not None:
         return made
-    *operands, eps = args
-    qkv = normed.multiply_normed(x, *operands, False)
+    qkv = normed.multiply_normed(x, weight, bias, rstd, mean, weight_sum, False)
     heads = qkv.view(1, -1, 3, 1, qkv.shape[-1] // 3)
     rstd_q, rstd_k = implementation("qk_norm_stats", "triton")(heads[:, :, 0], heads[:, :, 1], eps)
     return qkv, rstd_q.view(x.shape[:-1]), rstd_k.view(x.shape[:-1])
