@@ -14,7 +14,7 @@ from internvit import ops
 from internvit.benchmarks.harness.results import FOLDER
 from internvit.benchmarks.reports.table import markdown, write_page
 from internvit.kernels.tools.roofline import CEILINGS
-from internvit.ops.core.spec import SIZES, cost, every_spec
+from internvit.ops.core.spec import SIZES, Inputs, cost, every_spec
 
 PAGE = FOLDER.parents[1] / "docs" / "api" / "ops.md"
 
@@ -25,7 +25,9 @@ def table(model: str) -> str:
     for spec in every_spec().values():
         for variant in spec.examples:
             least = cost(spec, SIZES[model], torch.bfloat16, variant)
-            bfloat16_flops = least.both_flops / (1 if spec.trains else 2)  # int8 and float8 have twice the rate
+            given = spec.examples[variant](Inputs(SIZES[model], dtype=torch.bfloat16, device="meta")).values()
+            eight_bits = any(isinstance(a, torch.Tensor) and a.element_size() == 1 for a in given)
+            bfloat16_flops = least.both_flops / (2 if eight_bits else 1)  # int8 and float8 have twice the rate
             times = [1e6 * c.seconds(least.both_bytes, bfloat16_flops) for c in CEILINGS]
             rows.append(
                 [
