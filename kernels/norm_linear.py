@@ -116,31 +116,35 @@ def norm_linear_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def add_pieces_kernel(
-    p_partials,  # [sums, groups * PIECES, M] float32
-    p_mean,  # [groups, M] or None
-    p_rstd,  # [groups, M]
+    p_partials,  # [sums, pieces, M] float32
+    p_mean,  # [M] or None
+    p_rstd,  # [M], of the first PIECES
+    p_rstd_next,  # [M] or None, of the PIECES behind them
     M, C,
+    pieces,
     eps,
     PIECES: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of rows of C columns from those of their pieces; program (i, group) has ROWS rows of a group."""
+    """The statistics of rows of C columns from those of their pieces, or of two rows of C columns side by side."""
     o_rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     o_pieces = tl.arange(0, BLOCK_P)  # [BLOCK_P]
     m_tile = (o_pieces < PIECES)[:, None] & (o_rows < M)[None, :]
     o_tile = (tl.program_id(1) * PIECES + o_pieces).to(tl.int64)[:, None] * M + o_rows[None, :]
-    o_out = tl.program_id(1).to(tl.int64) * M + o_rows
     if p_mean is not None:
         b_share = tl.maximum(tl.minimum(C - o_pieces * PIECE, PIECE), 0).to(tl.float32)[:, None] / C  # [BLOCK_P, 1]
         b_means = tl.load(p_partials + o_tile, mask=m_tile, other=0.0)
         b_mean = tl.sum(b_means * b_share, 0)
         b_off = tl.where(m_tile, b_means - b_mean[None, :], 0.0)
         b_between = tl.sum(b_off * (b_off * b_share), 0)
-        tl.store(p_mean + o_out, b_mean, mask=o_rows < M)
-        o_tile += tl.cast(M, tl.int64) * PIECES
+        tl.store(p_mean + o_rows, b_mean, mask=o_rows < M)
+        o_tile += tl.cast(M, tl.int64) * pieces
         b_variance = tl.sum(tl.load(p_partials + o_tile, mask=m_tile, other=0.0), 0) + b_between
     else:
         b_variance = tl.sum(tl.load(p_partials + o_tile, mask=m_tile, other=0.0), 0)
-    tl.store(p_rstd + o_out, tl.rsqrt(b_variance + eps), mask=o_rows < M)
+    if tl.program_id(1) == 0:
+        tl.store(p_rstd + o_rows, tl.rsqrt(b_variance + eps), mask=o_rows < M)
+    elif p_rstd_next is not None:
+        tl.store(p_rstd_next + o_rows, tl.rsqrt(b_variance + eps), mask=o_rows < M)
 
 
 def _multiply(
@@ -178,23 +182,26 @@ def _multiply(
     return y, partials
 
 
-def _add_pieces(partials: Tensor, groups: int, width: int, piece: int, eps: float) -> tuple[Tensor | None, Tensor]:
-    """mean (None of mean squares) and rstd, [groups, M]."""
-    sums, count, M = partials.shape
-    rstd = empty_statistics(partials, (groups, M))
+def _add_pieces(
+    partials: Tensor, width: int, config: LinearConfig, eps: float, parts: int = 1
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """mean [M] (None of mean squares), and rstd [M] of the first `width` columns, and with two `parts` of the next."""
+    sums, pieces, M = partials.shape
+    piece = config.columns // 2
+    rstd = empty_statistics(partials, (M,))
     mean = torch.empty_like(rstd) if sums == 2 else None
-    pieces = count // groups
+    rstd_next = torch.empty_like(rstd) if parts == 2 else None
     launch.run(
         add_pieces_kernel,
-        (cdiv(M, ROWS), groups),
-        *(partials, mean, rstd, M, width, eps),
-        PIECES=pieces,
+        (cdiv(M, ROWS), parts),
+        *(partials, mean, rstd, rstd_next, M, width, pieces, eps),
+        PIECES=cdiv(width, piece),
         PIECE=piece,
         ROWS=ROWS,
-        BLOCK_P=next_power_of_2(pieces),
+        BLOCK_P=next_power_of_2(cdiv(width, piece)),
         num_warps=4,
     )
-    return mean, rstd
+    return mean, rstd, rstd_next
 
 
 def _config(x: Tensor, weight: Tensor) -> LinearConfig:
@@ -226,15 +233,14 @@ def project_qkv(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """qkv, rstd_q and rstd_k of `norm_qkv`; None where a program's columns are of q and of k, or eps hides nothing."""
     config, width = _config(x, weight), weight.shape[0] // 3
-    piece = config.columns // 2
-    if width % piece or is_small(eps):
+    if width % (config.columns // 2) or is_small(eps):
         return None
     vectors = {"bias": bias, "rstd": rstd, "mean": mean, "weight_sum": weight_sum}
     qkv, partials = _multiply(config, x, weight, vectors, None, False, "rms_norm", width)
     assert partials is not None
-    _, statistics = _add_pieces(partials, 3, width, piece, eps)
-    rstd_q, rstd_k, _ = statistics.view(3, *x.shape[:-1])
-    return qkv, rstd_q, rstd_k
+    _, rstd_q, rstd_k = _add_pieces(partials, width, config, eps, 2)
+    assert rstd_k is not None
+    return qkv, rstd_q.view(x.shape[:-1]), rstd_k.view(x.shape[:-1])
 
 
 def add_with_statistics(
@@ -248,6 +254,6 @@ def add_with_statistics(
     config, width = _config(x, weight), weight.shape[0]
     y, partials = _multiply(config, x, weight, {"bias": bias, "gamma": gamma}, residual, False, norm_type, width)
     assert partials is not None
-    mean, rstd = _add_pieces(partials, 1, width, config.columns // 2, eps)
+    mean, rstd, _ = _add_pieces(partials, width, config, eps)
     rows = x.shape[:-1]
     return y, None if mean is None else mean.view(rows), rstd.view(rows)
