@@ -14,7 +14,7 @@ from internvit.ops import (
     rms_norm,
 )
 from internvit.ops.backends.registry import BACKENDS, backends_for
-from internvit.ops.core.spec import SPECS, Inputs, Size, converted, differentiable
+from internvit.ops.core.spec import INFERENCE_SPECS, SPECS, Inputs, Size, converted, differentiable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -159,6 +159,17 @@ def test_gemms_are_batch_invariant(model, tokens):
         batch = function(x)
         for i in range(4):
             assert torch.equal(batch[i : i + 1], function(x[i : i + 1]))
+
+
+@dtypes
+@models
+@pytest.mark.parametrize("op", ["fold_norm", "linear_residual_stats", "norm_linear", "norm_qkv"])
+def test_norms_inside_gemms_keep_their_contract(op, model, dtype):
+    spec, size = INFERENCE_SPECS[op], Size(2, 1025, *model[:2])
+    for arguments in (example(Inputs(size, dtype=dtype, device="cuda")) for example in spec.examples.values()):
+        with backend("triton_gemm"):
+            outputs = spec.run(arguments)
+        assert not spec.violations(arguments, outputs, spec.truth(arguments), outputs)
 
 
 def test_rows_beyond_2_to_the_31_elements(name):
