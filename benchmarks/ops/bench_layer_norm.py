@@ -6,7 +6,9 @@ from internvit.benchmarks.harness.peers import liger
 
 
 def cases(setting: Setting) -> list[BenchmarkCase]:
-    return row_cases(setting, "layer_norm", "layer_norm", liger(setting, "LigerLayerNorm") | cudnn_norm(setting, "layernorm"))
+    return row_cases(
+        setting, "layer_norm", "layer_norm", liger(setting, "LigerLayerNorm") | cudnn_norm(setting, "layernorm")
+    )
 
 
 def test_layer_norm(timed) -> None:
