@@ -256,24 +256,21 @@ def attention(
     Source: Vaswani et al. 2017; InternAttention in OpenGVLab's modeling_intern_vit.py; cu_seqlens as in
     flash_attn_varlen_func of Dao-AILab/flash-attention.
     """
-    settings: dict[str, Any] = {"scale": default_scale(q, scale), "backend": backend}
+    inputs = (q, k, v, default_scale(q, scale), q_weight, k_weight, rstd_q, rstd_k)
     if key_padding_mask is not None:
-        check_key_padding_mask(OP, key_padding_mask, q, k, cu_seqlens)
-        check.key_sequences(OP, q, cu_seqlens, cu_seqlens_k, max_seqlen_k)
-        qk_norm = (q_weight, k_weight, rstd_q, rstd_k)
-        _validate(q, k, v, settings["scale"], *qk_norm, *[None] * 4)
-        return _attention_of_unpadded(key_padding_mask, q, k, v, *qk_norm, **settings)
+        check_key_padding_mask(OP, key_padding_mask, q, k, cu_seqlens, cu_seqlens_k)
+        return _attention_of_unpadded(key_padding_mask, *inputs, backend=backend)
     max_seqlen = default_max_seqlen(q, cu_seqlens, max_seqlen)
     max_seqlen_k = default_max_seqlen(k, cu_seqlens_k, max_seqlen_k)
-    sequences = cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k
-    args = (q, k, v, settings["scale"], q_weight, k_weight, rstd_q, rstd_k, *sequences)
-    return ATTENTION.call(args, backend)[0]
+    return ATTENTION.call((*inputs, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k), backend)[0]
 
 
 def _attention_of_unpadded(
-    key_padding_mask: Tensor, q: Tensor, k: Tensor, v: Tensor, *qk_norm: Tensor | None, **settings: Any
+    key_padding_mask: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: Any, *qk_norm: Tensor | None, backend: str | None
 ) -> Tensor:
+    _validate(q, k, v, scale, *qk_norm, *[None] * 4)
     padding, (batch, tokens) = Padding.of(key_padding_mask), q.shape[:2]
+    settings: dict[str, Any] = {"scale": scale, "backend": backend}
     q_weight, k_weight, rstd_q, rstd_k = qk_norm
     if rstd_q is not None and rstd_k is not None:
         rstd = padding.pack(rstd_q, 1.0), padding.pack(rstd_k, 1.0)

@@ -66,11 +66,11 @@ def without_padding(out: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return out if key_padding_mask is None else out.masked_fill(key_padding_mask[:, :, None, None], 0.0)
 
 
-def check_key_padding_mask(op: str, mask: Any, q: Any, k: Any, cu_seqlens: Any) -> None:
+def check_key_padding_mask(op: str, mask: Any, q: Any, k: Any, *cu_seqlens: Any) -> None:
     """bool [B, N_k] on k's device, beside padded batches."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}: key_padding_mask must be a torch.Tensor, got {type(mask).__name__}")
-    if cu_seqlens is not None:
+    if any(ends is not None for ends in cu_seqlens):
         raise ValueError(f"{op}: key_padding_mask must be None beside cu_seqlens: packed sequences have no padding")
     for name, t in (("q", q), ("k", k)):
         if isinstance(t, Tensor) and t.dim() != 4:
