@@ -222,12 +222,11 @@ struct QKNorm {
   const OptionalTensor &q_weight, &k_weight, &rstd_q, &rstd_k;
 };
 
-inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                             const QKNorm& norm, const OptionalTensor& cu_seqlens) {
+inline void queries_and_keys(const Checks& check, const Tensor& q, const Tensor& k, double scale, const QKNorm& norm,
+                             const OptionalTensor& cu_seqlens) {
   check.heads(bool(cu_seqlens));
   check.scale(scale);
   check.like_x("k", k);
-  check.like_x("v", v);
   if (norm.q_weight || norm.k_weight || norm.rstd_q || norm.rstd_k) {
     const char* why = "with the others of q_weight, k_weight, rstd_q and rstd_k: all four or none";
     check.given("q_weight", norm.q_weight, why);
@@ -241,6 +240,12 @@ inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor&
   check.floating("rstd_q", norm.rstd_q, leading_sizes(q, 2));
   check.floating("rstd_k", norm.rstd_k, leading_sizes(q, 2));
   check.cu_seqlens(cu_seqlens, q.size(0));
+}
+
+inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                             const QKNorm& norm, const OptionalTensor& cu_seqlens) {
+  queries_and_keys(check, q, k, scale, norm, cu_seqlens);
+  check.like_x("v", v);
 }
 
 // lse's and the row dots': [B, H, N], or [H, total].
@@ -266,6 +271,13 @@ inline void attention_backward(const Tensor& grad_out, const Tensor& q, const Te
   check.output_like_x("grad_q", grad_q);
   check.output_like_x("grad_k", grad_k);
   check.output_like_x("grad_v", grad_v);
+}
+
+inline void attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse, double scale, const QKNorm& norm,
+                                  const OptionalTensor& cu_seqlens) {
+  const Checks check("attention_column_sums", "q", q);
+  queries_and_keys(check, q, k, scale, norm, cu_seqlens);
+  check.floating("lse", lse, by_head(q));
 }
 
 }  // namespace internvit::check

@@ -99,10 +99,11 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, scale: float, *rest: Any) -> None
     check.sequences(OP, "q", q, cu_seqlens, max_seqlen)
     check.heads(OP, varlen=cu_seqlens is not None, q=q, k=k, v=v)
     check.scale(OP, scale)
-    _validate_qk_norm(OP, q, *qk_norm)
+    validate_qk_norm(OP, q, *qk_norm)
 
 
-def _validate_qk_norm(op: str, q: Tensor, *qk_norm: Tensor | None) -> None:
+def validate_qk_norm(op: str, q: Tensor, *qk_norm: Tensor | None) -> None:
+    """Weights and statistics of QK-norm, all four or none."""
     given = dict(zip(QKNorm._fields, qk_norm, strict=True))
     absent = [name for name, t in given.items() if t is None]
     if 0 < len(absent) < 4:
@@ -120,7 +121,7 @@ def _validate_backward(*args: Any) -> None:
     check.scale(op, scale)
     check.like(op, "q", q, grad_out=grad_out, out=out)
     check.lse(op, q, lse, backend)
-    _validate_qk_norm(op, q, *qk_norm)
+    validate_qk_norm(op, q, *qk_norm)
 
 
 def _raw_fake(*args: Any) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,18 @@ def _unpad_rows(x: Tensor, sequences: Sequences, total: int) -> Tensor:
     return sequences.unpad(x.transpose(1, 2), total).t().contiguous()
 
 
+def column_sums_reference(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, qk_norm: QKNorm | None, sequences: Sequences | None = None
+) -> Tensor:
+    """sum_i softmax(S)_ij [B, H, N], or [H, total]. lse is not read: softmax has no rounding of it."""
+    if sequences is None:
+        return _scores(*_normed(q, k, qk_norm), scale, None).softmax(-1).sum(-2)
+    total, there = q.shape[0], sequences.tokens()[:, None, :, None]
+    q, k = map(sequences.pad, (q, k))
+    scores = _scores(*_normed(q, k, qk_norm and qk_norm.pad(sequences)), scale, sequences)
+    return _unpad_rows(scores.softmax(-1).masked_fill(~there, 0).sum(-2), sequences, total)
+
+
 def attention_backward_reference(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> QKNormGrads | None:
     """Fills grads, rstd held fixed.
 

@@ -38,13 +38,17 @@ class Sequences(NamedTuple):
         rows = sequence * self.max_seqlen + tokens - self.cu_seqlens[sequence]
         return x.flatten(0, 1)[rows]
 
+    def tokens(self) -> Tensor:
+        """Where a padded batch has tokens, bool [B, max_seqlen]."""
+        lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        return torch.arange(self.max_seqlen, device=lengths.device) < lengths[:, None]
+
     def mask(self) -> Tensor:
         """What may attend to what in a padded batch, bool [B, 1, max_seqlen, max_seqlen].
 
         Tokens attend within their sequence. Padding attends to everything, so that no row of a softmax is empty.
         """
-        lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
-        there = torch.arange(self.max_seqlen, device=lengths.device) < lengths[:, None]
+        there = self.tokens()
         return (there[:, None, :] | ~there[:, :, None])[:, None]
 
 
