@@ -91,7 +91,7 @@ class TensorParallelAttention(Attention):
         """The branch [B, N, C], of all heads."""
         return _row_linear(attended, self.proj, self.group)
 
-    def attention_map(self, x: Tensor, class_only: bool = False) -> Tensor:
+    def attention_map(self, x: Tensor, kind: str = "maps") -> Tensor:
         raise ValueError("output_attentions: a tensor-parallel model has no attention maps; ask a model that is whole")
 
 
@@ -152,8 +152,8 @@ class TensorParallelLayer(InternViTLayer):
     def first_norm(self) -> Norm:
         return local_norm(self.norm1)
 
-    def attention_map(self, x: Tensor, class_only: bool = False) -> Tensor:
-        return self.attn.attention_map(x, class_only)
+    def attention_map(self, x: Tensor, kind: str = "maps") -> Tensor:
+        return self.attn.attention_map(x, kind)
 
     def has_plain_parts(self, quantised: bool = False) -> bool:
         return is_plain_layer(self) and not any(has_hooks(module) for module in self.modules())
