@@ -22,7 +22,10 @@ BUDGET = Path(__file__).with_name("budget.json")
 LIMITS = ("registers", "shared_bytes", "stack_bytes")
 LOOP = ("issue", "tensor", "exp", "products")
 """Of a main loop with matrix products, where the target's figures are known."""
-BUDGETED = "448px.* bfloat16: ((eval|train|int8|float8)(, Triton GEMMs)?|train, (DropPath|packed)|eval, column sums|optimize.*inference)$"
+BUDGETED = (
+    "448px.* bfloat16: ((eval|train|int8|float8)(, Triton GEMMs)?|train, (DropPath|packed)|eval, column sums|"
+    "optimize.*inference)$"
+)
 FAST = ("sm_90", "gfx942")
 """What CI compiles for, in one process, which imports transformers and timm once: 5 s of a core."""
 
