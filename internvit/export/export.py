@@ -199,8 +199,10 @@ def _batches(
     for side in sides if not images else ():
         smooth = torch.randn(1, channels, 8, 8, generator=generator)
         pixels.append(torch.nn.functional.interpolate(smooth, side, mode="bicubic")[0])
-    to = {"device": model.model.device, "dtype": model.model.dtype}
-    return [torch.stack([x.roll(16 * i, -1) for i in range(batch or 1)]).to(**to) for x in pixels]
+    return [
+        torch.stack([x.roll(16 * i, -1) for i in range(batch or 1)]).to(model.model.device, model.model.dtype)
+        for x in pixels
+    ]
 
 
 def _two_sizes(model: ExportedModel) -> list[tuple[int, int]]:

@@ -111,7 +111,7 @@ class OptimizedInternViT(nn.Module):
         if isinstance(tokens, PackedTokens):
             embedded = model.encoder.cast_residual(tokens.values)
             x, *hidden = self._run_blocks(embedded, output_hidden_states, tokens.sequences, summaries)
-            attentions = tuple(summary.of_images() for summary in summaries) or None
+            attentions: Any = tuple(summary.of_images() for summary in summaries) or None
             output = packed_output(tokens, x, hidden if output_hidden_states else None, attentions)
         else:
             embedded = model.encoder.cast_residual(tokens)

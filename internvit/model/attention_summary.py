@@ -40,16 +40,18 @@ class AttentionSummary:
         self, q: Tensor, k: Tensor, v: Tensor, norm: Folded | None, scale: float | None, sequences: Sequences | None
     ) -> Tensor:
         """Attention's output [B, N, H, D], or [total, H, D] of packed images, with the bits that it always has."""
-        weights, settings = (norm[:2], norm[2:]) if norm else ((None, None), (1e-6, "fused"))
-        out, lse, rstd = qk_norm_attention_with_statistics(q, k, v, *weights, *settings, scale, sequences)
+        settings: Any = norm or (None, None, 1e-6, "fused")
+        out, lse, rstd = qk_norm_attention_with_statistics(q, k, v, *settings, scale, sequences)
         if self.kind == "class":
             self._add_class_rows(q, k, norm, scale, sequences)
             return out
         inside: Any = ()
         if norm is not None and rstd is not None:
-            inside = *weights, *rstd
+            inside = norm.q_weight, norm.k_weight, *rstd
         elif norm is not None:
-            normed = qk_norm(_as_image(q), _as_image(k), *weights, eps=norm.eps, rounding=norm.rounding)
+            normed = qk_norm(
+                _as_image(q), _as_image(k), norm.q_weight, norm.k_weight, eps=norm.eps, rounding=norm.rounding
+            )
             q, k = normed[0].view(q.shape), normed[1].view(k.shape)
         packed: dict[str, Any] = {} if sequences is None else sequences._asdict()
         sums = attention_column_sums(q, k, lse, *inside, scale=scale, **packed)

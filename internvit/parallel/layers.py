@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from internvit.model.attention_summary import AttentionSummary
 from internvit.model.block import InternViTLayer, is_plain_layer
 from internvit.model.embeddings import Embeddings
 from internvit.model.fused_block import BlockParts, BranchOutput, Norm, gelu_recomputed
@@ -133,7 +134,7 @@ class TensorParallelLayer(InternViTLayer):
     attn: TensorParallelAttention
     mlp: TensorParallelMLP
 
-    def parts(self, sequences: Sequences | None = None) -> BlockParts:
+    def parts(self, sequences: Sequences | None = None, summary: AttentionSummary | None = None) -> BlockParts:
         _refuse_packed(sequences)
         inside = next((name for name, module in self.named_modules() if name and has_hooks(module)), None)
         if inside is not None:

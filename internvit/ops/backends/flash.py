@@ -134,7 +134,7 @@ def _backward_4(library: Any, grad_out: Tensor, saved: SavedAttention, grads: He
 
 
 def _forward_cudnn(
-    library: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: None = None
+    library: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Sequences | None = None
 ) -> tuple[Tensor, Tensor]:
     out, lse = sdpa._cudnn(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
