@@ -40,8 +40,9 @@ class AttentionSummary:
         self, q: Tensor, k: Tensor, v: Tensor, norm: Folded | None, scale: float | None, sequences: Sequences | None
     ) -> Tensor:
         """Attention's output [B, N, H, D], or [total, H, D] of packed images, with the bits that it always has."""
-        settings: Any = norm or (None, None, 1e-6, "fused")
-        out, lse, rstd = qk_norm_attention_with_statistics(q, k, v, *settings, scale, sequences)
+        q_weight, k_weight, eps, rounding = norm or (None, None, 1e-6, "fused")
+        statistics = qk_norm_attention_with_statistics(q, k, v, q_weight, k_weight, eps, rounding, scale, sequences)
+        out, lse, rstd = statistics
         if self.kind == "class":
             self._add_class_rows(q, k, norm, scale, sequences)
             return out
