@@ -96,13 +96,17 @@ def _unpad_rows(x: Tensor, sequences: Sequences, total: int) -> Tensor:
 def column_sums_reference(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, qk_norm: QKNorm | None, sequences: Sequences | None = None
 ) -> Tensor:
-    """sum_i softmax(S)_ij [B, H, N], or [H, total]. lse is not read: softmax has no rounding of it."""
+    """sum_i exp(S_ij - lse_i) [B, H, N], or [H, total]; no probability is more than 1, whatever lse's rounding is."""
     if sequences is None:
-        return _scores(*_normed(q, k, qk_norm), scale, None).softmax(-1).sum(-2)
+        return _probabilities(_scores(*_normed(q, k, qk_norm), scale, None), lse).sum(-2)
     total, there = q.shape[0], sequences.tokens()[:, None, :, None]
-    q, k = map(sequences.pad, (q, k))
+    q, k, lse = sequences.pad(q), sequences.pad(k), sequences.pad(lse.t()).transpose(1, 2)
     scores = _scores(*_normed(q, k, qk_norm and qk_norm.pad(sequences)), scale, sequences)
-    return _unpad_rows(scores.softmax(-1).masked_fill(~there, 0).sum(-2), sequences, total)
+    return _unpad_rows(_probabilities(scores, lse).masked_fill(~there, 0).sum(-2), sequences, total)
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    return (scores - lse.to(scores.dtype)[..., None]).clamp(max=0).exp()
 
 
 def attention_backward_reference(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> QKNormGrads | None:
