@@ -58,19 +58,27 @@ class Checks {
                     " with H, D >= 1, got ", list_of(x_.sizes()));
   }
   // Contiguous int32 [sequences + 1] from 0 to the number of tokens, not decreasing; read here, so on the CPU.
-  void cu_seqlens(const OptionalTensor& t, int64_t tokens) const {
+  void cu_seqlens(const char* name, const OptionalTensor& t, int64_t tokens) const {
     if (!t) return;
-    device("cu_seqlens", *t);
-    dtype("cu_seqlens", *t, ScalarType::Int);
-    STD_TORCH_CHECK(t->dim() == 1 && t->numel() >= 1, op_, ": cu_seqlens must have shape [B + 1], got ",
+    device(name, *t);
+    dtype(name, *t, ScalarType::Int);
+    STD_TORCH_CHECK(t->dim() == 1 && t->numel() >= 1, op_, ": ", name, " must have shape [B + 1], got ",
                     list_of(t->sizes()));
     const int32_t* ends = static_cast<const int32_t*>(t->data_ptr());
     const int64_t last = t->numel() - 1, step = t->stride(0);
-    STD_TORCH_CHECK(ends[0] == 0 && ends[last * step] == tokens, op_, ": cu_seqlens must begin with 0 and end with ",
+    STD_TORCH_CHECK(ends[0] == 0 && ends[last * step] == tokens, op_, ": ", name, " must begin with 0 and end with ",
                     tokens, " (tokens), got ", ends[0], " and ", ends[last * step]);
     for (int64_t i = 0; i < last; ++i)
-      STD_TORCH_CHECK(ends[i * step] <= ends[(i + 1) * step], op_, ": cu_seqlens must not decrease, got ",
+      STD_TORCH_CHECK(ends[i * step] <= ends[(i + 1) * step], op_, ": ", name, " must not decrease, got ",
                       ends[i * step], " before ", ends[(i + 1) * step]);
+  }
+
+  void key_sequences(const OptionalTensor& queries, const OptionalTensor& keys, bool qk_norm) const {
+    if (!keys) return;
+    STD_TORCH_CHECK(bool(queries), op_, ": cu_seqlens must be given beside cu_seqlens_k, got None");
+    STD_TORCH_CHECK(!qk_norm, op_, ": cu_seqlens_k must be None with QK-norm inside, whose queries and keys are one ",
+                    "token's");
+    shape("cu_seqlens_k", *keys, queries->sizes());
   }
 
   void device(const char* name, const Tensor& t) const {
@@ -87,14 +95,27 @@ class Checks {
                     list_of(t.sizes()));
   }
 
+  // Keys and values of heads: x's shape but for the tokens, where they may have a length of their own.
+  void keys(const Tensor& k, const Tensor& v, bool own_length) const {
+    const int64_t tokens = x_.dim() - 3;
+    std::vector<int64_t> expected(x_.sizes().begin(), x_.sizes().end());
+    if (own_length && k.dim() == x_.dim()) expected[size_t(tokens)] = k.size(tokens);
+    shape("k", k, expected);
+    dtype("k", k, x_.scalar_type());
+    shape("v", v, expected);
+    dtype("v", v, x_.scalar_type());
+  }
+
   // x's shape, dtype and device.
   void like_x(const char* name, const Tensor& t) const {
     shape(name, t, x_.sizes());
     dtype(name, t, x_.scalar_type());
   }
   // Written through its strides: two elements must not share a place.
-  void output_like_x(const char* name, const Tensor& t) const {
-    like_x(name, t);
+  void output_like_x(const char* name, const Tensor& t) const { output(name, t, x_); }
+  void output(const char* name, const Tensor& t, const Tensor& like) const {
+    shape(name, t, like.sizes());
+    dtype(name, t, like.scalar_type());
     for (int64_t i = 0; i < t.dim(); ++i)
       STD_TORCH_CHECK(t.size(i) <= 1 || t.stride(i) != 0, op_, ": ", name,
                       " is written and must have an element for each index, got strides ", list_of(t.strides()));

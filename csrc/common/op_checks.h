@@ -220,14 +220,21 @@ inline void gelu_backward(const Tensor& grad_y, const Tensor& pre_activation) {
 // QK-norm's weights and statistics, all four or none.
 struct QKNorm {
   const OptionalTensor &q_weight, &k_weight, &rstd_q, &rstd_k;
+  bool given() const { return q_weight || k_weight || rstd_q || rstd_k; }
 };
 
-inline void queries_and_keys(const Checks& check, const Tensor& q, const Tensor& k, double scale, const QKNorm& norm,
-                             const OptionalTensor& cu_seqlens) {
-  check.heads(bool(cu_seqlens));
+// Of packed sequences; keys' own where they are not the queries'.
+struct Ends {
+  const OptionalTensor &queries, &keys;
+};
+
+inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                             const QKNorm& norm, const Ends& ends) {
+  check.heads(bool(ends.queries));
   check.scale(scale);
-  check.like_x("k", k);
-  if (norm.q_weight || norm.k_weight || norm.rstd_q || norm.rstd_k) {
+  check.key_sequences(ends.queries, ends.keys, norm.given());
+  check.keys(k, v, !norm.given() && (!ends.queries || ends.keys));
+  if (norm.given()) {
     const char* why = "with the others of q_weight, k_weight, rstd_q and rstd_k: all four or none";
     check.given("q_weight", norm.q_weight, why);
     check.given("k_weight", norm.k_weight, why);
@@ -239,13 +246,8 @@ inline void queries_and_keys(const Checks& check, const Tensor& q, const Tensor&
   check.parameter("k_weight", norm.k_weight, channels);
   check.floating("rstd_q", norm.rstd_q, leading_sizes(q, 2));
   check.floating("rstd_k", norm.rstd_k, leading_sizes(q, 2));
-  check.cu_seqlens(cu_seqlens, q.size(0));
-}
-
-inline void attention_inputs(const Checks& check, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                             const QKNorm& norm, const OptionalTensor& cu_seqlens) {
-  queries_and_keys(check, q, k, scale, norm, cu_seqlens);
-  check.like_x("v", v);
+  check.cu_seqlens("cu_seqlens", ends.queries, q.size(0));
+  check.cu_seqlens("cu_seqlens_k", ends.keys, k.size(0));
 }
 
 // lse's and the row dots': [B, H, N], or [H, total].
@@ -255,28 +257,28 @@ inline std::vector<int64_t> by_head(const Tensor& q) {
 }
 
 inline void attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const QKNorm& norm,
-                      const OptionalTensor& cu_seqlens) {
-  attention_inputs(Checks("attention", "q", q), q, k, v, scale, norm, cu_seqlens);
+                      const Ends& ends) {
+  attention_inputs(Checks("attention", "q", q), q, k, v, scale, norm, ends);
 }
 
 inline void attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
                                const Tensor& out, const Tensor& lse, double scale, const QKNorm& norm,
-                               const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
-                               const OptionalTensor& cu_seqlens) {
+                               const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, const Ends& ends) {
   const Checks check("attention_backward", "q", q);
-  attention_inputs(check, q, k, v, scale, norm, cu_seqlens);
+  attention_inputs(check, q, k, v, scale, norm, ends);
   check.like_x("grad_out", grad_out);
   check.like_x("out", out);
   check.floating("lse", lse, by_head(q));
   check.output_like_x("grad_q", grad_q);
-  check.output_like_x("grad_k", grad_k);
-  check.output_like_x("grad_v", grad_v);
+  check.output("grad_k", grad_k, k);
+  check.output("grad_v", grad_v, k);
 }
 
 inline void attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse, double scale, const QKNorm& norm,
                                   const OptionalTensor& cu_seqlens) {
   const Checks check("attention_column_sums", "q", q);
-  queries_and_keys(check, q, k, scale, norm, cu_seqlens);
+  check.like_x("k", k);
+  attention_inputs(check, q, k, k, scale, norm, {cu_seqlens, {}});
   check.floating("lse", lse, by_head(q));
 }
 

@@ -27,7 +27,8 @@ struct HeadsView {
 };
 
 // A batch of images, or with cu_seqlens packed sequences: B and b are then 1 and 0, N is the total of their tokens, and
-// `tokens` the longest one.
+// `tokens` and `keys` the longest ones. k, v and their gradients have `keys` tokens for N, and with cu_seqlens_k as
+// many sequences of their own.
 struct AttentionParams {
   DType dtype;
   HeadsView q, k, v;
@@ -37,10 +38,11 @@ struct AttentionParams {
   const float* rstd_k;
   void* out;   // [B, N, H, D] contiguous
   float* lse;  // [B, H, N], natural logarithm
-  int64_t batch, tokens, heads, head_dim;
+  int64_t batch, tokens, keys, heads, head_dim;
   int64_t row_stride;  // from head to head of lse
   float scale;
-  const int32_t* cu_seqlens;  // [sequences + 1], from 0 to N, not decreasing; or null
+  const int32_t* cu_seqlens;    // [sequences + 1], from 0 to N, not decreasing; or null
+  const int32_t* cu_seqlens_k;  // of keys, where they are not the queries'; or null
   int64_t sequences;
 };
 
@@ -57,10 +59,11 @@ struct AttentionBackwardParams {
   float* grad_k_weight_partial;
   float* row_dot_q;  // [B, H, N]
   float* row_dot_k;
-  int64_t batch, tokens, heads, head_dim;
+  int64_t batch, tokens, keys, heads, head_dim;
   int64_t row_stride;  // from head to head of lse and the row dots
   float scale;
   const int32_t* cu_seqlens;
+  const int32_t* cu_seqlens_k;
   int64_t sequences;
 };
 
@@ -71,12 +74,12 @@ struct AttentionColumnSumsParams {
   const float* k_weight;
   const float* rstd_q;
   const float* rstd_k;
-  const float* lse;  // [B, H, N]
-  float* sums;       // [B, H, N]
-  int64_t batch, tokens, heads, head_dim;
-  int64_t row_stride;  // from head to head of lse and sums
+  const float* lse;                              // [B, H, N]
+  float* sums;                                   // [B, H, N]
+  int64_t batch, tokens, keys, heads, head_dim;  // as many keys as tokens
+  int64_t row_stride;                            // from head to head of lse and sums
   float scale;
-  const int32_t* cu_seqlens;
+  const int32_t *cu_seqlens, *cu_seqlens_k;  // the latter is null
   int64_t sequences;
 };
 

@@ -132,14 +132,19 @@ class _Translations:
         heads = op.Shape(x, start=2, end=4)
         return op.Mul(op.Mul(x, rstd), op.Reshape(weight, heads))
 
-    def _same_sequence(self, q: Any, cu_seqlens: Any) -> Any:
-        """Which of the tokens of q [total, H, D] may attend to which, [total, total]."""
+    def _same_sequence(self, q: Any, cu_seqlens: Any, k: Any = None, cu_seqlens_k: Any = None) -> Any:
+        """Which of the tokens of q [total, H, D] may attend to which of k, [total, total_k]."""
+        queries = self._sequence_of(q, cu_seqlens)
+        keys = queries if cu_seqlens_k is None else self._sequence_of(k, cu_seqlens_k)
+        return self._op.Equal(self._op.Unsqueeze(queries, self._ints(1)), keys)
+
+    def _sequence_of(self, q: Any, cu_seqlens: Any) -> Any:
+        """The sequence of each token of q [total, H, D]."""
         op = self._op
         total = op.Squeeze(op.Shape(q, start=0, end=1))
         tokens = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))
         passed = op.GreaterOrEqual(op.Unsqueeze(tokens, self._ints(1)), op.Cast(cu_seqlens, to=_INT64))
-        sequence = op.ReduceSum(op.Cast(passed, to=_INT64), self._ints(1), keepdims=0)
-        return op.Equal(op.Unsqueeze(sequence, self._ints(1)), sequence)
+        return op.ReduceSum(op.Cast(passed, to=_INT64), self._ints(1), keepdims=0)
 
     def attention(
         self,
@@ -153,16 +158,22 @@ class _Translations:
         rstd_k: Any,
         cu_seqlens: Any = None,
         max_seqlen: Any = None,
+        cu_seqlens_k: Any = None,
+        max_seqlen_k: Any = None,
         backend: str = "",
     ) -> Any:
         op, mask = self._op, None
         if cu_seqlens is not None:
-            mask = self._same_sequence(q, cu_seqlens)
+            mask = self._same_sequence(q, cu_seqlens, k, cu_seqlens_k)
             q, k, v, rstd_q, rstd_k = (self._as_image(t) for t in (q, k, v, rstd_q, rstd_k))
         if q_weight is not None:
             q = self._scale_heads(q, op.CastLike(op.Unsqueeze(rstd_q, self._ints(2, 3)), q), q_weight)
             k = self._scale_heads(k, op.CastLike(op.Unsqueeze(rstd_k, self._ints(2, 3)), k), k_weight)
         out = self._attend(q, k, v, scale, mask)
+        if cu_seqlens_k is not None:  # a query without a key has a softmax of NaN
+            keys = op.ReduceSum(op.Cast(mask, to=_INT64), self._ints(1), keepdims=1)
+            there = op.Unsqueeze(op.Greater(keys, op.Constant(value_int=0)), self._ints(2))
+            out = op.Where(there, out, self._float(0.0, out))
         return out if cu_seqlens is None else op.Squeeze(out, self._ints(0)), self._empty(v)
 
     def _as_image(self, t: Any) -> Any:

@@ -54,7 +54,7 @@ class AttentionSummary:
                 _as_image(q), _as_image(k), norm.q_weight, norm.k_weight, eps=norm.eps, rounding=norm.rounding
             )
             q, k = normed[0].view(q.shape), normed[1].view(k.shape)
-        packed: dict[str, Any] = {} if sequences is None else sequences._asdict()
+        packed: dict[str, Any] = {} if sequences is None else sequences.settings()
         sums = attention_column_sums(q, k, lse, *inside, scale=scale, **packed)
         if sequences is None:
             self.add(sums)

@@ -248,7 +248,7 @@ def attention_output(parts: AttentionParts, x: Tensor) -> Tensor:
     q_norm, k_norm = parts.q_norm, parts.k_norm
     if parts.summary is not None:
         return _summarized_attention(parts, parts.summary, heads).flatten(-2)
-    packed: dict[str, Any] = {} if parts.sequences is None else parts.sequences._asdict()
+    packed: dict[str, Any] = {} if parts.sequences is None else parts.sequences.settings()
     fused: Any = qk_norm_attention_qkvpacked if len(heads) == 1 else qk_norm_attention
     if q_norm is None and k_norm is None:
         return fused(*heads, scale=parts.scale, **packed).flatten(-2)

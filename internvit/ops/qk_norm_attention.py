@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvit.ops.attention import attention_flops, default_scale, fake_out_and_lse, run_attention
+from internvit.ops.attention import attention_flops, default_scale, fake_out_and_lse, heads_example, run_attention
 from internvit.ops.backends.registry import BACKENDS, has_implementation, implementation
 from internvit.ops.core import validation as check
 from internvit.ops.core.attention_math import Heads, QKNorm, SavedAttention
 from internvit.ops.core.attention_math import formula as attention_formula
 from internvit.ops.core.attention_math import portable as portable_attention
 from internvit.ops.core.norm_math import accumulate_dtype
+from internvit.ops.core.padding import Padding, check_key_padding_mask, without_padding
 from internvit.ops.core.registration import OPS, define, define_backward, empty_grad
 from internvit.ops.core.select import resolve
 from internvit.ops.core.sequences import Sequences, check_values, default_max_seqlen, pack
@@ -255,6 +256,7 @@ def qk_norm_attention(
     rounding: str = "fused",
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    key_padding_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """QK-norm over all heads together, and attention.
@@ -268,6 +270,9 @@ def qk_norm_attention(
         scale: of the scores; 1 / sqrt(D) by default.
         rounding: "fused" keeps q_hat and k_hat in registers; "reference" rounds them as upstream does.
         cu_seqlens, max_seqlen: packed sequences, of q, k, v [total, H, D]; as for `attention`.
+        key_padding_mask: bool [B, N], True for tokens that are padding, as in torch.nn.MultiheadAttention: as keys they
+            are left out, as queries they have out 0, and their gradients are 0; an image may be all padding. Not beside
+            cu_seqlens.
         backend: overrides `internvit.backend`.
 
     Returns:
@@ -278,9 +283,16 @@ def qk_norm_attention(
 
     Source: InternAttention in OpenGVLab's modeling_intern_vit.py.
     """
-    max_seqlen = default_max_seqlen(q, cu_seqlens, max_seqlen)
-    args = (q, k, v, q_weight, k_weight, eps, default_scale(q, scale), rounding, cu_seqlens, max_seqlen)
-    return QK_NORM_ATTENTION.call(args, backend)[0]
+    known_scale: Any = default_scale(q, scale)  # but where q is no tensor, which validation says
+    settings = q_weight, k_weight, eps, known_scale, rounding
+    if key_padding_mask is None:
+        args = (q, k, v, *settings, cu_seqlens, default_max_seqlen(q, cu_seqlens, max_seqlen))
+        return QK_NORM_ATTENTION.call(args, backend)[0]
+    check_key_padding_mask(OP, key_padding_mask, q, k, cu_seqlens)
+    _validate(OP, {"q": q, "k": k, "v": v}, *settings, cu_seqlens, max_seqlen)
+    padding = Padding.of(key_padding_mask)
+    args = (*padding.pack_heads(q, k, v), *settings, padding.ends, q.shape[1])
+    return padding.unpack(QK_NORM_ATTENTION.call(args, backend)[0])
 
 
 def qk_norm_attention_with_statistics(
@@ -349,9 +361,11 @@ def _formula(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     rounding: str = "fused",
+    key_padding_mask: Tensor | None = None,
     **packed: Any,
 ) -> Tensor:
-    return attention_formula(*_norm(q, k, q_weight, k_weight, eps), v, **packed)
+    normed = _norm(q, k, q_weight, k_weight, eps)
+    return without_padding(attention_formula(*normed, v, key_padding_mask=key_padding_mask, **packed), key_padding_mask)
 
 
 def _norm(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -374,10 +388,6 @@ def _portable(
     return portable_attention(*_norm(q, k, q_weight, k_weight, eps), v, scale, **packed)
 
 
-def _packed_formula(qkv: Tensor, *args: Any, **named: Any) -> Tensor:
-    return _formula(*_unpack(qkv), *args, **named)
-
-
 def _weights(make: Inputs) -> dict[str, Any]:
     return {"q_weight": make.vector(1.0), "k_weight": make.vector(1.0)}
 
@@ -388,12 +398,9 @@ register_spec(
         OP,
         _formula,
         {
-            "": lambda make: {**dict(zip("qkv", make.qkv().unbind(2), strict=True)), **_weights(make)},
-            "cu_seqlens": lambda make: {
-                **dict(zip("qkv", make.packed_qkv().unbind(1), strict=True)),
-                **_weights(make),
-                **make.sequences(),
-            },
+            "": lambda make: {**heads_example(make.qkv()), **_weights(make)},
+            "cu_seqlens": lambda make: {**heads_example(make.packed_qkv()), **_weights(make), **make.sequences()},
+            "key_padding_mask": lambda make: {**heads_example(make.qkv()), **_weights(make), **make.padding()},
         },
         multiplies,
         resolves_as="attention",
@@ -404,7 +411,7 @@ register_spec(
     OpSpec(
         qk_norm_attention_qkvpacked,
         PACKED,
-        _packed_formula,
+        lambda qkv, **named: _formula(*_unpack(qkv), **named),
         {
             "": lambda make: {"qkv": make.qkv(), **_weights(make)},
             "reference": lambda make: {"qkv": make.qkv(), **_weights(make), "rounding": "reference"},

@@ -47,12 +47,18 @@ def attention_backward(
     grad_v: Tensor,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Fills grad_q, grad_k and grad_v by their strides; returns the weights' gradients and the row dots [B, H, N], of a
-    pack [H, total]."""
+    pack [H, total]; cu_seqlens_k as in `Sequences`."""
+    if q_weight is None and (q.numel() == 0 or k.numel() == 0):
+        for grad in (grad_q, grad_k, grad_v):
+            grad.zero_()
+        return None, None, None, None
     sequences = None
     if cu_seqlens is not None:
-        sequences = Sequences(cu_seqlens.contiguous(), max_seqlen)
+        sequences = Sequences(cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k).contiguous()
         grad_out, q, k, v, out = (t.unsqueeze(0) for t in (grad_out, q, k, v, out))
         grad_q, grad_k, grad_v = (t.unsqueeze(0) for t in (grad_q, grad_k, grad_v))
     grad_out, q, k, v, out = (dense_heads(t) for t in (grad_out, q, k, v, out))

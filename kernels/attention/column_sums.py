@@ -15,7 +15,7 @@ from torch import Tensor
 from internvit.kernels.attention.config import AttentionConfig, QKNorm, Sequences, call, run_tiles
 from internvit.kernels.attention.grad_kv import load_queries
 from internvit.kernels.attention.scores import LOG2E, fold, scores
-from internvit.kernels.attention.tiles import LONE_ROWS, load_rows, one_head, tile_of_program, tile_of_sequence
+from internvit.kernels.attention.tiles import LONE_ROWS, first_row, first_token, load_rows, one_head, place_of_program
 from internvit.kernels.common.heads import dense_heads
 
 
@@ -87,7 +87,8 @@ def attention_column_sums_kernel(
     p_lse,  # [B, H, N]
     p_sums,  # [B, H, N]
     p_cu_seqlens,  # [B + 1] of a pack, else None
-    N, H, programs,  # of one head
+    p_cu_seqlens_q,  # None, as N_q: queries are the keys' tokens
+    N, N_q, H, programs,  # of one head
     stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh,
     scale_log2,
@@ -97,36 +98,33 @@ def attention_column_sums_kernel(
     PEEL_KEY: tl.constexpr,  # key 0 has a program of its own; alike
     TAIL: tl.constexpr,  # the last tile of the loop is not whole
 ):  # fmt: skip
-    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_KEY and p_cu_seqlens is None)
-    i_image, peeled_keys, peeled_queries = i_b, 1, 1 if PEEL_QUERY else 0
-    if p_cu_seqlens is not None:
-        i_image, i_row, N, i_lone, peeled_keys, peeled_queries = tile_of_sequence(
-            p_cu_seqlens, i_tile, i_b, i_h, N, BLOCK_N, BLOCK_M
-        )
-        peeled_queries = peeled_queries if PEEL_QUERY else 0
+    PACKED: tl.constexpr = p_cu_seqlens is not None
+    i_tile, i_bh, i_b, i_h, i_lone, i_image, n_k, peeled_keys, _, _, peeled_queries = place_of_program(
+        p_cu_seqlens, p_cu_seqlens_q, N, N_q, H, programs, BLOCK_N, BLOCK_M, PEEL_KEY, PEEL_QUERY
+    )
     p_q, stride_qn = one_head(p_q, i_image, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
     p_k, stride_kn = one_head(p_k, i_image, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
-    i_row = i_bh * N if p_cu_seqlens is None else i_row
+    i_row = first_row(i_bh, i_h, i_image, N, PACKED)
     p_lse += i_row
     p_sums += i_row
     if p_rstd_k is not None:
-        i_token = i_b * N if p_cu_seqlens is None else i_image
+        i_token = first_token(i_b, i_image, N, PACKED)
         p_rstd_q += i_token
         p_rstd_k += i_token
     # fmt: off
     if PEEL_KEY:
-        if i_tile == (programs - 1 if p_cu_seqlens is None else i_lone):
-            column_sums_tile(p_q, p_k, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_lse, p_sums, 0, 1, N, i_h,
+        if i_tile == i_lone:
+            column_sums_tile(p_q, p_k, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_lse, p_sums, 0, 1, n_k, i_h,
                              peeled_queries, stride_qn, stride_kn, scale_log2,
-                             D, BLOCK_D, BLOCK_M, LONE_ROWS, PEEL_QUERY, TAIL, p_cu_seqlens is not None)
+                             D, BLOCK_D, BLOCK_M, LONE_ROWS, PEEL_QUERY, TAIL, PACKED)
         else:
             column_sums_tile(p_q, p_k, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_lse, p_sums,
-                             peeled_keys + i_tile * BLOCK_N, N, N, i_h, peeled_queries, stride_qn, stride_kn,
-                             scale_log2, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL, p_cu_seqlens is not None)
+                             peeled_keys + i_tile * BLOCK_N, n_k, n_k, i_h, peeled_queries, stride_qn, stride_kn,
+                             scale_log2, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL, PACKED)
     else:
-        column_sums_tile(p_q, p_k, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_lse, p_sums, i_tile * BLOCK_N, N, N,
-                         i_h, peeled_queries, stride_qn, stride_kn, scale_log2,
-                         D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL, p_cu_seqlens is not None)
+        column_sums_tile(p_q, p_k, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_lse, p_sums,
+                         i_tile * BLOCK_N, n_k, n_k, i_h, peeled_queries, stride_qn, stride_kn, scale_log2,
+                         D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL, PACKED)
     # fmt: on
 
 

@@ -37,11 +37,13 @@ class AttentionConfig:
         """How many keep a tile of one head each."""
         return cdiv(tokens, self.rows)
 
-    def peeling(self, tokens: int) -> tuple[bool, bool, bool]:
+    def peeling(self, kept: int, walked: int | None = None) -> tuple[bool, bool, bool]:
         """Whether the first token alone is left over by whole tiles of `rows`, and of `columns`, as the class token is
-        at 1025; and whether the walk over tiles of `columns` has to mask its last one."""
-        rows, columns = (tokens > 1 and tokens % tile == 1 for tile in (self.rows, self.columns))
-        return rows, columns, tokens % self.columns != 0 and not columns
+        at 1025; and whether the walk over tiles of `columns` has to mask its last one. `walked`: tokens of the walk,
+        where they are not as many."""
+        walked = kept if walked is None else walked
+        rows, columns = (n > 1 and n % tile == 1 for n, tile in ((kept, self.rows), (walked, self.columns)))
+        return rows, columns, walked % self.columns != 0 and not columns
 
     @classmethod
     def rule(cls, kernel: str, head_dim: int, itemsize: int, target: Target) -> "AttentionConfig":
@@ -151,14 +153,30 @@ class Sequences:
     Attributes:
         cu_seqlens: [B + 1] int32, from 0 to total, on the tokens' device.
         max_seqlen: the tokens of the longest sequence, or more.
+        cu_seqlens_k, max_seqlen_k: the same of keys and values, where they are not the queries'.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_k: int | None = None
+
+    def contiguous(self) -> "Sequences":
+        ends_k = contiguous(self.cu_seqlens_k)
+        return Sequences(self.cu_seqlens.contiguous(), self.max_seqlen, ends_k, self.max_seqlen_k)
 
     @property
     def count(self) -> int:
         return self.cu_seqlens.numel() - 1
+
+    def kept_and_walked(self, keeps: Literal["queries", "keys"]) -> tuple[Tensor, Tensor | None, int]:
+        """The ends of the sequences that programs keep tiles of; of those they walk over, where they are others; the
+        longest that is kept."""
+        if self.cu_seqlens_k is None or self.max_seqlen_k is None:
+            return self.cu_seqlens, None, self.max_seqlen
+        if keeps == "queries":
+            return self.cu_seqlens, self.cu_seqlens_k, self.max_seqlen
+        return self.cu_seqlens_k, self.cu_seqlens, self.max_seqlen_k
 
 
 def masks_every_tile(head_dim: int, target: Target) -> bool:
@@ -172,6 +190,13 @@ def masks_every_tile(head_dim: int, target: Target) -> bool:
     """
     family = target.matrix_instructions
     return family in ("mfma", "wmma") or (family == "mma" and head_dim > 64)
+
+
+def target_options(keeps: Literal["queries", "keys"], head_dim: int, masked: bool, target: Target) -> dict[str, int]:
+    """Options that one family of targets has. With wmma, wide heads and a masked walk LLVM keeps registers free for
+    more waves than fit, and grad_kv spills 4 bytes on gfx1100; told of one wave, none."""
+    wide = head_dim > 64 and target.matrix_instructions == "wmma"
+    return {"waves_per_eu": 1} if wide and masked and keeps == "keys" else {}
 
 
 def head_blocks(head_dim: int) -> dict[str, int]:
@@ -196,21 +221,26 @@ def run_tiles(
 
     Args:
         pointers: the kernel's first arguments.
-        strided: those of them that are read and written by strides, each [B, N, H, D], or [1, total, H, D] of a pack.
+        strided: those of them that are read and written by strides, each [B, N, H, D], or [1, total, H, D] of a pack:
+            queries first, then keys.
         scale: the kernel's last argument.
     """
     B, N, H, D = strided[0].shape
+    walked = strided[1].shape[1]
+    if keeps == "keys":
+        N, walked = walked, N
     tail: int
+    target = launch.target_of(strided[0])
     if sequences is None:
-        cu_seqlens, programs = None, config.programs(N)
+        ends, ends_walked, programs = None, None, config.programs(N)
         strides, unit = head_strides(*strided)
-        peel_row, peel_column, tail = config.peeling(N)
+        peel_row, peel_column, tail = config.peeling(N, walked)
     else:
-        cu_seqlens, programs = sequences.cu_seqlens, config.programs(sequences.max_seqlen)
+        ends, ends_walked, longest = sequences.kept_and_walked(keeps)
+        programs = config.programs(longest)
         B = sequences.count if N else 0
         strides, unit = token_strides(*strided)
-        target = launch.target_of(strided[0])
-        # with a token apart grad_kv spills 8 bytes on sm_100, D = 128, and 16 on gfx1100, where 4 are left
+        # with a token apart grad_kv spills 8 bytes on sm_100, D = 128, and 16 on gfx1100
         peel_row = target.matrix_instructions != "wmma"
         peel_column = peel_row and target.matrix_instructions != "tcgen05"
         tail = LAST_AGAIN.value if keeps == "keys" or masks_every_tile(D, target) else 0
@@ -220,7 +250,7 @@ def run_tiles(
     launch.run(
         kernel,
         (programs * B * H,),
-        *(*pointers, cu_seqlens, N, H, programs, *strides, scale),
+        *(*pointers, ends, ends_walked, N, None if walked == N else walked, H, programs, *strides, scale),
         **head_blocks(D),
         STRIDE_UNIT=unit,
         BLOCK_M=queries[0],
@@ -230,4 +260,5 @@ def run_tiles(
         TAIL=tail,
         num_warps=config.warps,
         num_stages=config.stages,
+        **target_options(keeps, D, bool(tail), target),
     )

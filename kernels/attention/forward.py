@@ -26,12 +26,13 @@ from internvit.kernels.attention.scores import LN2, LOG2E, add_product, fold, ke
 from internvit.kernels.attention.tiles import (
     LAST_AGAIN,
     LONE_ROWS,
+    first_row,
+    first_token,
     keys_of_sequence,
     load_rows,
     one_head,
+    place_of_program,
     store_rows,
-    tile_of_program,
-    tile_of_sequence,
 )
 from internvit.kernels.common.heads import dense_heads
 from internvit.kernels.common.rows import load_vector
@@ -78,6 +79,7 @@ def attend_tile(
     scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PEEL_KEY: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
+    MAY_LACK_KEYS: tl.constexpr,  # then out is 0 and lse -inf
 ):  # fmt: skip
     """Queries i_m.. before m_end of one head; all pointers are that head's."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -114,7 +116,10 @@ def attend_tile(
                 b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, n_end, N, stride_kn, stride_vn, o_d, scale_log2,
                 D, BLOCK_N, LAST_AGAIN,
             )  # fmt: skip
-    store_rows(p_out, i_m, m_end, H * D, o_d, D, BLOCK_M, b_acc / b_sum[:, None])
+    b_divisor = b_sum
+    if MAY_LACK_KEYS:
+        b_divisor = tl.where(b_sum == 0, 1.0, b_sum)
+    store_rows(p_out, i_m, m_end, H * D, o_d, D, BLOCK_M, b_acc / b_divisor[:, None])
     tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < m_end)
 
 
@@ -126,7 +131,9 @@ def attention_kernel(
     p_out,  # [B, N, H, D] contiguous
     p_lse,  # [B, H, N]
     p_cu_seqlens,  # [B + 1] of a pack, else None
-    N, H, programs,  # of one head
+    p_cu_seqlens_k,  # where keys have their own, else None
+    N, N_k,  # the latter None where keys are as many as queries
+    H, programs,  # of one head
     stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
@@ -137,36 +144,34 @@ def attention_kernel(
     PEEL_KEY: tl.constexpr,  # key 0 starts the softmax; alike
     TAIL: tl.constexpr,  # the last tile of keys is not whole
 ):  # fmt: skip
-    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_QUERY and p_cu_seqlens is None)
-    i_image, peeled_queries, peeled_keys = i_b, 1, 1 if PEEL_KEY else 0
-    if p_cu_seqlens is not None:
-        i_image, i_row, N, i_lone, peeled_queries, peeled_keys = tile_of_sequence(
-            p_cu_seqlens, i_tile, i_b, i_h, N, BLOCK_M, BLOCK_N
-        )
-        peeled_keys = peeled_keys if PEEL_KEY else 0
-    p_q, stride_qn = one_head(p_q, i_image, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
-    p_k, stride_kn = one_head(p_k, i_image, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
-    p_v, stride_vn = one_head(p_v, i_image, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
-    i_token = i_b * N if p_cu_seqlens is None else i_image
+    PACKED: tl.constexpr = p_cu_seqlens is not None
+    MAY_LACK_KEYS: tl.constexpr = p_cu_seqlens_k is not None
+    i_tile, i_bh, i_b, i_h, i_lone, i_q, n_q, peeled_queries, i_k, n_k, peeled_keys = place_of_program(
+        p_cu_seqlens, p_cu_seqlens_k, N, N_k, H, programs, BLOCK_M, BLOCK_N, PEEL_QUERY, PEEL_KEY
+    )
+    p_q, stride_qn = one_head(p_q, i_q, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
+    p_k, stride_kn = one_head(p_k, i_k, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
+    p_v, stride_vn = one_head(p_v, i_k, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
+    i_token = first_token(i_b, i_q, N, PACKED)
     p_out += (i_token * H + i_h) * D
-    p_lse += i_bh * N if p_cu_seqlens is None else i_row
+    p_lse += first_row(i_bh, i_h, i_q, N, PACKED)
     if p_rstd_k is not None:
         p_rstd_q += i_token
         p_rstd_k += i_token
     # fmt: off
     if PEEL_QUERY:
-        if i_tile == (programs - 1 if p_cu_seqlens is None else i_lone):
+        if i_tile == i_lone:
             attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
-                        0, 1, i_h, N, H, peeled_keys, stride_qn, stride_kn, stride_vn, scale_log2,
-                        D, BLOCK_D, LONE_ROWS, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
+                        0, 1, i_h, n_k, H, peeled_keys, stride_qn, stride_kn, stride_vn, scale_log2,
+                        D, BLOCK_D, LONE_ROWS, BLOCK_N, PEEL_KEY, TAIL, PACKED, MAY_LACK_KEYS)
         else:
             attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
-                        peeled_queries + i_tile * BLOCK_M, N, i_h, N, H, peeled_keys, stride_qn, stride_kn, stride_vn,
-                        scale_log2, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
+                        peeled_queries + i_tile * BLOCK_M, n_q, i_h, n_k, H, peeled_keys, stride_qn, stride_kn,
+                        stride_vn, scale_log2, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, PACKED, MAY_LACK_KEYS)
     else:
         attend_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_out, p_lse,
-                    i_tile * BLOCK_M, N, i_h, N, H, peeled_keys, stride_qn, stride_kn, stride_vn, scale_log2,
-                    D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
+                    i_tile * BLOCK_M, n_q, i_h, n_k, H, peeled_keys, stride_qn, stride_kn, stride_vn, scale_log2,
+                    D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, PACKED, MAY_LACK_KEYS)
     # fmt: on
 
 
@@ -182,6 +187,8 @@ def attend(
     B, N, H, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, H, N), dtype=torch.float32)
+    if k.numel() == 0:
+        return out.zero_(), lse.fill_(-float("inf"))
     pointers = (q, k, v, *norm, out, lse)
     run_tiles(attention_kernel, config, "queries", pointers, (q, k, v), scale * LOG2E.value, sequences)
     return out, lse
@@ -198,13 +205,18 @@ def attention(
     rstd_k: Tensor | None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse [B, H, N]; of a pack [total, H, D] with rstd [total], lse [H, total]."""
+    """out and lse [B, H, N]; of a pack [total, H, D] with rstd [total], lse [H, total]; cu_seqlens_k as in
+    `Sequences`. Without keys out is 0 and lse -inf.
+    """
     norm = QKNorm(q_weight, k_weight, rstd_q, rstd_k).contiguous()
     if scale < 0:
         q, scale = -q, -scale
     if cu_seqlens is None:
         return call("forward", q, attend, *map(dense_heads, (q, k, v)), scale, norm)
     heads = (dense_heads(t.unsqueeze(0)) for t in (q, k, v))
-    out, lse = call("forward", q, attend, *heads, scale, norm, Sequences(cu_seqlens.contiguous(), max_seqlen))
+    pack = Sequences(cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k).contiguous()
+    out, lse = call("forward", q, attend, *heads, scale, norm, pack)
     return out.squeeze(0), lse.squeeze(0)

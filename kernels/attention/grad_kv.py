@@ -12,12 +12,13 @@ from internvit.kernels.attention.config import AttentionConfig, Sequences, run_t
 from internvit.kernels.attention.scores import LN2, LOG2E, add_product, probabilities, scores
 from internvit.kernels.attention.tiles import (
     LONE_ROWS,
+    first_row,
+    first_token,
     load_rows,
     load_rows_or_last,
     one_head,
+    place_of_program,
     store_rows,
-    tile_of_program,
-    tile_of_sequence,
 )
 
 
@@ -115,7 +116,9 @@ def attention_grad_kv_kernel(
     p_grad_k, p_grad_v,  # [B, N, H, D]
     p_row_dot_k,  # [B, H, N] or None
     p_cu_seqlens,  # [B + 1] of a pack, else None
-    N, H, programs,  # of one head
+    p_cu_seqlens_q,  # where queries have their own, else None
+    N, N_q,  # keys; queries, None where they are as many
+    H, programs,  # of one head
     stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
@@ -129,40 +132,37 @@ def attention_grad_kv_kernel(
     PEEL_KEY: tl.constexpr,  # key 0 has a program of its own; alike
     TAIL: tl.constexpr,  # the last tile of the loop is not whole
 ):  # fmt: skip
-    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_KEY and p_cu_seqlens is None)
-    i_image, peeled_keys, peeled_queries = i_b, 1, 1 if PEEL_QUERY else 0
-    if p_cu_seqlens is not None:
-        i_image, i_row, N, i_lone, peeled_keys, peeled_queries = tile_of_sequence(
-            p_cu_seqlens, i_tile, i_b, i_h, N, BLOCK_N, BLOCK_M
-        )
-        peeled_queries = peeled_queries if PEEL_QUERY else 0
-    p_q, stride_qn = one_head(p_q, i_image, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
-    p_k, stride_kn = one_head(p_k, i_image, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
-    p_v, stride_vn = one_head(p_v, i_image, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
-    p_grad_out, stride_gn = one_head(p_grad_out, i_image, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
-    p_grad_k, stride_dkn = one_head(p_grad_k, i_image, i_h, stride_dkb, stride_dkn, stride_dkh, STRIDE_UNIT)
-    p_grad_v, stride_dvn = one_head(p_grad_v, i_image, i_h, stride_dvb, stride_dvn, stride_dvh, STRIDE_UNIT)
-    i_row = i_bh * N if p_cu_seqlens is None else i_row
+    PACKED: tl.constexpr = p_cu_seqlens is not None
+    i_tile, i_bh, i_b, i_h, i_lone, i_k, n_k, peeled_keys, i_q, n_q, peeled_queries = place_of_program(
+        p_cu_seqlens, p_cu_seqlens_q, N, N_q, H, programs, BLOCK_N, BLOCK_M, PEEL_KEY, PEEL_QUERY
+    )
+    p_q, stride_qn = one_head(p_q, i_q, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
+    p_k, stride_kn = one_head(p_k, i_k, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
+    p_v, stride_vn = one_head(p_v, i_k, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
+    p_grad_out, stride_gn = one_head(p_grad_out, i_q, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
+    p_grad_k, stride_dkn = one_head(p_grad_k, i_k, i_h, stride_dkb, stride_dkn, stride_dkh, STRIDE_UNIT)
+    p_grad_v, stride_dvn = one_head(p_grad_v, i_k, i_h, stride_dvb, stride_dvn, stride_dvh, STRIDE_UNIT)
+    i_row = first_row(i_bh, i_h, i_q, N if N_q is None else N_q, PACKED)
     p_lse += i_row
     p_delta += i_row
     if p_rstd_k is not None:
-        p_rstd_k += i_b * N if p_cu_seqlens is None else i_image
-        p_row_dot_k += i_row
+        p_rstd_k += first_token(i_b, i_k, N, PACKED)
+        p_row_dot_k += i_row  # with QK-norm queries and keys are the same tokens
     # fmt: off
     if PEEL_KEY:
-        if i_tile == (programs - 1 if p_cu_seqlens is None else i_lone):
-            grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k, 0, 1, N,
-                         peeled_queries, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn, scale,
-                         D, BLOCK_D, BLOCK_M, LONE_ROWS, PEEL_QUERY, TAIL, p_cu_seqlens is not None)
+        if i_tile == i_lone:
+            grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
+                         0, 1, n_q, peeled_queries, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn, stride_dvn,
+                         scale, D, BLOCK_D, BLOCK_M, LONE_ROWS, PEEL_QUERY, TAIL, PACKED)
         else:
             grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
-                         peeled_keys + i_tile * BLOCK_N, N, N, peeled_queries, stride_qn, stride_kn, stride_vn,
+                         peeled_keys + i_tile * BLOCK_N, n_k, n_q, peeled_queries, stride_qn, stride_kn, stride_vn,
                          stride_gn, stride_dkn, stride_dvn, scale,
-                         D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL, p_cu_seqlens is not None)
+                         D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL, PACKED)
     else:
         grad_kv_tile(p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_rstd_k, p_grad_k, p_grad_v, p_row_dot_k,
-                     i_tile * BLOCK_N, N, N, peeled_queries, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn,
-                     stride_dvn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL, p_cu_seqlens is not None)
+                     i_tile * BLOCK_N, n_k, n_q, peeled_queries, stride_qn, stride_kn, stride_vn, stride_gn, stride_dkn,
+                     stride_dvn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_QUERY, TAIL, PACKED)
     # fmt: on
 
 

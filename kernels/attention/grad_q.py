@@ -13,12 +13,13 @@ from internvit.kernels.attention.scores import LOG2E, add_product, key_scores, l
 from internvit.kernels.attention.tiles import (
     LAST_AGAIN,
     LONE_ROWS,
+    first_row,
+    first_token,
     keys_of_sequence,
     load_rows,
     one_head,
+    place_of_program,
     store_rows,
-    tile_of_program,
-    tile_of_sequence,
 )
 
 
@@ -55,6 +56,7 @@ def grad_q_tile(
     scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PEEL_KEY: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
+    MAY_LACK_KEYS: tl.constexpr,  # lse is -inf then
 ):  # fmt: skip
     """Queries i_m.. before m_end of one head; all pointers are that head's."""
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -68,6 +70,8 @@ def grad_q_tile(
         b_q = load_rows(p_q, i_m, m_end, stride_qn, o_d, D, BLOCK_M, True)
     b_grad = load_rows(p_grad_out, i_m, m_end, stride_gn, o_d, D, BLOCK_M, True)
     b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2E
+    if MAY_LACK_KEYS:
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
     b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
 
     b_grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -117,7 +121,9 @@ def attention_grad_q_kernel(
     p_row_dot_q,  # [B, H, N] or None
     p_partials,  # [1, B * programs, H * D] float32 or None
     p_cu_seqlens,  # [B + 1] of a pack, else None
-    N, H, programs,  # of one head
+    p_cu_seqlens_k,  # where keys have their own, else None
+    N, N_k,  # the latter None where keys are as many as queries
+    H, programs,  # of one head
     stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
@@ -130,43 +136,42 @@ def attention_grad_q_kernel(
     PEEL_KEY: tl.constexpr,  # key 0 goes before the loop; alike
     TAIL: tl.constexpr,  # the last tile of the loop is not whole
 ):  # fmt: skip
-    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_QUERY and p_cu_seqlens is None)
-    i_image, peeled_queries, peeled_keys = i_b, 1, 1 if PEEL_KEY else 0
-    if p_cu_seqlens is not None:
-        i_image, i_row, N, i_lone, peeled_queries, peeled_keys = tile_of_sequence(
-            p_cu_seqlens, i_tile, i_b, i_h, N, BLOCK_M, BLOCK_N
-        )
-        peeled_keys = peeled_keys if PEEL_KEY else 0
-    p_q, stride_qn = one_head(p_q, i_image, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
-    p_k, stride_kn = one_head(p_k, i_image, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
-    p_v, stride_vn = one_head(p_v, i_image, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
-    p_grad_out, stride_gn = one_head(p_grad_out, i_image, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
-    p_grad_q, stride_dqn = one_head(p_grad_q, i_image, i_h, stride_dqb, stride_dqn, stride_dqh, STRIDE_UNIT)
-    i_row = i_bh * N if p_cu_seqlens is None else i_row
+    PACKED: tl.constexpr = p_cu_seqlens is not None
+    MAY_LACK_KEYS: tl.constexpr = p_cu_seqlens_k is not None
+    i_tile, i_bh, i_b, i_h, i_lone, i_q, n_q, peeled_queries, i_k, n_k, peeled_keys = place_of_program(
+        p_cu_seqlens, p_cu_seqlens_k, N, N_k, H, programs, BLOCK_M, BLOCK_N, PEEL_QUERY, PEEL_KEY
+    )
+    p_q, stride_qn = one_head(p_q, i_q, i_h, stride_qb, stride_qn, stride_qh, STRIDE_UNIT)
+    p_k, stride_kn = one_head(p_k, i_k, i_h, stride_kb, stride_kn, stride_kh, STRIDE_UNIT)
+    p_v, stride_vn = one_head(p_v, i_k, i_h, stride_vb, stride_vn, stride_vh, STRIDE_UNIT)
+    p_grad_out, stride_gn = one_head(p_grad_out, i_q, i_h, stride_gb, stride_gn, stride_gh, STRIDE_UNIT)
+    p_grad_q, stride_dqn = one_head(p_grad_q, i_q, i_h, stride_dqb, stride_dqn, stride_dqh, STRIDE_UNIT)
+    i_row = first_row(i_bh, i_h, i_q, N, PACKED)
     p_lse += i_row
     p_delta += i_row
     if p_rstd_k is not None:
-        i_token = i_b * N if p_cu_seqlens is None else i_image
+        i_token = first_token(i_b, i_q, N, PACKED)
         p_rstd_q += i_token
         p_rstd_k += i_token
         p_row_dot_q += i_row
         p_partials += ((i_b * programs + i_tile) * H + i_h) * D
     # fmt: off
     if PEEL_QUERY:
-        if i_tile == (programs - 1 if p_cu_seqlens is None else i_lone):
+        if i_tile == i_lone:
             grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
-                        p_row_dot_q, p_partials, 0, 1, i_h, N, peeled_keys, stride_qn, stride_kn, stride_vn, stride_gn,
-                        stride_dqn, scale, D, BLOCK_D, LONE_ROWS, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
+                        p_row_dot_q, p_partials, 0, 1, i_h, n_k, peeled_keys, stride_qn, stride_kn, stride_vn,
+                        stride_gn, stride_dqn, scale,
+                        D, BLOCK_D, LONE_ROWS, BLOCK_N, PEEL_KEY, TAIL, PACKED, MAY_LACK_KEYS)
         else:
             grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
-                        p_row_dot_q, p_partials, peeled_queries + i_tile * BLOCK_M, N, i_h, N, peeled_keys, stride_qn,
-                        stride_kn, stride_vn, stride_gn, stride_dqn, scale,
-                        D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
+                        p_row_dot_q, p_partials, peeled_queries + i_tile * BLOCK_M, n_q, i_h, n_k, peeled_keys,
+                        stride_qn, stride_kn, stride_vn, stride_gn, stride_dqn, scale,
+                        D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, PACKED, MAY_LACK_KEYS)
     else:
         grad_q_tile(p_q, p_k, p_v, p_q_weight, p_k_weight, p_rstd_q, p_rstd_k, p_grad_out, p_lse, p_delta, p_grad_q,
-                    p_row_dot_q, p_partials, i_tile * BLOCK_M, N, i_h, N, peeled_keys, stride_qn, stride_kn, stride_vn,
-                    stride_gn, stride_dqn, scale,
-                    D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, p_cu_seqlens is not None)
+                    p_row_dot_q, p_partials, i_tile * BLOCK_M, n_q, i_h, n_k, peeled_keys, stride_qn, stride_kn,
+                    stride_vn, stride_gn, stride_dqn, scale,
+                    D, BLOCK_D, BLOCK_M, BLOCK_N, PEEL_KEY, TAIL, PACKED, MAY_LACK_KEYS)
     # fmt: on
 
 

@@ -89,21 +89,66 @@ def leaves_one(N, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_of_sequence(p_cu_seqlens, i_tile, i_b, i_h, total, KEPT: tl.constexpr, WALKED: tl.constexpr):
+def tile_of_sequence(p_cu_kept, p_cu_walked, i_tile, i_b, KEPT: tl.constexpr, WALKED: tl.constexpr):
     """What a dense kernel knows of its images, for sequence i_b of a pack.
 
-    Returns its first token; the first token of its head in a tensor [H, total]; its length; its tile of a single row,
-    or -1; how many tokens, 0 or 1, are taken apart from the KEPT rows of a program's tile and the WALKED rows of the
-    tiles of its loop. A tile beyond the sequence's end is one of an empty sequence: its program loads, walks over and
-    writes nothing.
+    p_cu_walked: where the tokens that a program walks over have sequences of their own, else None.
+
+    Returns its first token and its length among the tokens that programs keep, and among those they walk over; its tile
+    of a single row, or -1; how many tokens, 0 or 1, are taken apart from the KEPT rows of a program's tile and the
+    WALKED rows of the tiles of its loop. A tile beyond the sequence's end is one of an empty sequence: its program
+    loads, walks over and writes nothing. A sequence without tokens to walk over begins at token 0, which can be read.
     """
-    i_first = tl.load(p_cu_seqlens + i_b)
-    N = tl.load(p_cu_seqlens + i_b + 1) - i_first
+    i_first = tl.load(p_cu_kept + i_b)
+    N = tl.load(p_cu_kept + i_b + 1) - i_first
     beyond = i_tile * KEPT >= N
-    i_token = tl.where(beyond, 0, i_first).to(tl.int64)
+    i_kept = tl.where(beyond, 0, i_first).to(tl.int64)
     N = tl.where(beyond, 0, N)
+    i_walked, N_walked = i_kept, N
+    if p_cu_walked is not None:
+        i_first = tl.load(p_cu_walked + i_b)
+        N_walked = tl.where(beyond, 0, tl.load(p_cu_walked + i_b + 1) - i_first)
+        i_walked = tl.where(N_walked == 0, 0, i_first).to(tl.int64)
     peeled = leaves_one(N, KEPT)
-    return i_token, i_h * total + i_token, N, tl.where(peeled == 1, N // KEPT, -1), peeled, leaves_one(N, WALKED)
+    return i_kept, N, i_walked, N_walked, tl.where(peeled == 1, N // KEPT, -1), peeled, leaves_one(N_walked, WALKED)
+
+
+@triton.jit
+def place_of_program(
+    p_cu_kept, p_cu_walked,  # [B + 1] of a pack, else None
+    N, N_walked,  # tokens that programs keep a tile of, and that they walk over; the latter None where they are as many
+    H, programs,  # of one head
+    KEPT: tl.constexpr, WALKED: tl.constexpr,  # rows of the tiles
+    PEEL_KEPT: tl.constexpr, PEEL_WALKED: tl.constexpr,
+):  # fmt: skip
+    """The tile of this program, and its sequence: image i_b of a batch, or of a pack sequence i_b.
+
+    Returns i_tile, i_bh, i_b and i_h as `tile_of_program`; the tile that is a single row; then of the tokens that
+    programs keep, and of those that this one walks over: their place for `one_head`, their number, and how many of
+    them, 0 or 1, are taken apart from whole tiles.
+    """
+    i_tile, i_bh, i_b, i_h = tile_of_program(programs, H, PEEL_KEPT and p_cu_kept is None)
+    i_kept, i_walked, i_lone, peeled, peeled_walked = i_b, i_b, programs - 1, 1, 1 if PEEL_WALKED else 0
+    if N_walked is None:
+        N_walked = N
+    if p_cu_kept is not None:
+        i_kept, N, i_walked, N_walked, i_lone, peeled, peeled_walked = tile_of_sequence(
+            p_cu_kept, p_cu_walked, i_tile, i_b, KEPT, WALKED
+        )
+        peeled_walked = peeled_walked if PEEL_WALKED else 0
+    return i_tile, i_bh, i_b, i_h, i_lone, i_kept, N, peeled, i_walked, N_walked, peeled_walked
+
+
+@triton.jit
+def first_token(i_b, i_image, N, PACKED: tl.constexpr):
+    """The first token of a sequence in a tensor [B, N], or of a pack [N], whose tokens i_image counts."""
+    return i_image if PACKED else i_b * N
+
+
+@triton.jit
+def first_row(i_bh, i_h, i_image, N, PACKED: tl.constexpr):
+    """The first token of one head of a sequence in a tensor [B, H, N], or of a pack [H, N]."""
+    return i_h * N + i_image if PACKED else i_bh * N
 
 
 @triton.jit

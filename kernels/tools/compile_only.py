@@ -62,6 +62,7 @@ class Specialization:
         signature: type of each argument by name, "constexpr" for constants.
         constants: value of each constant by name.
         attributes: of the arguments by position, as [["tt.divisibility", 16]].
+        options: the target's own, beside warps and stages.
     """
 
     module: str
@@ -71,6 +72,7 @@ class Specialization:
     attributes: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...]
     num_warps: int
     num_stages: int
+    options: tuple[tuple[str, Any], ...] = ()
 
     def compile(self, target: Target) -> Any:
         kernel = getattr(importlib.import_module(self.module), self.function)
@@ -82,7 +84,7 @@ class Specialization:
                 {(i,): [list(attribute) for attribute in attributes] for i, attributes in self.attributes},
             ),
             target=gpu_target(target),
-            options={"num_warps": self.num_warps, "num_stages": self.num_stages},
+            options={"num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.options)},
         )
 
 
@@ -108,6 +110,7 @@ def specialize(one: Launch) -> Specialization:
         tuple((path[0], tuple(map(tuple, found))) for path, found in attributes.items() if found),
         one.num_warps,
         one.num_stages,
+        tuple((name, value) for name, value in one.constants.items() if name not in names),
     )
 
 

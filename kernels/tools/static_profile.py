@@ -111,6 +111,14 @@ def occupancy(target: Target, registers: int, shared_bytes: int, num_warps: int)
     return resident_programs(target, registers, shared_bytes, num_warps) * num_warps / warps
 
 
+_KEYS_APART = ("p_cu_seqlens_k", "p_cu_seqlens_q", "N_k", "N_q")
+"""Attention's arguments where keys are not the queries' own."""
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("p_")
+
+
 def config_of(one: Specialization) -> str:
     """What tells a kernel's specialisations apart: dtypes, constants, None and 1 among the arguments, alignment."""
     types = dict(one.signature)
@@ -119,8 +127,11 @@ def config_of(one: Specialization) -> str:
     dtypes = list(dict.fromkeys(t.removeprefix("*") for t in types.values() if t.startswith("*")))
     parts = ["/".join(dtypes)]
     parts += [f"{name}={value}" for name, value in constants.items() if name.isupper() and value is not None]
-    # a pack's int32 cu_seqlens stands among the dtypes; what is not packed is the rule
-    absent = [name.removeprefix("p_") for name, value in constants.items() if value is None and name != "p_cu_seqlens"]
+    # a pack's int32 cu_seqlens stands among the dtypes; what is not packed, and as many keys as queries, is the rule
+    absent = [name for name, value in constants.items() if value is None]
+    unusual = [name for name in types if name in _KEYS_APART and name not in absent]
+    parts += [f"with {','.join(map(_bare, unusual))}"] if unusual else []
+    absent = [_bare(name) for name in absent if name not in ("p_cu_seqlens", *_KEYS_APART)]
     parts += [f"without {','.join(absent)}"] if absent else []
     parts += [f"{name}=1" for name, value in constants.items() if not name.isupper() and value == 1]
     narrow = [name for name, t in types.items() if (t.startswith("*") or "stride" in name) and name not in aligned]

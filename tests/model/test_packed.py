@@ -192,6 +192,18 @@ def test_compiled_encoder_takes_any_total() -> None:
     assert len(graphs) <= 2, "the second has a dynamic total, number of images and max_seqlen"
 
 
+def test_compiles_with_dynamic_shapes_from_the_first_call() -> None:
+    """Channels are symbolic too, where they are those of an input."""
+    model, plain = build("tiny-rms_norm"), build("tiny-rms_norm")
+    plain.load_state_dict(model.state_dict())
+    torch._dynamo.reset()
+    model.encoder.compile(backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for pixels in (photos(), photos()[1:3]):
+            actual, expected = model(pixels).last_hidden_state, plain(pixels).last_hidden_state
+            torch.testing.assert_close(actual.values, expected.values)
+
+
 def test_packed_tokens() -> None:
     values = torch.randn(13, 4)
     packed = PackedTokens(values, [(2, 3), (1, 1), (1, 3)])

@@ -51,7 +51,7 @@ def test_contract_on_packed_views(backend, tokens, heads, head_dim, dtype, gener
 @pytest.mark.parametrize("backend", [b for b in backends_here("attention") if BACKENDS[b].exposes_lse_on("cpu")])
 def test_log_sum_exp(backend, generator) -> None:
     q, k, v = qkv(17, 2, 64, torch.float32, generator).unbind(2)
-    lse = torch.ops.internvit.attention(q, k, v, 0.125, *[None] * 6, backend)[1]
+    lse = torch.ops.internvit.attention(q, k, v, 0.125, *[None] * 8, backend)[1]
     truth = (torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * 0.125).logsumexp(-1)
     assert relative_error(lse, truth) < 1e-6
 
@@ -96,7 +96,7 @@ def test_agrees_with_torch_at_true_size(generator) -> None:
     ("change", "message"),
     [
         (dict(q=torch.ones(2, 3, 8)), r"q must have shape \[B, N, H, D\], got \[2, 3, 8\]"),
-        (dict(k=torch.ones(2, 4, 2, 8)), r"k must have q's shape \[2, 3, 2, 8\], got \[2, 4, 2, 8\]"),
+        (dict(k=torch.ones(2, 4, 2, 8)), r"v must have k's shape \[2, 4, 2, 8\], got \[2, 3, 2, 8\]"),
         (dict(v=torch.ones(2, 3, 2, 8).half()), "v must have q's dtype torch.float32, got torch.float16"),
         (dict(q_weight=torch.ones(16)), "go together, got None for k_weight, rstd_q, rstd_k"),
         (dict(backend="flash"), "flash"),

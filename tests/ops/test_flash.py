@@ -118,10 +118,10 @@ def sequences(ends_q, ends_k, longest_q, longest_k):
 
 def forward(q, k, v, scale, ends=None, longest=None):
     pointers.append((q.data_ptr(), k.data_ptr(), v.data_ptr()))
-    return torch.ops.internvit.attention(q, k, v, scale, *[None] * 4, ends, longest, "reference")
+    return torch.ops.internvit.attention(q, k, v, scale, *[None] * 4, ends, longest, None, None, "reference")
 
 def backward(dout, q, k, v, out, lse, scale, ends=None, longest=None):
-    args = (dout, q, k, v, out, lse, scale, *[None] * 4, ends, longest, "reference")
+    args = (dout, q, k, v, out, lse, scale, *[None] * 4, ends, longest, None, None, "reference")
     return torch.ops.internvit.attention_backward(*args)[:3]
 
 def fill(results, *grads):

@@ -64,7 +64,7 @@ def call(op: str, backend: str, *args: Any) -> Any:
     """Runs `op` on arguments as in its schema; attention's backward takes grad_q, grad_k, grad_v last."""
     function = implementation(op, backend)
     if op == "attention":
-        sequences = pack(*args[8:10], args[0].shape[0]) if len(args) == 10 else None
+        sequences = pack(*args[8:10], args[0].shape[0], *args[10:], args[1].shape[0]) if len(args) == 12 else None
         given = () if sequences is None else (sequences,)
         return function(*args[:4], None if args[4] is None else QKNorm(*args[4:8]), *given)
     if op == "attention_column_sums":

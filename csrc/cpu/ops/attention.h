@@ -99,8 +99,8 @@ template <class T>
 struct AttentionScratch {
   float *k_transposed, *values, *queries, *scores, *out, *key;
   int64_t bytes;
-  AttentionScratch(void* memory, int64_t tokens, int64_t head_dim) {
-    const int64_t keys = round_up(tokens, kLanes), dims = round_up(head_dim, kLanes);
+  AttentionScratch(void* memory, int64_t n_keys, int64_t head_dim) {
+    const int64_t keys = round_up(n_keys, kLanes), dims = round_up(head_dim, kLanes);
     ScratchArena arena{static_cast<char*>(memory)};
     k_transposed = arena.take<float>(dims * keys);
     values = arena.take<float>(keys * dims);
@@ -114,15 +114,15 @@ struct AttentionScratch {
 
 template <class T>
 void attention_pack_head(const AttentionParams& p, const AttentionScratch<T>& s, int64_t b, int64_t h) {
-  const int64_t keys = round_up(p.tokens, kLanes), dims = round_up(p.head_dim, kLanes);
-  for (int64_t n = 0; n < p.tokens; ++n) {
-    const float rstd = p.rstd_k ? p.rstd_k[b * p.tokens + n] : 1.0f;
+  const int64_t keys = round_up(p.keys, kLanes), dims = round_up(p.head_dim, kLanes);
+  for (int64_t n = 0; n < p.keys; ++n) {
+    const float rstd = p.rstd_k ? p.rstd_k[b * p.keys + n] : 1.0f;
     load_token(token<T>(p.k, b, n, h), nullptr, rstd, p.head_dim, dims, s.key);
     for (int64_t d = 0; d < dims; ++d) s.k_transposed[d * keys + n] = s.key[d];
     load_token(token<T>(p.v, b, n, h), nullptr, 1.0f, p.head_dim, dims, s.values + n * dims);
   }
   for (int64_t d = 0; d < dims; ++d)
-    for (int64_t n = p.tokens; n < keys; ++n) s.k_transposed[d * keys + n] = 0;
+    for (int64_t n = p.keys; n < keys; ++n) s.k_transposed[d * keys + n] = 0;
 }
 
 INTERNVIT_INLINE float row_maximum(const float* scores, int64_t n) {
@@ -168,19 +168,19 @@ INTERNVIT_INLINE void load_query(const Params& p, int64_t b, int64_t h, int64_t 
 template <class T>
 void attention_strip(const AttentionParams& p, const AttentionScratch<T>& s, int64_t b, int64_t h, int64_t first,
                      int64_t rows) {
-  const int64_t keys = round_up(p.tokens, kLanes), dims = round_up(p.head_dim, kLanes), d = p.head_dim;
+  const int64_t keys = round_up(p.keys, kLanes), dims = round_up(p.head_dim, kLanes), d = p.head_dim;
   for (int64_t i = 0; i < rows; ++i) load_query<T>(p, b, h, first + i, dims, s.queries + i * dims);
   multiply(rows, keys, d, {s.queries, dims, 1}, s.k_transposed, keys, s.scores, keys, false);
   float sums[kStrip];
   for (int64_t i = 0; i < rows; ++i) {
-    const float maximum = row_maximum(s.scores + i * keys, p.tokens);
+    const float maximum = row_maximum(s.scores + i * keys, p.keys);
     const Vec shift = broadcast(maximum);
     sums[i] =
-        exponentials(s.scores + i * keys, p.tokens, [&](Vec x) __attribute__((always_inline)) { return x - shift; });
+        exponentials(s.scores + i * keys, p.keys, [&](Vec x) __attribute__((always_inline)) { return x - shift; });
     const double lse = double(maximum) * double(kLn2) + __builtin_log(double(sums[i]));
     p.lse[(b * p.heads + h) * p.row_stride + first + i] = float(lse);
   }
-  multiply(rows, dims, p.tokens, {s.scores, keys, 1}, s.values, dims, s.out, dims, false);
+  multiply(rows, dims, p.keys, {s.scores, keys, 1}, s.values, dims, s.out, dims, false);
   for (int64_t i = 0; i < rows; ++i) {
     const Vec inverse = broadcast(1.0f / sums[i]);
     T* out = static_cast<T*>(p.out) + ((b * p.tokens + first + i) * p.heads + h) * d;
@@ -202,21 +202,42 @@ INTERNVIT_INLINE void for_strips(int64_t begin, int64_t end, int64_t heads, int6
   }
 }
 
+// The units [begin, end) of images without keys: strips of `strip` queries.
+template <class T>
+void attention_without_keys(const AttentionParams& p, int64_t strip, int64_t begin, int64_t end) {
+  const int64_t strips = (p.tokens + strip - 1) / strip;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t b = unit / strips / p.heads, h = unit / strips % p.heads, first = unit % strips * strip;
+    for (int64_t n = first; n < min_of(first + strip, p.tokens); ++n) {
+      p.lse[(b * p.heads + h) * p.row_stride + n] = -__builtin_inff();
+      T* out = static_cast<T*>(p.out) + ((b * p.tokens + n) * p.heads + h) * p.head_dim;
+      __builtin_memset(out, 0, uint64_t(p.head_dim) * sizeof(T));
+    }
+  }
+}
+
 INTERNVIT_INLINE void advance(HeadsView& x, DType dtype, int64_t tokens) {
   x.data = static_cast<const char*>(x.data) + tokens * x.stride_n * (dtype == kFloat32 ? 4 : 2);
+}
+
+template <class Params>
+INTERNVIT_INLINE const int32_t* key_ends(const Params& p) {
+  return p.cu_seqlens_k ? p.cu_seqlens_k : p.cu_seqlens;
 }
 
 // What both directions have of one packed sequence, as a batch of one image: a sequence has the bits of that image.
 template <class Params>
 INTERNVIT_INLINE Params image_of(const Params& p, int64_t sequence) {
-  const int64_t start = p.cu_seqlens[sequence];
+  const int64_t start = p.cu_seqlens[sequence], start_k = key_ends(p)[sequence];
   Params image = p;
   image.batch = 1;
   image.tokens = p.cu_seqlens[sequence + 1] - start;
-  image.cu_seqlens = nullptr;
-  HeadsView* views[] = {&image.q, &image.k, &image.v};
-  for (HeadsView* x : views) advance(*x, p.dtype, start);
-  if (p.q_weight) image.rstd_q += start, image.rstd_k += start;
+  image.keys = key_ends(p)[sequence + 1] - start_k;
+  image.cu_seqlens = image.cu_seqlens_k = nullptr;
+  advance(image.q, p.dtype, start);
+  advance(image.k, p.dtype, start_k);
+  advance(image.v, p.dtype, start_k);
+  if (p.q_weight) image.rstd_q += start, image.rstd_k += start_k;
   image.lse += start;
   return image;
 }
@@ -237,21 +258,28 @@ INTERNVIT_INLINE AttentionColumnSumsParams sequence_of(const AttentionColumnSums
 // shared out by the pairs of tokens in their units, so that threads with long and with short ones have as much to do.
 template <int64_t kRows, class Params, class Run>
 void for_images(const Params& p, const Executor& executor, int64_t bytes, const Run& run) {
-  const auto units = [&](int64_t tokens) { return p.heads * (kRows ? (tokens + kRows - 1) / kRows : tokens > 0); };
-  const auto cost = [](int64_t tokens) { return kRows ? tokens : tokens * tokens; };
+  const auto units_of = [&](int64_t tokens, int64_t keys) {
+    return p.heads * (kRows ? (tokens + kRows - 1) / kRows : tokens + keys > 0);
+  };
   if (!p.cu_seqlens) {
-    parallel(executor, p.batch * units(p.tokens), 1,
+    parallel(executor, p.batch * units_of(p.tokens, p.keys), 1,
              [&](int64_t begin, int64_t end) { run(p, executor.scratch(bytes), begin, end); });
     return;
   }
-  const auto length = [&](int64_t i) { return int64_t(p.cu_seqlens[i + 1]) - p.cu_seqlens[i]; };
+  const auto length = [](const int32_t* ends, int64_t i) { return int64_t(ends[i + 1]) - ends[i]; };
+  const auto units = [&](int64_t i) { return units_of(length(p.cu_seqlens, i), length(key_ends(p), i)); };
+  const auto cost = [&](int64_t i) {
+    const int64_t tokens = length(p.cu_seqlens, i), keys = length(key_ends(p), i);
+    const int64_t pairs = kRows ? keys : tokens * keys;
+    return pairs ? pairs : 1;
+  };
   int64_t total = 0;
-  for (int64_t i = 0; i < p.sequences; ++i) total += units(length(i)) * cost(length(i));
+  for (int64_t i = 0; i < p.sequences; ++i) total += units(i) * cost(i);
   parallel(executor, total, 1, [&](int64_t begin, int64_t end) {
     void* memory = nullptr;
     int64_t at = 0;  // a unit belongs to the thread in whose range it begins
     for (int64_t i = 0; i < p.sequences && at < end; ++i) {
-      const int64_t count = units(length(i)), each = cost(length(i));
+      const int64_t count = units(i), each = cost(i);
       if (!count) continue;
       const auto unit_at = [&](int64_t place) {
         return place <= at ? 0 : min_of(count, (place - at + each - 1) / each);
@@ -267,9 +295,10 @@ void for_images(const Params& p, const Executor& executor, int64_t bytes, const 
 
 void attention(const AttentionParams& p, const Executor& executor) {
   INTERNVIT_DISPATCH(p.dtype, T, {
-    const int64_t bytes = AttentionScratch<T>(nullptr, p.tokens, p.head_dim).bytes;
+    const int64_t bytes = AttentionScratch<T>(nullptr, p.keys, p.head_dim).bytes;
     for_images<kStrip>(p, executor, bytes, [](const AttentionParams& image, void* memory, int64_t begin, int64_t end) {
-      const AttentionScratch<T> s(memory, image.tokens, image.head_dim);
+      if (image.keys == 0) return attention_without_keys<T>(image, kStrip, begin, end);
+      const AttentionScratch<T> s(memory, image.keys, image.head_dim);
       for_strips(
           begin, end, image.heads, image.tokens, [&](int64_t b, int64_t h) { attention_pack_head(image, s, b, h); },
           [&](int64_t b, int64_t h, int64_t first, int64_t rows) { attention_strip(image, s, b, h, first, rows); });

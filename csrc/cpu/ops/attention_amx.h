@@ -23,7 +23,7 @@ struct AttentionAmxScratch : PackedHead {
   float *sums, *rounded_sums;  // [32 rows][16 lanes]
   float* shift;                // [32]
   int64_t bytes;
-  AttentionAmxScratch(ScratchArena arena, int64_t tokens, int64_t head_dim) : PackedHead(arena, tokens, head_dim) {
+  AttentionAmxScratch(ScratchArena arena, int64_t n_keys, int64_t head_dim) : PackedHead(arena, n_keys, head_dim) {
     queries = arena.take<bf16>(depth * 2 * kTile);
     for (int i = 0; i < 2; ++i) scores[i] = arena.take<float>(kGroups * kStrip * kGroup);
     for (int i = 0; i < 2; ++i) probabilities[i] = arena.take<bf16>(kGroups * 2 * kTile);
@@ -167,7 +167,7 @@ inline void exact_shift(const AttentionParams& p, const AttentionAmxScratch& s, 
   for (int64_t i = 0; i < rows; ++i) s.shift[i] = -__builtin_inff();
   for (int64_t block = 0; block < blocks; ++block) {
     tiles.scores_of(block);
-    const int64_t keys = min_of(kGroups * kGroup, p.tokens - block * kGroups * kGroup);
+    const int64_t keys = min_of(kGroups * kGroup, p.keys - block * kGroups * kGroup);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t c = 0; c < keys; ++c) {
         const float score = s.scores[block & 1][c / kGroup * 1024 + i * kGroup + c % kGroup];
@@ -190,7 +190,7 @@ void attention_pass(const AttentionParams& p, const AttentionAmxScratch& s, cons
     const int64_t next = block + 1 < blocks ? tiles.groups_of(block + 1) : 0, before = tiles.groups_of(block - 1);
     const int64_t score_steps = next * s.depth, steps = score_steps + before * s.depth;
     const int64_t groups = block < blocks ? tiles.groups_of(block) : 0;
-    const uint32_t last = last_group_mask(p.tokens, block * kGroups + groups - 1);
+    const uint32_t last = last_group_mask(p.keys, block * kGroups + groups - 1);
     int64_t step = 0, g = 0, d = 0, due = -steps;
     const auto advance = [&](int64_t until) __attribute__((always_inline)) {
       for (; step < until; ++step) {
@@ -241,9 +241,10 @@ inline void attention_strip_amx(const AttentionParams& p, const AttentionAmxScra
 
 void attention_amx(const AttentionParams& p, const Executor& executor) {
   if (p.dtype != kBFloat16) return attention(p, executor);
-  const int64_t bytes = AttentionAmxScratch(ScratchArena{nullptr}, p.tokens, p.head_dim).bytes;
+  const int64_t bytes = AttentionAmxScratch(ScratchArena{nullptr}, p.keys, p.head_dim).bytes;
   for_images<kStrip>(p, executor, bytes, [](const AttentionParams& image, void* memory, int64_t begin, int64_t end) {
-    const AttentionAmxScratch s(ScratchArena{static_cast<char*>(memory)}, image.tokens, image.head_dim);
+    if (image.keys == 0) return attention_without_keys<bf16>(image, kStrip, begin, end);
+    const AttentionAmxScratch s(ScratchArena{static_cast<char*>(memory)}, image.keys, image.head_dim);
     const TileScope tiles;
     float largest_key = 0;
     for_strips(

@@ -22,8 +22,8 @@ struct AttentionAvx512Bf16Scratch : PackedHead {
   float *sums, *rounded_sums;  // [12][16 lanes]
   float* shift;                // [12]
   int64_t bytes;
-  AttentionAvx512Bf16Scratch(ScratchArena arena, int64_t tokens, int64_t head_dim)
-      : PackedHead(arena, tokens, head_dim) {
+  AttentionAvx512Bf16Scratch(ScratchArena arena, int64_t n_keys, int64_t head_dim)
+      : PackedHead(arena, n_keys, head_dim) {
     queries = arena.take<bf16>(kVdpbf16Rows * kMaxHeadDim);
     probabilities = arena.take<bf16>(kVdpbf16Rows * kKeyBlock);
     out = arena.take<float>(kVdpbf16Rows * depth * 32);
@@ -49,7 +49,7 @@ inline void exact_shift_avx512bf16(const AttentionParams& p, const AttentionAvx5
   for (int64_t g = 0; g < s.groups; ++g) {
     Vdpbf16Block block;
     vdpbf16_scores(s, g, block);
-    const uint32_t there = last_group_mask(p.tokens, g);
+    const uint32_t there = last_group_mask(p.keys, g);
     for (int half = 0; half < 2; ++half) {
       const Vec key_scale = load(s.key_scale + g * kGroup + half * 16);
       const __mmask16 lanes = __mmask16(there >> half * 16);
@@ -80,7 +80,7 @@ void attention_pass_avx512bf16(const AttentionParams& p, const AttentionAvx512Bf
       vdpbf16_scores(s, first + g, block);
       const float* key_scale = s.key_scale + (first + g) * kGroup;
       const Vec left_scale = load(key_scale), right_scale = load(key_scale + 16);
-      const uint32_t there = last_group_mask(p.tokens, first + g);
+      const uint32_t there = last_group_mask(p.keys, first + g);
 #pragma GCC unroll 12
       for (int i = 0; i < kVdpbf16Rows; ++i) {
         const Vec shift = broadcast(s.shift[i]);
@@ -105,7 +105,7 @@ void attention_pass_avx512bf16(const AttentionParams& p, const AttentionAvx512Bf
       }
       const bf16* values = s.values + (d * s.groups + first) * 2 * kTile;
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t keys = min_of(kGroup, p.tokens - (first + g) * kGroup);
+        const int64_t keys = min_of(kGroup, p.keys - (first + g) * kGroup);
         const bf16* v = values + g * 2 * kTile;
         block.add<kKeyBlock, 2, 32>(s.probabilities + g * kGroup, v, v + kTile, (keys + 1) / 2);
       }
@@ -153,10 +153,11 @@ inline void attention_strip_avx512bf16(const AttentionParams& p, const Attention
 
 void attention_avx512bf16(const AttentionParams& p, const Executor& executor) {
   if (p.dtype != kBFloat16 || p.head_dim > kMaxHeadDim) return attention(p, executor);
-  const int64_t bytes = AttentionAvx512Bf16Scratch(ScratchArena{nullptr}, p.tokens, p.head_dim).bytes;
+  const int64_t bytes = AttentionAvx512Bf16Scratch(ScratchArena{nullptr}, p.keys, p.head_dim).bytes;
   for_images<kVdpbf16Rows>(
       p, executor, bytes, [](const AttentionParams& image, void* memory, int64_t begin, int64_t end) {
-        const AttentionAvx512Bf16Scratch s(ScratchArena{static_cast<char*>(memory)}, image.tokens, image.head_dim);
+        if (image.keys == 0) return attention_without_keys<bf16>(image, kVdpbf16Rows, begin, end);
+        const AttentionAvx512Bf16Scratch s(ScratchArena{static_cast<char*>(memory)}, image.keys, image.head_dim);
         float largest_key = 0;
         for_strips<kVdpbf16Rows>(
             begin, end, image.heads, image.tokens,

@@ -20,8 +20,8 @@ struct AttentionBackwardScratch {
   float *queries, *grads, *probabilities, *grad_scores, *grad_queries;  // [strip, D], [strip, N]
   float* row;                                                           // [D]
   int64_t columns, dims, bytes;
-  AttentionBackwardScratch(void* memory, int64_t tokens, int64_t head_dim) {
-    columns = round_up(tokens, kLanes);
+  AttentionBackwardScratch(void* memory, int64_t n_keys, int64_t head_dim) {
+    columns = round_up(n_keys, kLanes);
     dims = round_up(head_dim, kLanes);
     ScratchArena arena{static_cast<char*>(memory)};
     float** by_token[] = {&k_transposed, &v_transposed, &keys, &grad_keys, &grad_values};
@@ -66,6 +66,7 @@ INTERNVIT_INLINE void transpose_token(const float* row, int64_t dims, float* col
 
 // One row: q_hat k_hat^T to P, and dP to dS, in place.
 INTERNVIT_INLINE void softmax_and_grad(float* scores, float* grad, int64_t n, float factor) {
+  if (n == 0) return;
   const Vec scale = broadcast(factor), log2e = broadcast(kLog2E);
   for_lanes(n, INTERNVIT_BODY(c, lanes, u) { store(scores + c, load(scores + c, lanes) * scale, lanes); });
   const Vec shift = broadcast(row_maximum(scores, n));
@@ -86,15 +87,15 @@ INTERNVIT_INLINE void softmax_and_grad(float* scores, float* grad, int64_t n, fl
 template <class T>
 void attention_backward_head(const AttentionBackwardParams& p, const AttentionBackwardScratch& s, int64_t b,
                              int64_t h) {
-  const int64_t n_tokens = p.tokens, d = p.head_dim, dims = s.dims, columns = s.columns;
+  const int64_t n_tokens = p.tokens, n_keys = p.keys, d = p.head_dim, dims = s.dims, columns = s.columns;
   const float* q_weight = p.q_weight ? p.q_weight + h * d : nullptr;
   const float* k_weight = p.k_weight ? p.k_weight + h * d : nullptr;
   float* grad_q_weight = q_weight ? p.grad_q_weight_partial + (b * p.heads + h) * d : nullptr;
   float* grad_k_weight = q_weight ? p.grad_k_weight_partial + (b * p.heads + h) * d : nullptr;
-  const int64_t statistics = b * n_tokens, dots = (b * p.heads + h) * p.row_stride;
+  const int64_t statistics = b * n_tokens, key_statistics = b * n_keys, dots = (b * p.heads + h) * p.row_stride;
   for (int64_t n = 0; n < columns; ++n) {
-    const bool there = n < n_tokens;
-    const float rstd = there && q_weight ? p.rstd_k[statistics + n] : 1.0f;
+    const bool there = n < n_keys;
+    const float rstd = there && q_weight ? p.rstd_k[key_statistics + n] : 1.0f;
     float* key = s.keys + n * dims;
     load_token(token<T>(p.k, b, there ? n : 0, h), k_weight, rstd, there ? d : 0, dims, key);
     transpose_token(key, dims, s.k_transposed + n, columns);
@@ -120,11 +121,11 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
     for (int64_t i = 0; i < rows; ++i) {
       float* probability = s.probabilities + i * columns;
       float* grad_score = s.grad_scores + i * columns;
-      softmax_and_grad(probability, grad_score, n_tokens, p.scale);
+      softmax_and_grad(probability, grad_score, n_keys, p.scale);
     }
-    multiply(n_tokens, dims, rows, {s.probabilities, 1, columns}, s.grads, dims, s.grad_values, dims, true);
-    multiply(n_tokens, dims, rows, {s.grad_scores, 1, columns}, s.queries, dims, s.grad_keys, dims, true);
-    multiply(rows, dims, n_tokens, {s.grad_scores, columns, 1}, s.keys, dims, s.grad_queries, dims, false);
+    multiply(n_keys, dims, rows, {s.probabilities, 1, columns}, s.grads, dims, s.grad_values, dims, true);
+    multiply(n_keys, dims, rows, {s.grad_scores, 1, columns}, s.queries, dims, s.grad_keys, dims, true);
+    multiply(rows, dims, n_keys, {s.grad_scores, columns, 1}, s.keys, dims, s.grad_queries, dims, false);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t n = first + i;
       const float* grad_hat = s.grad_queries + i * dims;
@@ -137,12 +138,12 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
       }
     }
   }
-  for (int64_t n = 0; n < n_tokens; ++n) {
+  for (int64_t n = 0; n < n_keys; ++n) {
     const float* grad_hat = s.grad_keys + n * dims;
     T* grad = writable<T>(p.grad_k, b, n, h);
     if (q_weight) {
-      p.row_dot_k[dots + n] = store_normed_grad(grad_hat, token<T>(p.k, b, n, h), k_weight, p.rstd_k[statistics + n], d,
-                                                grad, grad_k_weight);
+      p.row_dot_k[dots + n] = store_normed_grad(grad_hat, token<T>(p.k, b, n, h), k_weight,
+                                                p.rstd_k[key_statistics + n], d, grad, grad_k_weight);
     } else {
       store_grad(grad_hat, d, grad);
     }
@@ -152,11 +153,12 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
 
 INTERNVIT_INLINE AttentionBackwardParams sequence_of(const AttentionBackwardParams& p, int64_t sequence) {
   AttentionBackwardParams image = image_of(p, sequence);
-  const int64_t start = p.cu_seqlens[sequence];
-  HeadsView* views[] = {&image.grad_out, &image.out, &image.grad_q, &image.grad_k, &image.grad_v};
-  for (HeadsView* x : views) advance(*x, p.dtype, start);
+  const int64_t start = p.cu_seqlens[sequence], start_k = key_ends(p)[sequence];
+  HeadsView *of_queries[] = {&image.grad_out, &image.out, &image.grad_q}, *of_keys[] = {&image.grad_k, &image.grad_v};
+  for (HeadsView* x : of_queries) advance(*x, p.dtype, start);
+  for (HeadsView* x : of_keys) advance(*x, p.dtype, start_k);
   if (!p.q_weight) return image;
-  image.row_dot_q += start, image.row_dot_k += start;
+  image.row_dot_q += start, image.row_dot_k += start_k;
   image.grad_q_weight_partial += sequence * p.heads * p.head_dim;
   image.grad_k_weight_partial += sequence * p.heads * p.head_dim;
   return image;
@@ -164,10 +166,10 @@ INTERNVIT_INLINE AttentionBackwardParams sequence_of(const AttentionBackwardPara
 
 void attention_backward(const AttentionBackwardParams& p, const Executor& executor) {
   INTERNVIT_DISPATCH(p.dtype, T, {
-    const int64_t bytes = AttentionBackwardScratch(nullptr, p.tokens, p.head_dim).bytes;
+    const int64_t bytes = AttentionBackwardScratch(nullptr, p.keys, p.head_dim).bytes;
     for_images<0>(p, executor, bytes,
                   [](const AttentionBackwardParams& image, void* memory, int64_t begin, int64_t end) {
-                    const AttentionBackwardScratch s(memory, image.tokens, image.head_dim);
+                    const AttentionBackwardScratch s(memory, image.keys, image.head_dim);
                     for (int64_t unit = begin; unit < end; ++unit)
                       attention_backward_head<T>(image, s, unit / image.heads, unit % image.heads);
                   });

@@ -251,8 +251,8 @@ inline void attention_backward_head_amx(const AttentionBackwardParams& p, const 
                                         int64_t b, int64_t h) {
   const HeadGrads grads(p, b, h);
   pack_queries(p, s, b, h);
-  for (int64_t first = 0; first < p.tokens; first += kBlockGroups * kGroup) {
-    const int64_t there = min_of(kBlockGroups * kGroup, p.tokens - first), groups = (there + kGroup - 1) / kGroup;
+  for (int64_t first = 0; first < p.keys; first += kBlockGroups * kGroup) {
+    const int64_t there = min_of(kBlockGroups * kGroup, p.keys - first), groups = (there + kGroup - 1) / kGroup;
     pack_keys(p, s, b, h, first, there, groups);
     backward_block(s, groups, there, first == 0);
     for (int64_t n = 0; n < there; n += 16) {
@@ -272,10 +272,10 @@ inline void attention_backward_head_amx(const AttentionBackwardParams& p, const 
 void attention_backward_amx(const AttentionBackwardParams& p, const Executor& executor) {
   if (p.dtype != kBFloat16) return attention_backward(p, executor);
   const int64_t bytes = AttentionBackwardAmxScratch(ScratchArena{nullptr}, p.tokens, p.head_dim).bytes;
-  const int64_t float32_bytes = AttentionBackwardScratch(nullptr, p.tokens, p.head_dim).bytes;
+  const int64_t float32_bytes = AttentionBackwardScratch(nullptr, p.keys, p.head_dim).bytes;
   const auto run = [](const AttentionBackwardParams& image, void* memory, int64_t begin, int64_t end) {
     const AttentionBackwardAmxScratch s(ScratchArena{static_cast<char*>(memory)}, image.tokens, image.head_dim);
-    const AttentionBackwardScratch float32(memory, image.tokens, image.head_dim);
+    const AttentionBackwardScratch float32(memory, image.keys, image.head_dim);
     const TileScope tiles;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / image.heads, h = unit % image.heads;

@@ -162,8 +162,8 @@ inline void attention_backward_head_avx512bf16(const AttentionBackwardParams& p,
   const HeadGrads grads(p, b, h);
   pack_queries(p, s, b, h);
   __builtin_memset(s.grad_queries, 0, uint64_t(s.tokens * s.dims) * sizeof(float));
-  for (int64_t first = 0; first < p.tokens; first += kBackKeys) {
-    const int64_t there = min_of(kBackKeys, p.tokens - first);
+  for (int64_t first = 0; first < p.keys; first += kBackKeys) {
+    const int64_t there = min_of(kBackKeys, p.keys - first);
     pack_keys(p, s, b, h, first, there);
     __builtin_memset(s.grad_keys, 0, uint64_t(kBackKeys * s.dims) * sizeof(float));
     __builtin_memset(s.grad_values, 0, uint64_t(kBackKeys * s.dims) * sizeof(float));
@@ -179,10 +179,10 @@ inline void attention_backward_head_avx512bf16(const AttentionBackwardParams& p,
 void attention_backward_avx512bf16(const AttentionBackwardParams& p, const Executor& executor) {
   if (p.dtype != kBFloat16 || p.head_dim > kMaxHeadDim) return attention_backward(p, executor);
   const int64_t bytes = AttentionBackwardAvx512Bf16Scratch(ScratchArena{nullptr}, p.tokens, p.head_dim).bytes;
-  const int64_t float32_bytes = AttentionBackwardScratch(nullptr, p.tokens, p.head_dim).bytes;
+  const int64_t float32_bytes = AttentionBackwardScratch(nullptr, p.keys, p.head_dim).bytes;
   const auto run = [](const AttentionBackwardParams& image, void* memory, int64_t begin, int64_t end) {
     const AttentionBackwardAvx512Bf16Scratch s(ScratchArena{static_cast<char*>(memory)}, image.tokens, image.head_dim);
-    const AttentionBackwardScratch float32(memory, image.tokens, image.head_dim);
+    const AttentionBackwardScratch float32(memory, image.keys, image.head_dim);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / image.heads, h = unit % image.heads;
       if (lse_gives_probabilities(image, b, h)) {

@@ -14,12 +14,13 @@
 
 namespace internvit::INTERNVIT_ISA {
 
-// In a head with a larger |lse| the rounding of lse to float32 would show in P: such a head runs in float32 arithmetic.
+// In a head with a larger |lse| the rounding of lse to float32 would show in P: such a head runs in float32 arithmetic,
+// as does one without keys, whose lse is -inf, or without queries.
 constexpr float kLargestLse = 2048.0f;
 
 INTERNVIT_INLINE bool lse_gives_probabilities(const AttentionBackwardParams& p, int64_t b, int64_t h) {
   const float* lse = p.lse + (b * p.heads + h) * p.row_stride;
-  bool small = true;
+  bool small = p.tokens > 0;
   for (int64_t n = 0; n < p.tokens; ++n) small &= __builtin_fabsf(lse[n]) <= kLargestLse;  // false for NaN
   return small;
 }
@@ -61,7 +62,7 @@ INTERNVIT_INLINE void pack_query(const AttentionBackwardParams& p, const QueryTe
 INTERNVIT_INLINE void set_key_terms(const AttentionBackwardParams& p, const KeyTerms& terms, int64_t b, int64_t first,
                                     int64_t there, int64_t count) {
   for (int64_t n = 0; n < count; ++n) {
-    const float rstd = p.q_weight && n < there ? p.rstd_k[b * p.tokens + first + n] : 1.0f;
+    const float rstd = p.q_weight && n < there ? p.rstd_k[b * p.keys + first + n] : 1.0f;
     terms.scale[n] = p.q_weight ? rstd : p.scale * kLog2E;
     terms.factor[n] = rstd;
   }

@@ -27,8 +27,8 @@ struct PackedHead {
   bf16 *keys, *values;  // B tiles [group][2][D / 32] and [D / 32][group][2]
   float* key_scale;     // [keys]
   int64_t groups, depth;
-  PackedHead(ScratchArena& arena, int64_t tokens, int64_t head_dim) {
-    groups = (tokens + kGroup - 1) / kGroup;
+  PackedHead(ScratchArena& arena, int64_t n_keys, int64_t head_dim) {
+    groups = (n_keys + kGroup - 1) / kGroup;
     depth = (head_dim + 31) / 32;
     keys = arena.take<bf16>(groups * 2 * depth * kTile);
     values = arena.take<bf16>(groups * 2 * depth * kTile);
@@ -39,7 +39,7 @@ struct PackedHead {
 // Packs a head; returns the largest |k| * key_scale.
 inline float pack_head(const AttentionParams& p, const PackedHead& s, int64_t b, int64_t h) {
   for (int64_t g = 0; g < s.groups; ++g) {
-    const int64_t n = g * kGroup, left = p.tokens - n;
+    const int64_t n = g * kGroup, left = p.keys - n;
     // Tokens lie 3 C apart: no hardware prefetcher follows. Ask for the next group's lines while this one is packed.
     for (int64_t i = kGroup; i < min_of(2 * kGroup, left); ++i) {
       const char* k = reinterpret_cast<const char*>(token<bf16>(p.k, b, n + i, h));
@@ -61,7 +61,7 @@ inline float pack_head(const AttentionParams& p, const PackedHead& s, int64_t b,
     }
   }
   float largest = 0;
-  for (int64_t n = 0; n < p.tokens; ++n) {
+  for (int64_t n = 0; n < p.keys; ++n) {
     const bf16* k = token<bf16>(p.k, b, n, h);
     Sum squares;
     const Vec shrink = broadcast(kShrink);
@@ -69,11 +69,11 @@ inline float pack_head(const AttentionParams& p, const PackedHead& s, int64_t b,
       const Vec x = load(k + c, lanes) * shrink;
       squares.part[u] = fma(x, x, squares.part[u]);
     });
-    s.key_scale[n] = p.rstd_k ? p.rstd_k[b * p.tokens + n] : p.scale * kLog2E;
+    s.key_scale[n] = p.rstd_k ? p.rstd_k[b * p.keys + n] : p.scale * kLog2E;
     const float norm = __builtin_sqrtf(squares.total()) * (1 / kShrink) * __builtin_fabsf(s.key_scale[n]);
     largest = norm > largest || norm != norm ? norm : largest;
   }
-  for (int64_t n = p.tokens; n < s.groups * kGroup; ++n) s.key_scale[n] = 0;
+  for (int64_t n = p.keys; n < s.groups * kGroup; ++n) s.key_scale[n] = 0;
   return largest;
 }
 
@@ -119,8 +119,8 @@ INTERNVIT_INLINE Vec probability(Vec score, Vec key_scale, Vec shift) {
                           : Vec{_mm512_fmsub_ps(score.v, key_scale.v, shift.v)});
 }
 
-INTERNVIT_INLINE uint32_t last_group_mask(int64_t tokens, int64_t group) {
-  return uint32_t(half_mask(tokens - group * kGroup));
+INTERNVIT_INLINE uint32_t last_group_mask(int64_t keys, int64_t group) {
+  return uint32_t(half_mask(keys - group * kGroup));
 }
 
 }  // namespace internvit::INTERNVIT_ISA

@@ -15,7 +15,7 @@ INTERNVIT_INLINE AttentionColumnSumsParams sequence_of(const AttentionColumnSums
   const int64_t start = p.cu_seqlens[sequence];
   AttentionColumnSumsParams image = p;
   image.batch = 1;
-  image.tokens = p.cu_seqlens[sequence + 1] - start;
+  image.keys = image.tokens = p.cu_seqlens[sequence + 1] - start;
   image.cu_seqlens = nullptr;
   advance(image.q, p.dtype, start);
   advance(image.k, p.dtype, start);

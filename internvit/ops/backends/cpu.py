@@ -24,16 +24,18 @@ implements("linear_gelu", "cpu")(functools.partial(linear_then_gelu, "cpu"))
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None, sequences: Sequences | None = None
 ) -> tuple[Tensor, Tensor]:
-    ends = None if sequences is None else sequences.cu_seqlens
-    return torch.ops.internvit_cpu.attention.default(q, k, v, scale, *(qk_norm or _NO_QK_NORM), ends)
+    return torch.ops.internvit_cpu.attention.default(q, k, v, scale, *(qk_norm or _NO_QK_NORM), *_ends(sequences))
+
+
+def _ends(sequences: Sequences | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if sequences is None else (sequences.cu_seqlens, sequences.cu_seqlens_k)
 
 
 @implements("attention_backward", "cpu")
 def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> QKNormGrads | None:
     *kept, qk_norm, sequences = saved
-    ends = None if sequences is None else sequences.cu_seqlens
     backward = torch.ops.internvit_cpu.attention_backward.default
-    outputs = backward(grad_out, *kept, *(qk_norm or _NO_QK_NORM), *grads, ends)
+    outputs = backward(grad_out, *kept, *(qk_norm or _NO_QK_NORM), *grads, *_ends(sequences))
     return None if qk_norm is None else QKNormGrads(*outputs)
 
 

@@ -132,8 +132,8 @@ def attention(
     if sequences is not None:
         return _attention_one_by_one(q, k, v, scale, sequences)
     heads_first = _heads_first(q), _heads_first(k), _heads_first(v)
-    if q.numel() == 0:
-        return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
+    if q.numel() == 0 or k.numel() == 0:
+        return q.new_zeros(q.shape), _empty_lse(q).fill_(-float("inf"))
     if q.device.type not in ("cpu", "cuda"):
         return scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2).contiguous(), _empty_lse(q)
     forward, _ = _kernels(*heads_first, scale)
@@ -150,8 +150,8 @@ def _empty_lse(q: Tensor) -> Tensor:
 def _attention_one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Sequences) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = _empty_lse(q[None])[0] if q.device.type in ("cpu", "cuda") else _empty_lse(q[None])
-    for tokens in sequences.slices():
-        one, one_lse = attention(q[None, tokens], k[None, tokens], v[None, tokens], scale)
+    for tokens, keys in zip(sequences.slices(), sequences.keys.slices(), strict=True):
+        one, one_lse = attention(q[None, tokens], k[None, keys], v[None, keys], scale)
         out[tokens] = one[0]
         if lse.dim() == 2:
             lse[:, tokens] = one_lse[0]
@@ -159,10 +159,10 @@ def _attention_one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, sequenc
 
 
 def _backward_one_by_one(grad_out: Tensor, saved: SavedAttention, sequences: Sequences, grads: Heads) -> None:
-    for tokens in sequences.slices():
-        q, k, v, out = (t[None, tokens] for t in saved[:4])
+    for tokens, keys in zip(sequences.slices(), sequences.keys.slices(), strict=True):
+        q, out, k, v = saved.q[None, tokens], saved.out[None, tokens], saved.k[None, keys], saved.v[None, keys]
         lse = saved.lse[None, :, tokens] if saved.lse.dim() == 2 else saved.lse
-        filled = grads[0][None, tokens], grads[1][None, tokens], grads[2][None, tokens]
+        filled = grads[0][None, tokens], grads[1][None, keys], grads[2][None, keys]
         attention_backward(grad_out[None, tokens], SavedAttention(q, k, v, out, lse, saved.scale, None), filled)
 
 
@@ -171,7 +171,9 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
     q, k, v, out, lse, scale, _, sequences = saved
     if sequences is not None:
         return _backward_one_by_one(grad_out, saved, sequences, grads)
-    if q.numel() == 0:
+    if q.numel() == 0 or k.numel() == 0:
+        for grad in grads:
+            grad.zero_()
         return
     heads_first = _heads_first(q), _heads_first(k), _heads_first(v)
     if lse.numel() == 0:  # a device whose kernels give none

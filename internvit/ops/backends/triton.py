@@ -52,7 +52,9 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
 def attention_column_sums(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, qk_norm: QKNorm | None, sequences: Sequences | None
 ) -> Tensor:
-    return attention_column_sums_kernels(q, k, lse, scale, *(qk_norm or _NO_QK_NORM), *(sequences or ()))
+    return attention_column_sums_kernels(
+        q, k, lse, scale, *(qk_norm or _NO_QK_NORM), *(sequences[:2] if sequences else ())
+    )
 
 
 def _scaled_sums(sums: Callable[[Tensor, Tensor], Tensor], *args: Any) -> Tensor:

@@ -71,20 +71,33 @@ def _scores(q_hat: Tensor, k_hat: Tensor, scale: float, sequences: Sequences | N
     return scores if sequences is None else scores.masked_fill(~sequences.mask(), -float("inf"))
 
 
+def _softmax(scores: Tensor, sequences: Sequences | None) -> Tensor:
+    """Probabilities, 0 where a sequence has no key."""
+    lacks_keys = None if sequences is None else sequences.lacks_keys()
+    return scores.softmax(-1) if lacks_keys is None else scores.softmax(-1).masked_fill(lacks_keys, 0.0)
+
+
+def _pad_heads(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Heads:
+    return sequences.pad(q), sequences.keys.pad(k), sequences.keys.pad(v)
+
+
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None, sequences: Sequences | None = None
 ) -> tuple[Tensor, Tensor]:
     """Packed sequences are padded: nothing is read back from a device, and graphs take any lengths."""
     total = q.shape[0]
     if sequences is not None:
-        q, k, v = map(sequences.pad, (q, k, v))
+        q, k, v = _pad_heads(q, k, v, sequences)
         qk_norm = qk_norm and qk_norm.pad(sequences)
     scores = _scores(*_normed(q, k, qk_norm), scale, sequences)
     # Not exp(scores - lse): the rounding of a large lse would be a factor of every probability.
-    out = (scores.softmax(-1) @ heads_first(v)).transpose(1, 2).to(q.dtype)
+    out = (_softmax(scores, sequences) @ heads_first(v)).transpose(1, 2).to(q.dtype)
     lse = scores.logsumexp(-1)
     if sequences is None:
         return out.contiguous(), lse
+    lacks_keys = sequences.lacks_keys()
+    if lacks_keys is not None:
+        lse = lse.masked_fill(lacks_keys[..., 0], -float("inf"))
     return sequences.unpad(out, total), _unpad_rows(lse, sequences, total)
 
 
@@ -123,11 +136,12 @@ def attention_backward_reference(grad_out: Tensor, saved: SavedAttention, grads:
 def _packed_backward(grad_out: Tensor, saved: SavedAttention, sequences: Sequences, grads: Heads) -> QKNormGrads | None:
     q, k, v, out, _, scale, qk_norm, _ = saved
     total = q.shape[0]
-    grad_out, q, k, v, out = map(sequences.pad, (grad_out, q, k, v, out))
+    grad_out, out = sequences.pad(grad_out), sequences.pad(out)
+    q, k, v = _pad_heads(q, k, v, sequences)
     filled = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     result = _backward(grad_out, q, k, v, out, scale, qk_norm and qk_norm.pad(sequences), sequences, filled)
-    for destination, grad in zip(grads, filled, strict=True):
-        destination.copy_(sequences.unpad(grad, total))
+    for destination, grad, of in zip(grads, filled, (sequences, sequences.keys, sequences.keys), strict=True):
+        destination.copy_(of.unpad(grad, destination.shape[0]))
     if result is None:
         return None
     row_dots = (_unpad_rows(dot, sequences, total) for dot in (result.row_dot_q, result.row_dot_k))
@@ -147,7 +161,7 @@ def _backward(
 ) -> QKNormGrads | None:
     q_hat, k_hat = _normed(q, k, qk_norm)
     values, grad = heads_first(v), heads_first(grad_out)
-    probabilities = _scores(q_hat, k_hat, scale, sequences).softmax(-1)
+    probabilities = _softmax(_scores(q_hat, k_hat, scale, sequences), sequences)
     delta = (grad * heads_first(out)).sum(-1, keepdim=True)
     grad_scores = probabilities * (grad @ values.transpose(-1, -2) - delta) * scale
     grad_q_hat, grad_k_hat = grad_scores @ k_hat, grad_scores.transpose(-1, -2) @ q_hat
@@ -184,14 +198,24 @@ def formula(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of [B, N, H, D] in plain PyTorch; of packed sequences one by one."""
     if cu_seqlens is not None:
-        sequences = zip(*(t.tensor_split(cu_seqlens[1:-1].tolist()) for t in (q, k, v)), strict=True)
+        ends_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        ends = ((q, cu_seqlens), (k, ends_k), (v, ends_k))
+        sequences = zip(*(t.tensor_split(end[1:-1].tolist()) for t, end in ends), strict=True)
         return torch.cat([formula(q[None], k[None], v[None], scale)[0] for q, k, v in sequences])
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return (((q * scale) @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2)
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if key_padding_mask is None:
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+    padding = key_padding_mask[:, None, None]
+    scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)  # -inf in all of a row would be NaN
+    return (scores.softmax(-1).masked_fill(padding, 0.0) @ v).transpose(1, 2)
 
 
 def portable(
@@ -205,13 +229,18 @@ def portable(
     rstd_k: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """Attention of [B, N, H, D], or of packed sequences padded, by PyTorch's function."""
-    total, mask = q.shape[0], None
-    qk_norm, sequences = all_or_none(q_weight, k_weight, rstd_q, rstd_k), pack(cu_seqlens, max_seqlen, total)
+    total, mask, lacks_keys = q.shape[0], None, None
+    qk_norm = all_or_none(q_weight, k_weight, rstd_q, rstd_k)
+    sequences = pack(cu_seqlens, max_seqlen, total, cu_seqlens_k, max_seqlen_k, k.shape[0])
     if sequences is not None:
-        q, k, v = map(sequences.pad, (q, k, v))
+        lacks_keys = sequences.lacks_keys()
+        q, k, v = _pad_heads(q, k, v, sequences)
         qk_norm, mask = qk_norm and qk_norm.pad(sequences), sequences.mask()
     q_hat, k_hat = _normed(q, k, qk_norm)
     out = F.scaled_dot_product_attention(q_hat.to(q.dtype), k_hat.to(q.dtype), v.transpose(1, 2), mask, scale=scale)
+    out = out if lacks_keys is None else out.masked_fill(lacks_keys, 0.0)
     return out.transpose(1, 2) if sequences is None else sequences.unpad(out.transpose(1, 2), total)

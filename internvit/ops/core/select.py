@@ -7,6 +7,7 @@ whose kernels start (see `fallback`); before them the backend that a tuned file 
 import contextlib
 import functools
 import logging
+import operator
 import os
 from contextvars import ContextVar
 from typing import Any
@@ -121,8 +122,10 @@ def resolve(
     sequences; `caller` is the op that errors name where it is another one that the user called. A name that `auto`
     chose is an `AutoBackend`, outside of traces.
     """
-    # A size that a trace leaves open is 0, which every backend takes; it is checked when the program runs.
-    head_dim, channels = (0 if isinstance(n, torch.SymInt) else n for n in (head_dim, _channels(caller or op, x)))
+    # A size that an exported graph leaves open is 0, which every backend takes; it is checked when the program runs. A
+    # compiled one with dynamic shapes knows it, and is guarded by operator.index: the choice depends on it.
+    sizes = head_dim, _channels(caller or op, x)
+    head_dim, channels = (0 if isinstance(n, torch.SymInt) else operator.index(n) for n in sizes)
     key = op, x.device.type, x.dtype, head_dim, folded, caller or op, asked or "", requested(), channels, varlen
     return _resolve(*key) if torch.compiler.is_compiling() else _resolve_once(*key)
 

@@ -7,7 +7,7 @@ benchmark inputs, bytes and FLOPs (`cost`), the tables in the documentation.
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,8 +88,33 @@ class Inputs:
             given = tokens // 3
             lengths[i], lengths[i + 1] = tokens - given, tokens + given
         lengths.insert(min(1, images), 0)
-        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
-        return {"cu_seqlens": ends, "max_seqlen": max(lengths)}
+        return {"cu_seqlens": self._ends(lengths), "max_seqlen": max(lengths)}
+
+    def _ends(self, lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
+
+    def keys_and_values(self) -> dict[str, Any]:
+        """k, v [B, N_k, H, D], N_k about half of N."""
+        tokens = self.size.tokens // 2 + 2
+        qkv = replace(self, size=replace(self.size, tokens=tokens)).qkv()
+        return {"k": qkv[:, :, 1], "v": qkv[:, :, 2]}
+
+    def packed_keys_and_values(self) -> dict[str, Any]:
+        """The sequences of queries beside k, v [total_k, H, D] and theirs: the first has no key."""
+        heads, batch = {n: t.flatten(0, 1) for n, t in self.keys_and_values().items()}, self.size.batch
+        total, queries = heads["k"].shape[0], self.sequences()
+        lengths = [0] + [total // batch] * (batch - 1) + [total - (batch - 1) * (total // batch)] if batch else [0]
+        return heads | queries | {"cu_seqlens_k": self._ends(lengths), "max_seqlen_k": max(lengths)}
+
+    def padded_keys_and_values(self) -> dict[str, Any]:
+        heads = self.keys_and_values()
+        return heads | self.padding(heads["k"].shape[1])
+
+    def padding(self, tokens: int | None = None) -> dict[str, Any]:
+        """A key_padding_mask [B, N] or [B, tokens]: every third token of an image, other ones in the next."""
+        tokens = self.size.tokens if tokens is None else tokens
+        places = torch.arange(tokens) + 2 * torch.arange(self.size.batch)[:, None]
+        return {"key_padding_mask": (places % 3 == 1).to(self.device)}
 
     def vector(self, around: float = 0.0, length: int | None = None) -> Tensor:
         """A parameter [C] or [length] as trained ones are: not all alike."""
@@ -176,7 +201,7 @@ class OpSpec:
     def demands(self, variant: str) -> dict[str, bool]:
         """What a backend must take to run a variant of attention's example; see `registry.backends_for`."""
         folded = self.name == "attention" and variant.startswith("qk_norm")
-        return {"folded": folded, "varlen": variant.endswith("cu_seqlens")}
+        return {"folded": folded, "varlen": variant.endswith(("cu_seqlens", "key_padding_mask"))}
 
     def run(self, arguments: Arguments, backend: str | None = None) -> tuple[Tensor, ...]:
         return as_tuple(self.function(**arguments, backend=backend))
@@ -213,14 +238,17 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
+_INDICES = ("cu_seqlens", "cu_seqlens_k", "key_padding_mask")
+
+
 def widened(arguments: Arguments) -> Arguments:
-    """The arguments with tensors in float64, but for those of indices."""
-    return {n: a.detach().double() if isinstance(a, Tensor) and n != "cu_seqlens" else a for n, a in arguments.items()}
+    """The arguments with tensors in float64, but for indices and masks."""
+    return {n: a.detach().double() if isinstance(a, Tensor) and n not in _INDICES else a for n, a in arguments.items()}
 
 
 def differentiable(arguments: Arguments) -> dict[str, Tensor]:
-    """The arguments that have gradients: every tensor but DropPath's factors and indices."""
-    return {n: a for n, a in arguments.items() if isinstance(a, Tensor) and n not in ("row_scale", "cu_seqlens")}
+    """The arguments that have gradients: every tensor but DropPath's factors, indices and masks."""
+    return {n: a for n, a in arguments.items() if isinstance(a, Tensor) and n not in ("row_scale", *_INDICES)}
 
 
 def converted(arguments: Arguments, dtype: torch.dtype) -> Arguments:
@@ -232,16 +260,19 @@ def converted(arguments: Arguments, dtype: torch.dtype) -> Arguments:
 
 def batched(arguments: Arguments) -> list[str]:
     """The arguments whose first dimension is the image."""
-    names = ("x", "residual", "branch", "q", "k", "v", "qkv", "pre_activation", "row_scale", "rstd_q", "rstd_k")
+    names = {"x", "residual", "branch", "q", "k", "v", "qkv", "pre_activation", "row_scale", "rstd_q", "rstd_k"}
+    names.add("key_padding_mask")
     return [n for n, a in arguments.items() if n in names and isinstance(a, Tensor)]
 
 
 def first_images(arguments: Arguments, images: int) -> Arguments:
     """The arguments of the first images of a batch, or of packed sequences."""
-    cu_seqlens = arguments.get("cu_seqlens")
-    first = images if cu_seqlens is None else int(cu_seqlens[images])
+    ends = {n: t for n, t in arguments.items() if n.startswith("cu_seqlens") and t is not None}
+    tokens = {n: int(t[images]) for n, t in ends.items()}
+    first = tokens.get("cu_seqlens", images)
     fewer = {n: arguments[n][:first] for n in batched(arguments)}
-    return arguments | fewer | ({} if cu_seqlens is None else {"cu_seqlens": cu_seqlens[: images + 1]})
+    fewer |= {n: arguments[n][: tokens.get("cu_seqlens_k", first)] for n in fewer.keys() & {"k", "v"}}
+    return arguments | fewer | {n: t[: images + 1] for n, t in ends.items()}
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ Each op has one function of these rules, which its public function, its fake imp
 csrc/common/op_checks.h has the same rules for callers without Python.
 """
 
-from math import isfinite
-
 import torch
 from torch import Tensor
 
@@ -135,7 +133,8 @@ def eps(op: str, eps: float) -> None:
 def scale(op: str, scale: float) -> None:
     if isinstance(scale, torch.SymFloat):
         return
-    if not isinstance(scale, (int, float)) or not isfinite(scale):
+    # Not math.isfinite, which no graph with a dynamic head dimension, and so a symbolic scale, can hold.
+    if not isinstance(scale, (int, float)) or scale - scale != 0:
         raise ValueError(f"{op}: scale must be a finite number, got {scale!r}")
 
 
@@ -164,6 +163,18 @@ def heads(op: str, *, varlen: bool = False, **tensors: Tensor) -> None:
     floating(op, **tensors)
 
 
+def keys(op: str, q: Tensor, k: Tensor, v: Tensor, *, own_length: bool) -> None:
+    """k and v are of one shape, and like q but for the number of tokens where keys may have their own."""
+    if own_length and (k.dim() != q.dim() or k.shape[-2:] != q.shape[-2:] or k.shape[:-3] != q.shape[:-3]):
+        expected = ", ".join(["N_k" if n == q.dim() - 3 else str(size) for n, size in enumerate(q.shape)])
+        raise ValueError(f"{op}: k must have shape [{expected}] (q's, of any number of tokens), got {shape_of(k)}")
+    if not own_length:
+        same_shape(op, "k", k, "q", q)
+    same_shape(op, "v", v, "k", k)
+    same_dtype(op, "q", q, k=k, v=v)
+    device(op, "q", q, k=k, v=v)
+
+
 def qk_weights(op: str, q: Tensor, **weights: Tensor | None) -> None:
     parameters(op, "q", q, q.shape[-2] * q.shape[-1], "q's heads times head dimension", **weights)
 
@@ -172,20 +183,33 @@ def token_statistics(op: str, q: Tensor, **statistics: Tensor | None) -> None:
     leading(op, "q", q, q.dim() - 2, "[B, N]" if q.dim() == 4 else "tokens", **statistics)
 
 
-def sequences(op: str, first: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
-    """int32 [B + 1] and a number, or neither; `core.sequences.check_values` checks values."""
+def sequences(op: str, first: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, of: str = "") -> None:
+    """int32 [B + 1] and a number, or neither; `core.sequences.check_values` checks values. `of`: "_k" for keys."""
     if (cu_seqlens is None) != (max_seqlen is None):
         absent = "cu_seqlens" if cu_seqlens is None else "max_seqlen"
         raise ValueError(f"{op}: cu_seqlens and max_seqlen go together, got None for {absent}")
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"{op}: cu_seqlens must be torch.int32, got {cu_seqlens.dtype}")
+        raise ValueError(f"{op}: cu_seqlens{of} must be torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{op}: cu_seqlens must have shape [B + 1], got {shape_of(cu_seqlens)}")
-    device(op, first, x, cu_seqlens=cu_seqlens)
+        raise ValueError(f"{op}: cu_seqlens{of} must have shape [B + 1], got {shape_of(cu_seqlens)}")
+    device(op, first, x, **{f"cu_seqlens{of}": cu_seqlens})
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)) or max_seqlen < 0:
-        raise ValueError(f"{op}: max_seqlen must be an integer >= 0, got {max_seqlen!r}")
+        raise ValueError(f"{op}: max_seqlen{of} must be an integer >= 0, got {max_seqlen!r}")
+
+
+def key_sequences(op: str, x: Tensor, ends: Tensor | None, ends_k: Tensor | None, max_seqlen_k: int | None) -> None:
+    """cu_seqlens_k like cu_seqlens and max_seqlen_k, or neither."""
+    if (ends_k is None) != (max_seqlen_k is None):
+        absent = "cu_seqlens_k" if ends_k is None else "max_seqlen_k"
+        raise ValueError(f"{op}: cu_seqlens_k and max_seqlen_k go together, got None for {absent}")
+    if ends_k is None:
+        return
+    if ends is None:
+        raise ValueError(f"{op}: cu_seqlens must be given beside cu_seqlens_k, got None")
+    like(op, "cu_seqlens", ends, cu_seqlens_k=ends_k)
+    sequences(op, "q", x, ends_k, max_seqlen_k, "_k")
 
 
 def written(op: str, first: str, x: Tensor, /, **tensors: Tensor) -> None:

@@ -200,13 +200,14 @@ struct Driver {
     const auto view = [&](const void* data) { return HeadsView{data, tokens * width, width, head_dim}; };
     const auto set_sizes = [&](auto& params) {
       params.batch = batch;
-      params.tokens = params.row_stride = tokens;
+      params.tokens = params.keys = params.row_stride = tokens;
       if (!ends.empty()) {
         params.cu_seqlens = ends.data();
         params.sequences = int64_t(ends.size()) - 1;
         params.tokens = 0;
         for (size_t i = 1; i < ends.size(); ++i)
           params.tokens = std::max<int64_t>(params.tokens, ends[i] - ends[i - 1]);
+        params.keys = params.tokens;
       }
       params.heads = heads;
       params.head_dim = head_dim;

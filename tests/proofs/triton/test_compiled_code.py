@@ -1,6 +1,7 @@
 """What the compiler makes of kernels that no interpreter shows: widths of loads, orders of sums, shared memory."""
 
 import collections
+import itertools
 import os
 import re
 
@@ -176,6 +177,30 @@ def test_packs_of_other_heads_do_not_spill(arch, head_dim):
     none, given = (None,) * 4, (torch.empty(9, dtype=torch.int32), 1025)
     rows = compiled_rows(arch, attention, q, k, v, 0.1, *none, *given)
     rows |= compiled_rows(arch, attention_backward, q, q, k, v, q, torch.empty(16, 3000), 0.1, *none, q, k, v, *given)
+    assert len(rows) == 4
+    for name, row in rows.items():
+        assert row["spills"] == 0, name
+        assert row["shared_bytes"] <= TARGETS[arch].shared_bytes, name
+
+
+IN_CI = (("sm_90", 64, True), ("gfx942", 64, True))
+OTHER_KEYS = [
+    pytest.param(*case, marks=() if case in IN_CI else pytest.mark.slow)
+    for case in itertools.product(TARGETS, (64, 128), (True, False))
+]
+
+
+@pytest.mark.parametrize(("arch", "head_dim", "packed"), OTHER_KEYS)
+def test_other_keys_than_queries_do_not_spill(arch, head_dim, packed):
+    """No model launches these kernels: packs and batches whose keys are not the queries' own."""
+    q, kv = torch.empty(1, 3000, 16, head_dim).bfloat16(), torch.empty(2, 1, 600, 16, head_dim).bfloat16()
+    heads, lse, none, given = (q, *kv), torch.empty(1, 16, 3000), (None,) * 4, ()
+    if packed:
+        ends = torch.empty(9, dtype=torch.int32)
+        heads, lse, given = [t[0] for t in heads], lse[0], (ends, 1025, ends, 200)
+    rows = compiled_rows(arch, attention, *heads, 0.1, *none, *given)
+    args = (heads[0], *heads, heads[0], lse, 0.1, *none, *heads, *given)
+    rows |= compiled_rows(arch, attention_backward, *args)
     assert len(rows) == 4
     for name, row in rows.items():
         assert row["spills"] == 0, name

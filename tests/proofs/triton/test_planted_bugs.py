@@ -63,8 +63,8 @@ BUGS = {
     ),
     "sequence that ends a token early": (
         "attention/tiles.py",
-        "N = tl.load(p_cu_seqlens + i_b + 1) - i_first",
-        "N = tl.load(p_cu_seqlens + i_b + 1) - i_first - 1",
+        "N = tl.load(p_cu_kept + i_b + 1) - i_first",
+        "N = tl.load(p_cu_kept + i_b + 1) - i_first - 1",
         ("test_attention_packed.py", "float64 and False and lengths2"),
     ),
     "key of the next sequence": (
@@ -72,6 +72,24 @@ BUGS = {
         "D, BLOCK_N, LAST_AGAIN,",
         "D, BLOCK_N, False,",
         ("test_attention_packed.py", "neighbours and nan and 64"),
+    ),
+    "keys at the place of the queries": (
+        "attention/tiles.py",
+        "i_walked = tl.where(N_walked == 0, 0, i_first)",
+        "i_walked = tl.where(N_walked == 0, 0, i_kept)",
+        ("test_attention_keys.py", "packs and 64"),
+    ),
+    "as many keys as queries": (
+        "attention/tiles.py",
+        "N_walked = tl.where(beyond, 0, tl.load(p_cu_walked + i_b + 1) - i_first)",
+        "N_walked = N",
+        ("test_attention_keys.py", "packs and 64"),
+    ),
+    "division by no key": (
+        "attention/forward.py",
+        "b_divisor = tl.where(b_sum == 0, 1.0, b_sum)",
+        "b_divisor = b_sum",
+        ("test_attention_keys.py", "packs and 64"),
     ),
 }
 
