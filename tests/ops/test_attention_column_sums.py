@@ -31,7 +31,7 @@ def inputs(tokens, heads, dtype, normed, generator, batch=1, distribution="norma
 def lse_of(given, backend):
     inside = [given.get(n) for n in ("q_weight", "k_weight", "rstd_q", "rstd_k")]
     q, k = given["q"], given["k"]
-    return ATTENTION.call((q, k, k, q.shape[-1] ** -0.5, *inside, None, None), backend)[1]
+    return ATTENTION.call((q, k, k, q.shape[-1] ** -0.5, *inside, None, None, None, None), backend)[1]
 
 
 @backends
