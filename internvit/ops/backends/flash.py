@@ -83,8 +83,10 @@ def _packed(sequences: Sequences | None) -> dict[str, Any]:
     """The arguments that say where sequences begin and end; none of a dense batch."""
     if sequences is None:
         return {}
-    ends, longest = sequences.cu_seqlens.contiguous(), sequences.max_seqlen
-    return {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    ends, keys = sequences.cu_seqlens.contiguous(), sequences.keys
+    ends_k = ends if keys is sequences else keys.cu_seqlens.contiguous()
+    longest = {"max_seqlen_q": sequences.max_seqlen, "max_seqlen_k": keys.max_seqlen}
+    return {"cu_seqlens_q": ends, "cu_seqlens_k": ends_k, **longest}
 
 
 def _forward_2(
