@@ -13,8 +13,8 @@ class InternViTOutput(NamedTuple):
         last_hidden_state: [B, N, C], after the last block (InternViT has no final norm).
         pooler_output: [B, C], the class token of last_hidden_state.
         hidden_states: L + 1 tensors [B, N, C], the embeddings and the output of each block; None unless asked for.
-        attentions: L tensors [B, H, N, N], softmax probabilities, or [B, H, N], those of the class token; None unless
-            asked for.
+        attentions: L tensors [B, H, N, N], softmax probabilities, or [B, H, N], those of the class token, or the sums
+            over the columns; None unless asked for.
 
     Of a list of images, last_hidden_state and each of hidden_states are `PackedTokens`, a sequence of one tensor
     [N_i, C] an image, and each of attentions is a list of [H, N_i, N_i].
@@ -61,3 +61,19 @@ class InternViTOutput(NamedTuple):
 
 # torch.export.save writes the output's type by this name.
 _pytree._register_namedtuple(InternViTOutput, serialized_type_name="internvit.output.InternViTOutput")
+
+
+def attention_kind(output_attentions: Any) -> str | None:
+    """What is asked for of each block's attention: "maps", "class", the class token's rows of them, "columns", the sums
+    over their columns, or None.
+
+    Raises:
+        ValueError: neither a truth value nor "class" or "columns".
+    """
+    if isinstance(output_attentions, str):
+        if output_attentions not in ("class", "columns"):
+            raise ValueError(
+                f"output_attentions: expected False, True, 'class' or 'columns', got {output_attentions!r}"
+            )
+        return output_attentions
+    return "maps" if output_attentions else None

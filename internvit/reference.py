@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from internvit.config import InternViTConfig
 from internvit.geometry import check_pixels, resize_position_embedding
-from internvit.output import InternViTOutput
+from internvit.output import InternViTOutput, attention_kind
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,7 @@ class InternViT(nn.Module):
             )
         x = self.embeddings(pixel_values) if pixel_embeds is None else pixel_embeds
         hidden_states, attentions = [x], []
+        kind = attention_kind(output_attentions)
         for layer in self.encoder.layers:
             if self.gradient_checkpointing and self.training:
                 x, attention = checkpoint(layer, x, use_reentrant=False)
@@ -201,12 +202,14 @@ class InternViT(nn.Module):
                 x, attention = layer(x)
             if output_hidden_states:
                 hidden_states.append(x)
-            if output_attentions:
-                attentions.append(attention[:, :, 0] if output_attentions == "class" else attention)
+            if kind == "columns":
+                attentions.append(attention.sum(-2, dtype=torch.promote_types(attention.dtype, torch.float32)))
+            elif kind is not None:
+                attentions.append(attention[:, :, 0] if kind == "class" else attention)
         output = InternViTOutput(
             last_hidden_state=x,
             pooler_output=x[:, 0],
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=tuple(attentions) if kind is not None else None,
         )
         return output if return_dict else output.to_tuple()

@@ -274,4 +274,12 @@ inline void attention_backward(const Tensor& grad_out, const Tensor& q, const Te
   check.output("grad_v", grad_v, k);
 }
 
+inline void attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse, double scale, const QKNorm& norm,
+                                  const OptionalTensor& cu_seqlens) {
+  const Checks check("attention_column_sums", "q", q);
+  check.like_x("k", k);
+  attention_inputs(check, q, k, k, scale, norm, {cu_seqlens, {}});
+  check.floating("lse", lse, by_head(q));
+}
+
 }  // namespace internvit::check

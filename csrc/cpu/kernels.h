@@ -67,6 +67,22 @@ struct AttentionBackwardParams {
   int64_t sequences;
 };
 
+struct AttentionColumnSumsParams {
+  DType dtype;
+  HeadsView q, k;
+  const float* q_weight;
+  const float* k_weight;
+  const float* rstd_q;
+  const float* rstd_k;
+  const float* lse;                              // [B, H, N]
+  float* sums;                                   // [B, H, N]
+  int64_t batch, tokens, keys, heads, head_dim;  // as many keys as tokens
+  int64_t row_stride;                            // from head to head of lse and sums
+  float scale;
+  const int32_t *cu_seqlens, *cu_seqlens_k;  // the latter is null
+  int64_t sequences;
+};
+
 // y = epilogue(x W^T + bias), W packed once by pack_weight for this instruction set.
 struct LinearParams {
   const bf16* x;  // [rows, K]
@@ -137,6 +153,7 @@ struct Kernels {
   void (*quantize_rows)(const QuantizeRowsParams&, const Executor&);
   void (*attention)(const AttentionParams&, const Executor&);
   void (*attention_backward)(const AttentionBackwardParams&, const Executor&);
+  void (*attention_column_sums)(const AttentionColumnSumsParams&, const Executor&);
   // Null where the unit has no GEMM of its own; torch's is used then.
   void (*pack_weight)(const PackWeightParams&, const Executor&);
   void (*linear)(const LinearParams&, const Executor&);

@@ -1,5 +1,5 @@
 // Features of an image by a model that `internvit export MODEL model.pt2 --to aoti --backend cpu` wrote, without
-// Python.
+// Python; or with `--backend cuda` and internvit_cuda.so, on the GPU.
 //
 //   internvit_features model.pt2 internvit_cpu.so HEIGHT WIDTH pixels.f32 features.f32
 //
@@ -30,7 +30,9 @@ void run(const std::string& model, const std::string& library, int64_t height, i
   // The package calls the library's ops by name: the library registers them when it is loaded.
   if (!dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL)) throw std::runtime_error(dlerror());
   torch::inductor::AOTIModelPackageLoader loader(model);
-  for (const auto& [key, value] : loader.get_metadata()) std::printf("%s: %s\n", key.c_str(), value.c_str());
+  const auto metadata = loader.get_metadata();
+  for (const auto& [key, value] : metadata) std::printf("%s: %s\n", key.c_str(), value.c_str());
+  const c10::Device device(metadata.at("AOTI_DEVICE_KEY"));
 
   std::vector<char> bytes = read(in);
   const size_t image = sizeof(float) * 3 * size_t(height) * size_t(width);
@@ -38,7 +40,7 @@ void run(const std::string& model, const std::string& library, int64_t height, i
     throw std::runtime_error(in + " does not hold images of this size");
   const auto pixels = at::from_blob(bytes.data(), {int64_t(bytes.size() / image), 3, height, width});
   const c10::InferenceMode inference;
-  const at::Tensor features = loader.run({pixels})[0].contiguous();
+  const at::Tensor features = loader.run({pixels.to(device)})[0].cpu().contiguous();
   std::ofstream(out, std::ios::binary).write(static_cast<const char*>(features.data_ptr()), features.nbytes());
 }
 

@@ -37,7 +37,7 @@ class Batch(click.ParamType):
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--opset", type=click.IntRange(18), default=18, show_default=True, help="Of ONNX.")
 @click.option("--precision", type=click.Choice(["int8"]), help="Linears in int8; ONNX from float32.")
-@click.option("--backend", type=click.Choice(["cpu"]), help="Keep this library's CPU kernels; AOTInductor.")
+@click.option("--backend", type=click.Choice(["cpu", "cuda"]), help="Keep this library's kernels; AOTInductor.")
 @click.option("--image", "images", multiple=True, help="A photograph to compare on; may be given again.")
 @click.option("--prefix", help="Before the tower's names in MODEL, if it holds several towers.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
@@ -70,8 +70,11 @@ def export(
     from internvit.multimodal.connector import InternVLConnector
 
     name, weights = (model, None) if model in VARIANTS else (None, model)
-    network, source = load_network(name, weights, prefix, dtype, "cpu")
-    connector = InternVLConnector.from_pretrained(source).to(DTYPES[dtype]).eval() if with_connector else None
+    device = "cuda" if backend == "cuda" else "cpu"
+    network, source = load_network(name, weights, prefix, dtype, device)
+    connector = None
+    if with_connector:
+        connector = InternVLConnector.from_pretrained(source).to(device, DTYPES[dtype]).eval()
     result = export_model(
         network,
         out,

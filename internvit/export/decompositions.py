@@ -19,6 +19,10 @@ _KEPT = (
 )
 
 
+LIBRARIES = ("cpu", "cuda")
+"""The backends that are a compiled library, whose ops a process without Python can call."""
+
+
 def decompositions(backend: str | None = None) -> dict[Any, Callable[..., Any]]:
     """What `ExportedProgram.run_decompositions` takes to leave no op of namespace `internvit` in a program.
 
@@ -26,8 +30,9 @@ def decompositions(backend: str | None = None) -> dict[Any, Callable[..., Any]]:
     default, but for Linear, attention, RMSNorm and resizing, which other runtimes have as one op each.
 
     Args:
-        backend: "cpu" keeps the kernels of that compiled library: each op becomes the library's own,
-            `internvit_cpu::NAME`, which a process without Python has once it has loaded internvit_cpu.so.
+        backend: "cpu" or "cuda" keeps the kernels of that compiled library: each op becomes the library's own,
+            `internvit_cpu::NAME`, which a process without Python has once it has loaded internvit_cpu.so. What the
+            CUDA library leaves to others, attention among it, is PyTorch's.
 
     Raises:
         ValueError: another backend.
@@ -39,8 +44,8 @@ def decompositions(backend: str | None = None) -> dict[Any, Callable[..., Any]]:
     Example:
         >>> program = torch.export.export(model, (pixels,)).run_decompositions(internvit.export.decompositions())
     """
-    if backend not in (None, "cpu"):
-        raise ValueError(f"decompositions: backend must be 'cpu' or None, got {backend!r}")
+    if backend not in (None, *LIBRARIES):
+        raise ValueError(f"decompositions: backend must be 'cpu', 'cuda' or None, got {backend!r}")
     if backend is not None:
         usable(backend)
     table: dict[Any, Callable[..., Any]] = dict(torch.export.default_decompositions())

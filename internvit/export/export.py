@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internvit.export.decompositions import LIBRARIES
 from internvit.export.program import ExportedModel, check_shape, export_program
 from internvit.export.targets import ONNX, TARGETS, Target
 from internvit.files import staging
@@ -55,7 +56,7 @@ def export_model(
     float16, 3e-2 in bfloat16 and 0.1 in int8.
 
     Args:
-        model: in eval mode on the CPU, in the dtype to export.
+        model: in eval mode on the CPU, or for backend="cuda" on a GPU, in the dtype to export.
         path: the file to write: `.onnx`, `.xml` with the weights beside it in `.bin` (openvino), or `.pt2`.
         to: "onnx" (needs onnxscript and onnxruntime), "openvino" (openvino), "aoti" (a C++ compiler) or "pt2".
         layers, connector: what it computes; see `ExportedModel`.
@@ -63,8 +64,8 @@ def export_model(
         batch: a number of images, or "dynamic".
         opset: of ONNX; 23 and later hold its own Attention and RMSNormalization.
         precision: "int8" for Linears in int8, of a float32 model in ONNX.
-        backend: "cpu" for an AOTInductor package that calls this library's kernels; a process without Python loads
-            `internvit_cpu.so` before it.
+        backend: "cpu" or "cuda" for an AOTInductor package that calls this library's kernels; a process without Python
+            loads `internvit_cpu.so` or `internvit_cuda.so` before it. No GPU has run a package of "cuda" yet.
         images: files of photographs to compare on, or pixels [channels, height, width] of any size that the file
             takes; by default smooth random ones. A file that takes any size is run at two.
         overwrite: replaces files that exist.
@@ -78,8 +79,10 @@ def export_model(
     target = _target(to, opset, precision, backend)
     wrapped = ExportedModel(model, layers, connector)
     kind = to if precision is None else f"{to} in {precision}"
-    if model.device.type != "cpu":
-        raise ValueError(f"export: model must be on the CPU, got {model.device}")
+    device = "cuda" if backend == "cuda" else "cpu"
+    if model.device.type != device:
+        where = "the CPU" if device == "cpu" else "a CUDA device for backend='cuda'"
+        raise ValueError(f"export: model must be on {where}, got {model.device}")
     if model.dtype not in target.dtypes:
         raise ValueError(f"export: {kind} takes {' or '.join(map(str, target.dtypes))} here, got {model.dtype}")
     height_width, number = _shape(wrapped, size, batch)
@@ -114,6 +117,8 @@ def _target(to: str, opset: int, precision: str | None, backend: str | None) -> 
         raise ValueError(f"export: precision must be 'int8' or None, got {precision!r}")
     if precision and to != "onnx":
         raise ValueError(f"export: precision='int8' is for onnx, got to={to!r}")
+    if backend not in (None, *LIBRARIES):
+        raise ValueError(f"export: backend must be 'cpu', 'cuda' or None, got {backend!r}")
     if backend and to != "aoti":
         raise ValueError(
             f"export: backend={backend!r} is for aoti, got to={to!r}: no other runtime has this library's ops"
@@ -194,7 +199,10 @@ def _batches(
     for side in sides if not images else ():
         smooth = torch.randn(1, channels, 8, 8, generator=generator)
         pixels.append(torch.nn.functional.interpolate(smooth, side, mode="bicubic")[0])
-    return [torch.stack([x.roll(16 * i, -1) for i in range(batch or 1)]).to(model.model.dtype) for x in pixels]
+    return [
+        torch.stack([x.roll(16 * i, -1) for i in range(batch or 1)]).to(model.model.device, model.model.dtype)
+        for x in pixels
+    ]
 
 
 def _two_sizes(model: ExportedModel) -> list[tuple[int, int]]:

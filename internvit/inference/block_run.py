@@ -9,7 +9,9 @@ from torch import Tensor
 from internvit.inference.folded_norms import can_fold, folded_parts
 from internvit.inference.fp8 import fp8_parts
 from internvit.inference.packed_block import PackedBlock
+from internvit.model.attention_summary import AttentionSummary
 from internvit.model.block import is_unmodified
+from internvit.model.encoder import attention_maps
 from internvit.model.fused_block import BlockParts, Norm
 from internvit.model.packed import runs_alone, split
 from internvit.ops.core.sequences import Sequences
@@ -59,21 +61,26 @@ class BlockRun:
         float8: Collection[str],
         images: Pieces,
         fold_norms: bool = False,
+        summary: AttentionSummary | None = None,
     ) -> None:
-        self.layer, self.model_dtype, self.sequences = layer, model_dtype, images.sequences
+        self.layer, self.model_dtype, self.sequences, self._summary = layer, model_dtype, images.sequences, summary
         sequences = self.sequences
         if float8 and is_unmodified(layer):
-            self.parts: BlockParts | None = fp8_parts(layer, float8, sequences)
+            self.parts: BlockParts | None = fp8_parts(layer, float8, sequences, summary)
         elif block is not None:
-            self.parts = block.parts(layer, sequences)
-        elif fold_norms and can_fold(layer):
+            self.parts = block.parts(layer, sequences, summary)
+        elif fold_norms and summary is None and can_fold(layer):
             self.parts = folded_parts(layer, sequences)
         else:
-            self.parts = layer.parts(sequences) if is_unmodified(layer, quantised=True) else None
+            self.parts = layer.parts(sequences, summary) if is_unmodified(layer, quantised=True) else None
         norm = None if self.parts is None else self.parts.norm1
         self.first_norm = norm if isinstance(norm, Norm) else None
 
     def call(self, x: Tensor) -> Tensor:
         x, dtype = x.to(self.model_dtype), x.dtype
+        if self._summary is not None:
+            maps = attention_maps(self.layer, x, self._summary.kind, self.sequences)
+            for value in [maps] if self.sequences is None else [image[None] for image in maps]:
+                self._summary.add(value)
         packed = {} if self.sequences is None else {"sequences": self.sequences}
         return self.layer(x, **packed).to(dtype)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from internvit.model.attention_summary import AttentionSummary
 from internvit.model.block import InternViTLayer
 from internvit.model.fused_block import BlockParts, BranchOutput, attention_output
 from internvit.ops.core.sequences import Sequences
@@ -47,11 +48,16 @@ class Fp8Linear:
         return linear_fp8(x_q, x_scale, weight_q, scale, bias, gelu=gelu, dtype=x.dtype)
 
 
-def fp8_parts(layer: InternViTLayer, names: Collection[str], sequences: Sequences | None = None) -> BlockParts:
+def fp8_parts(
+    layer: InternViTLayer,
+    names: Collection[str],
+    sequences: Sequences | None = None,
+    summary: AttentionSummary | None = None,
+) -> BlockParts:
     """An unmodified layer's parts, with the Linears of these names in float8."""
-    parts, attn, mlp = layer.parts(sequences), layer.attn, layer.mlp
+    parts, attn, mlp = layer.parts(sequences, summary), layer.attn, layer.mlp
     if "attn.qkv" in names:
-        qkv = attn.parts(sequences)._replace(qkv=(Fp8Linear(attn.qkv),))
+        qkv = attn.parts(sequences, summary)._replace(qkv=(Fp8Linear(attn.qkv),))
         parts = parts._replace(attention=partial(attention_output, qkv))
     if "attn.proj" in names:
         parts = parts._replace(proj=BranchOutput(Fp8Linear(attn.proj, layer.ls1), None))

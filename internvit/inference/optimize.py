@@ -29,16 +29,17 @@ from internvit.inference.packed_block import LINEARS, PackedBlock, can_pack
 from internvit.inference.precision import quantised_linears
 from internvit.inference.save import save_quantized
 from internvit.model import recompute
+from internvit.model.attention_summary import AttentionSummary
 from internvit.model.block import is_unmodified
 from internvit.model.embeddings import embed
-from internvit.model.encoder import InternViTEncoder, asks_for_class_rows, attention_maps
+from internvit.model.encoder import InternViTEncoder
 from internvit.model.fused_block import run_block
 from internvit.model.hooks import has_hooks
 from internvit.model.packed import PackedTokens, packed_output
 from internvit.model.vit import InternViT
 from internvit.ops.core.select import requested
 from internvit.ops.core.sequences import Sequences
-from internvit.output import InternViTOutput
+from internvit.output import InternViTOutput, attention_kind
 
 
 class OptimizedInternViT(nn.Module):
@@ -103,36 +104,25 @@ class OptimizedInternViT(nn.Module):
         pixel_embeds: Tensor | PackedTokens | None = None,
         output_attentions: bool | str = False,
     ) -> InternViTOutput | tuple:
-        """As `InternViT.forward`, without gradients; attention maps run on the model itself, but for class rows."""
-        model = self.model
-        if asks_for_class_rows(output_attentions) and self._replaces_forward():
-            output = self._with_class_rows(pixel_values, pixel_embeds, output_hidden_states)
-            return output if return_dict else output.to_tuple()
-        if output_attentions or not self._replaces_forward():
+        """As `InternViT.forward`, without gradients; whole attention maps run on the model itself."""
+        model, kind = self.model, attention_kind(output_attentions)
+        if kind == "maps" or not self._replaces_forward():
             output = model(pixel_values, output_hidden_states, return_dict, pixel_embeds, output_attentions)
             return output if self.out_dtype is None else _cast(output, self.out_dtype)
         tokens = embed(model.embeddings, pixel_values, pixel_embeds)
+        summaries = [AttentionSummary(kind) for _ in model.encoder.layers] if kind else []
         if isinstance(tokens, PackedTokens):
             embedded = model.encoder.cast_residual(tokens.values)
-            x, *hidden = self._run_blocks(embedded, output_hidden_states, tokens.sequences)
-            output = packed_output(tokens, x, hidden if output_hidden_states else None)
+            x, *hidden = self._run_blocks(embedded, output_hidden_states, tokens.sequences, summaries)
+            attentions: Any = tuple(summary.of_images() for summary in summaries) or None
+            output = packed_output(tokens, x, hidden if output_hidden_states else None, attentions)
         else:
             embedded = model.encoder.cast_residual(tokens)
-            x, *hidden = self._encode(embedded, output_hidden_states)
-            output = InternViTOutput(x, x[:, 0], tuple(hidden) if output_hidden_states else None, None)
+            x, *hidden = self._encode(embedded, output_hidden_states, summaries)
+            attentions = tuple(summary.of_batch() for summary in summaries) or None
+            output = InternViTOutput(x, x[:, 0], tuple(hidden) if output_hidden_states else None, attentions)
         output = _cast(output, self.out_dtype or embedded.dtype)
         return output if return_dict else output.to_tuple()
-
-    def _with_class_rows(self, pixel_values: Any, pixel_embeds: Any, output_hidden_states: bool) -> InternViTOutput:
-        """The output with the class token's row of every block's attention map, from the hidden states between them."""
-        output = InternViTOutput(*self.forward(pixel_values, True, True, pixel_embeds))
-        assert output.hidden_states is not None
-        before = list(zip(self.model.encoder.layers, output.hidden_states[:-1], strict=True))
-        if isinstance(output.last_hidden_state, PackedTokens):
-            rows = tuple(attention_maps(layer, h.values, True, h.sequences) for layer, h in before)
-        else:
-            rows = tuple(attention_maps(layer, h, True) for layer, h in before)
-        return output._replace(attentions=rows, hidden_states=output.hidden_states if output_hidden_states else None)
 
     def _stream_dtype(self, embedded: Tensor) -> torch.dtype:
         """The residual stream's dtype for embedded tokens in the dtype in which the model itself would carry it."""
@@ -151,12 +141,15 @@ class OptimizedInternViT(nn.Module):
             return False
         return type(model).forward is InternViT.forward and type(encoder) is InternViTEncoder
 
-    def _encode(self, embedded: Tensor, output_hidden_states: bool) -> tuple[Tensor, ...]:
-        """The last hidden state and, where asked for, all L + 1; by a CUDA graph if there are graphs."""
+    def _encode(
+        self, embedded: Tensor, output_hidden_states: bool, summaries: Sequence[AttentionSummary] = ()
+    ) -> tuple[Tensor, ...]:
+        """The last hidden state and, where asked for, all L + 1; by a CUDA graph if there are graphs, but with
+        `summaries`."""
         graphs = self._graphs
-        empty = embedded.numel() == 0
-        if graphs is None or empty or torch.cuda.is_current_stream_capturing() or not self._can_capture():
-            return self._run_blocks(embedded, output_hidden_states)
+        as_they_are = embedded.numel() == 0 or bool(summaries)
+        if graphs is None or as_they_are or torch.cuda.is_current_stream_capturing() or not self._can_capture():
+            return self._run_blocks(embedded, output_hidden_states, None, summaries)
         variant = (output_hidden_states, requested(), self.residual_dtype, self.fold_norms)
         return graphs(lambda static: self._run_blocks(static, output_hidden_states), embedded, variant)
 
@@ -169,18 +162,24 @@ class OptimizedInternViT(nn.Module):
         return self._guard is not None
 
     def _run_blocks(
-        self, embedded: Tensor, output_hidden_states: bool, sequences: Sequences | None = None
+        self,
+        embedded: Tensor,
+        output_hidden_states: bool,
+        sequences: Sequences | None = None,
+        summaries: Sequence[AttentionSummary] = (),
     ) -> tuple[Tensor, ...]:
-        """The last hidden state, and all; with `sequences` of packed images [total, C]."""
+        """The last hidden state, and all; with `sequences` of packed images [total, C]. Fills `summaries`, one
+        for each block, or none."""
         layers: list[Any] = list(self.model.encoder.layers)
         blocks = [self._packed_block(index) for index in range(len(layers))]
         x = embedded.to(self._stream_dtype(embedded))
         # Images go through the blocks one by one where the GEMMs want that: nothing is copied between them.
         images = Pieces(x, sequences, any(b is not None and b.one_image for b in blocks))
         folds = self.fold_norms and x.dtype == self.model.dtype and not torch.is_autocast_enabled(x.device.type)
+        given: Sequence[AttentionSummary | None] = summaries or [None] * len(layers)
         runs = [
-            BlockRun(layer, block, embedded.dtype, _of_layer(index, self.float8), images, folds)
-            for index, (layer, block) in enumerate(zip(layers, blocks, strict=True))
+            BlockRun(layer, block, embedded.dtype, _of_layer(index, self.float8), images, folds, summary)
+            for index, (layer, block, summary) in enumerate(zip(layers, blocks, given, strict=True))
         ]
         hidden_states = [x]
         states: list[tuple[Tensor, Any]] = [(piece, None) for piece in images.split(x)]

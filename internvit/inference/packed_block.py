@@ -27,6 +27,7 @@ from internvit.inference.linear import (
 )
 from internvit.inference.linear_int8 import Int8Linear, Int8MLP
 from internvit.inference.torchao_int8 import int8_linear_values
+from internvit.model.attention_summary import AttentionSummary
 from internvit.model.block import InternViTLayer, is_unmodified
 from internvit.model.fused_block import BlockParts, BranchOutput, Function, Norm, attention_output, identity
 from internvit.model.hooks import is_plain_linear
@@ -74,14 +75,16 @@ class PackedBlock:
         """Whether the copies are still those of the layer's weights, to the bit (`row_checksums`)."""
         return torch.equal(self.checksums, row_checksums(_sources(layer)))
 
-    def parts(self, layer: InternViTLayer, sequences: Sequences | None = None) -> BlockParts:
+    def parts(
+        self, layer: InternViTLayer, sequences: Sequences | None = None, summary: AttentionSummary | None = None
+    ) -> BlockParts:
         fc1_gelu: Any = partial(self.fc1, gelu=True)
         fc2 = _branch_output(self.fc2)
         if isinstance(self.fc1, Int8Linear) and isinstance(self.fc2, Int8Linear):
             fc1_gelu, fc2 = Int8MLP(self.fc1, self.fc2), BranchOutput(identity, None)
         return BlockParts(
             _norm_before(self.qkv, fusible(layer.norm1)),
-            partial(attention_output, layer.attn.parts(sequences)._replace(qkv=(self.qkv,))),
+            partial(attention_output, layer.attn.parts(sequences, summary)._replace(qkv=(self.qkv,))),
             _branch_output(self.proj),
             _norm_before(self.fc1, fusible(layer.norm2)),
             fc1_gelu,

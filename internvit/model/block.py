@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from internvit.config import InternViTConfig
 from internvit.model import recompute
+from internvit.model.attention_summary import AttentionSummary
 from internvit.model.fused_block import (
     BlockParts,
     BranchOutput,
@@ -103,9 +104,10 @@ class InternViTLayer(nn.Module):
         normed: Tensor | None,
         next_norm: Norm | Defer | None,
         sequences: Sequences | None = None,
+        summary: AttentionSummary | None = None,
     ) -> tuple[Tensor, Any]:
         """The block between two neighbours; see `internvit.model.fused_block.run_block`."""
-        parts = self.parts(sequences)
+        parts = self.parts(sequences, summary)
         if self.options.checkpointing != "selective" or not self.training or not recompute.can_checkpoint():
             return run_block(parts, hidden_states, normed, next_norm)
         if normed is None:
@@ -119,7 +121,7 @@ class InternViTLayer(nn.Module):
         out, next_normed = checkpoint(after_attention, hidden_states, attended, use_reentrant=False)
         return out, next_norm.rematerialize(out, next_normed) if isinstance(next_norm, Norm) else next_normed
 
-    def parts(self, sequences: Sequences | None = None) -> BlockParts:
+    def parts(self, sequences: Sequences | None = None, summary: AttentionSummary | None = None) -> BlockParts:
         """What the block computes with now; a branch whose module has hooks or is another one is called as a whole."""
         fold = self.options.fold_layer_scale
         row_scale = partial(self._row_scale, sequences) if self.training and self.drop_path_rate > 0 else None
@@ -129,7 +131,7 @@ class InternViTLayer(nn.Module):
         proj, fc2 = (BranchOutput(identity, gamma, row_scale) for gamma in (self.ls1, self.ls2))
         if type(attn) is Attention and not has_hooks(attn):
             attention, proj = (
-                partial(attention_output, attn.parts(sequences)),
+                partial(attention_output, attn.parts(sequences, summary)),
                 linear_or_folded(attn.proj, self.ls1, fold, row_scale),
             )
         if type(mlp) is MLP and not has_hooks(mlp):
@@ -142,9 +144,13 @@ class InternViTLayer(nn.Module):
         norm = fusible(self.norm1)
         return norm if isinstance(norm, Norm) else None
 
-    def attention_map(self, hidden_states: Tensor, class_only: bool = False) -> Tensor:
+    def attention_map(self, hidden_states: Tensor, kind: str = "maps") -> Tensor:
         """The softmax probabilities [B, H, N, N] of the block's attention; see `Attention.attention_map`."""
-        return self.attn.attention_map(self.norm1(hidden_states), class_only)
+        return self.attn.attention_map(self.norm1(hidden_states), kind)
+
+    def summarizes_attention(self) -> bool:
+        """Whether the block's own attention reports an `AttentionSummary`: it is InternViT's, called by its parts."""
+        return type(self.attn) is Attention and not has_hooks(self.attn)
 
     def has_plain_parts(self, quantised: bool = False) -> bool:
         """Whether nothing but InternViT's own forward happens in the block's parts; `quantised`: as `is_unmodified`."""

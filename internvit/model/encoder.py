@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from internvit.config import InternViTConfig
 from internvit.model import recompute
+from internvit.model.attention_summary import AttentionSummary
 from internvit.model.block import InternViTLayer, TrainingOptions, is_plain_layer, passes_branch
 from internvit.model.fused_block import Norm
 from internvit.model.packed import one_by_one, runs_alone, split
 from internvit.ops.core.sequences import Sequences
+from internvit.output import attention_kind
 
 CHECKPOINTING = ("none", "selective", "block")
 CHECKPOINT_KWARGS = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
@@ -95,14 +97,15 @@ class InternViTEncoder(nn.Module):
         depth: int | None = None,
         sequences: Sequences | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Any, ...] | None]:
-        """The last hidden state; all L + 1 hidden states and L attention maps, or their class rows, where asked for.
+        """The last hidden state; all L + 1 hidden states and L attention maps, or what `attention_kind` names of them,
+        where asked for.
 
         With `sequences` the hidden states are [total, C], packed images; an attention map is a list of the images'.
 
         With `indices` the hidden states are the outputs of these blocks alone, in order, and no other is held. Only
         the first `depth` blocks run; by default all.
         """
-        class_only = asks_for_class_rows(output_attentions)
+        kind = attention_kind(output_attentions)
         if sequences is not None and runs_alone(hidden_states, sequences):
             images = split(hidden_states, sequences)
             settings = output_hidden_states, output_attentions, indices, depth
@@ -116,14 +119,15 @@ class InternViTEncoder(nn.Module):
         checkpoints = self.options.checkpointing == "block" and self.training and recompute.can_checkpoint()
         with recompute.scope():
             for index, layer in enumerate(layers):
-                if output_attentions:
-                    attentions.append(attention_maps(layer, hidden_states, class_only, sequences))
+                summary = None if kind is None or checkpoints else _summary(layer, kind)
+                if kind is not None and summary is None:
+                    attentions.append(attention_maps(layer, hidden_states, kind, sequences))
                 if sequences is not None and not isinstance(layer, InternViTLayer):
                     hidden_states, normed = one_by_one(layer, hidden_states, sequences), None
                 elif checkpoints:
                     hidden_states = checkpoint(layer, hidden_states, **packed, **self._checkpoint_kwargs)
                 elif passes_branch(layer):
-                    asked = output_hidden_states or index in indices or index + 1 == len(layers)
+                    asked = bool(kind) or output_hidden_states or index in indices or index + 1 == len(layers)
                     defer = not asked and passes_branch(layers[index + 1])
                     result = layer(hidden_states, pending, defer, **packed)
                     (hidden_states, pending), normed = result if defer else (result, None), None
@@ -131,13 +135,15 @@ class InternViTEncoder(nn.Module):
                     hidden_states, normed = layer(hidden_states, **packed), None
                 else:
                     next_norm = _first_norm(layers[index + 1]) if index + 1 < len(layers) else None
-                    hidden_states, normed = layer.forward_fused(hidden_states, normed, next_norm, sequences)
+                    hidden_states, normed = layer.forward_fused(hidden_states, normed, next_norm, sequences, summary)
+                if summary is not None:
+                    attentions.append(summary.of_batch() if sequences is None else summary.of_images())
                 if output_hidden_states or index in indices:
                     all_hidden_states.append(hidden_states)
         return (
             hidden_states,
             tuple(all_hidden_states) if output_hidden_states or indices else None,
-            tuple(attentions) if output_attentions else None,
+            tuple(attentions) if kind is not None else None,
         )
 
 
@@ -155,22 +161,18 @@ def _joined(results: list[Any]) -> tuple[Tensor, Any, Any]:
     )
 
 
-def asks_for_class_rows(output_attentions: Any) -> bool:
-    """Whether the class token's rows of the attention maps are asked for, and not the maps.
-
-    Raises:
-        ValueError: neither a truth value nor "class".
-    """
-    if isinstance(output_attentions, str) and output_attentions != "class":
-        raise ValueError(f"output_attentions: expected False, True or 'class', got {output_attentions!r}")
-    return output_attentions == "class"
-
-
-def attention_maps(layer: Any, hidden_states: Tensor, class_only: bool, sequences: Sequences | None = None) -> Any:
-    """A block's attention map, or the class token's row of it; of packed images a list of the images'."""
+def attention_maps(layer: Any, hidden_states: Tensor, kind: str, sequences: Sequences | None = None) -> Any:
+    """A block's attention map, or the `kind` of rows of it, from its input; of packed images a list of the images'."""
     if sequences is None:
-        return layer.attention_map(hidden_states, class_only)
-    return [layer.attention_map(image[None], class_only)[0] for image in split(hidden_states, sequences)]
+        return layer.attention_map(hidden_states, kind)
+    return [layer.attention_map(image[None], kind)[0] for image in split(hidden_states, sequences)]
+
+
+def _summary(layer: Any, kind: str) -> AttentionSummary | None:
+    """What a layer that runs between its neighbours fills; None where maps come from its input."""
+    if kind == "maps" or not is_plain_layer(layer) or passes_branch(layer) or not layer.summarizes_attention():
+        return None
+    return AttentionSummary(kind)
 
 
 def _first_norm(layer: Any) -> Norm | None:

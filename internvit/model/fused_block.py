@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internvit.model import recompute
+from internvit.model.attention_summary import AttentionSummary, Folded
 from internvit.model.hooks import is_plain_linear
 from internvit.ops import (
     attention,
@@ -117,6 +118,7 @@ class AttentionParts(NamedTuple):
         scale: of the scores; None for 1 / sqrt(head_dim).
         rounding: of the fused QK-norm.
         sequences: of packed images; x is then [total, C].
+        summary: is given what the block reports of its attention.
     """
 
     qkv: tuple[Function, ...]
@@ -126,6 +128,7 @@ class AttentionParts(NamedTuple):
     scale: float | None = None
     rounding: str = "fused"
     sequences: Sequences | None = None
+    summary: AttentionSummary | None = None
 
 
 class BranchOutput(NamedTuple):
@@ -266,6 +269,8 @@ def attention_output(parts: AttentionParts, x: Tensor) -> Tensor:
     else:
         heads = [t.unflatten(-1, (parts.num_heads, -1)) for t in qkv]  # 3 of [B, N, H, D] or [total, H, D]
     q_norm, k_norm = parts.q_norm, parts.k_norm
+    if parts.summary is not None:
+        return _summarized_attention(parts, parts.summary, heads).flatten(-2)
     packed: dict[str, Any] = {} if parts.sequences is None else parts.sequences.settings()
     fused: Any = qk_norm_attention_qkvpacked if len(heads) == 1 else qk_norm_attention
     if q_norm is None and k_norm is None:
@@ -275,6 +280,16 @@ def attention_output(parts: AttentionParts, x: Tensor) -> Tensor:
         return fused(*heads, *weights, eps=q_norm.eps, **settings, **packed).flatten(-2)
     q, k, v = heads if len(heads) == 3 else heads[0].unbind(-3)
     return attention(*norm_heads(q_norm, k_norm, q, k, v), scale=parts.scale, **packed).flatten(-2)
+
+
+def _summarized_attention(parts: AttentionParts, summary: AttentionSummary, heads: list[Tensor]) -> Tensor:
+    q, k, v = heads if len(heads) == 3 else heads[0].unbind(-3)
+    q_norm, k_norm, norm = parts.q_norm, parts.k_norm, None
+    if isinstance(q_norm, Norm) and isinstance(k_norm, Norm):
+        norm = Folded(q_norm.weight, k_norm.weight, q_norm.eps, parts.rounding)
+    else:
+        q, k, v = norm_heads(q_norm, k_norm, q, k, v)
+    return summary.attend(q, k, v, norm, parts.scale, parts.sequences)
 
 
 def norm_heads(q_norm: Any, k_norm: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internvit.config import InternViTConfig
+from internvit.model.attention_summary import AttentionSummary
 from internvit.model.fused_block import AttentionParts, Norm, attention_output, fc1_gelu, linear_per_image, norm_heads
 from internvit.model.hooks import is_plain, is_plain_linear
+from internvit.ops import attention_column_sums
 from internvit.ops.core.sequences import Sequences
 
 
@@ -113,24 +115,28 @@ class Attention(nn.Module):
         """The branch before its last Linear, [B, N, C]."""
         return attention_output(self.parts(), x)
 
-    def parts(self, sequences: Sequences | None = None) -> AttentionParts:
+    def parts(self, sequences: Sequences | None = None, summary: AttentionSummary | None = None) -> AttentionParts:
         """What `attention_output` computes with."""
         qkv = (partial(linear_per_image, self.qkv),)
-        settings: dict[str, Any] = {"scale": self.head_dim**-0.5, "rounding": self.rounding, "sequences": sequences}
-        parts = AttentionParts(qkv, self.num_heads, **settings)
+        settings: dict[str, Any] = {"scale": self.head_dim**-0.5, "rounding": self.rounding}
+        parts = AttentionParts(qkv, self.num_heads, **settings, sequences=sequences, summary=summary)
         if not self.qk_normalization:
             return parts
         return parts._replace(q_norm=fusible(self.q_norm), k_norm=fusible(self.k_norm))
 
-    def attention_map(self, x: Tensor, class_only: bool = False) -> Tensor:
+    def attention_map(self, x: Tensor, kind: str = "maps") -> Tensor:
         """The softmax probabilities [B, H, N, N] for normed tokens x, computed in float32, in x's dtype.
 
-        A diagnostic: it runs the projection once more and holds all scores in memory. With `class_only` it is the class
-        token's row alone, [B, H, N]: the projection of k, one query and no other score, 1/12 of a block's Linears.
+        It runs the projection once more, and holds all scores in memory. With `kind` "class" it is the class token's
+        row alone, with "columns" the sums over the columns in float32, [B, H, N], without the other scores. A block
+        that is called as a whole has these from here; others report them themselves (`AttentionSummary`).
         """
+        class_only = kind == "class"
         q, k = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in self._queries_and_keys(x, class_only))
         if self.qk_normalization:
             q, k, _ = norm_heads(self.q_norm, self.k_norm, q, k, k)
+        if kind == "columns":
+            return attention_column_sums(q, k)
         scores = (q.transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float()) * self.head_dim**-0.5
         probabilities = scores.softmax(-1).to(x.dtype)
         return probabilities[:, :, 0] if class_only else probabilities

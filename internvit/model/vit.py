@@ -80,7 +80,8 @@ class InternViT(nn.Module):
             return_dict: False returns a plain tuple of what was asked for, as torch.jit.trace always gets.
             pixel_embeds: [B, N, C], tokens embedded already, instead of pixel_values; or `PackedTokens`.
             output_attentions: also return every block's attention map (slow: all scores are held in memory), or, with
-                "class", the class token's row of it, [B, heads, N], without the other scores.
+                "class", the class token's row of it, [B, heads, N], with "columns" how much each token is attended to,
+                the sums over its columns, [B, heads, N] float32 without gradients; both without the other scores.
 
         Raises:
             TypeError: pixels that are no tensor, or not floating-point.

@@ -1,6 +1,7 @@
 """The fused ops, as functions of tensors. Each file holds one op: formula, reference, schema, autograd, validation."""
 
 from internvit.ops.attention import attention
+from internvit.ops.attention_column_sums import attention_column_sums
 from internvit.ops.core.select import backend, set_backend
 from internvit.ops.fold_norm import fold_norm
 from internvit.ops.gelu import gelu
@@ -26,6 +27,7 @@ from internvit.ops.rms_norm_quant import rms_norm_quant
 
 __all__ = [
     "attention",
+    "attention_column_sums",
     "backend",
     "fold_norm",
     "gelu",

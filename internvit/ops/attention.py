@@ -123,10 +123,11 @@ def _validate_heads(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float, *res
         raise ValueError(f"{op}: cu_seqlens_k must be None with QK-norm inside, whose queries and keys are one token's")
     check.keys(op, q, k, v, own_length=plain and (cu_seqlens is None or cu_seqlens_k is not None))
     check.scale(op, scale)
-    _validate_qk_norm(op, q, *qk_norm)
+    validate_qk_norm(op, q, *qk_norm)
 
 
-def _validate_qk_norm(op: str, q: Tensor, *qk_norm: Tensor | None) -> None:
+def validate_qk_norm(op: str, q: Tensor, *qk_norm: Tensor | None) -> None:
+    """Weights and statistics of QK-norm, all four or none."""
     given = dict(zip(QKNorm._fields, qk_norm, strict=True))
     absent = [name for name, t in given.items() if t is None]
     if 0 < len(absent) < 4:

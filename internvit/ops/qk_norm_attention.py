@@ -25,7 +25,7 @@ from internvit.ops.core.norm_math import accumulate_dtype
 from internvit.ops.core.padding import Padding, check_key_padding_mask, without_padding
 from internvit.ops.core.registration import OPS, define, define_backward, empty_grad
 from internvit.ops.core.select import resolve
-from internvit.ops.core.sequences import check_values, default_max_seqlen, pack
+from internvit.ops.core.sequences import Sequences, check_values, default_max_seqlen, pack
 from internvit.ops.core.spec import Inputs, OpSpec, multiplies, register_spec
 from internvit.ops.qk_norm import formula as qk_norm_formula
 
@@ -298,6 +298,31 @@ def qk_norm_attention(
     padding = Padding.of(key_padding_mask)
     args = (*padding.pack_heads(q, k, v), *settings, padding.ends, q.shape[1])
     return padding.unpack(QK_NORM_ATTENTION.call(args, backend)[0])
+
+
+def qk_norm_attention_with_statistics(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    rounding: str,
+    scale: float | None,
+    sequences: Sequences | None,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """The output of `qk_norm_attention`, lse, and with QK-norm inside attention rstd_q and rstd_k.
+
+    lse is None where the backend returns none; rstd where q_hat and k_hat were written, whose scores lse is then of.
+    """
+    packed = (None, None) if sequences is None else sequences
+    args = (q, k, v, q_weight, k_weight, eps, default_scale(q, scale), rounding, *packed)
+    out, lse, rstd_q, rstd_k = QK_NORM_ATTENTION.call(args, None)
+    if lse is None or lse.shape != check.lse_shape(q):  # None in graphs for other programs
+        lse = None
+    if rstd_q is None or q_weight is None or not _folds(_resolve(args, None, OP), rounding):
+        return out, lse, None
+    return out, lse, (rstd_q, rstd_k)
 
 
 def qk_norm_attention_qkvpacked(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from internvit.model.attention_summary import AttentionSummary
 from internvit.model.block import InternViTLayer, is_plain_layer
 from internvit.model.embeddings import Embeddings
 from internvit.model.fused_block import BlockParts, BranchOutput, Norm, gelu_recomputed
@@ -91,7 +92,7 @@ class TensorParallelAttention(Attention):
         """The branch [B, N, C], of all heads."""
         return _row_linear(attended, self.proj, self.group)
 
-    def attention_map(self, x: Tensor, class_only: bool = False) -> Tensor:
+    def attention_map(self, x: Tensor, kind: str = "maps") -> Tensor:
         raise ValueError("output_attentions: a tensor-parallel model has no attention maps; ask a model that is whole")
 
 
@@ -133,7 +134,7 @@ class TensorParallelLayer(InternViTLayer):
     attn: TensorParallelAttention
     mlp: TensorParallelMLP
 
-    def parts(self, sequences: Sequences | None = None) -> BlockParts:
+    def parts(self, sequences: Sequences | None = None, summary: AttentionSummary | None = None) -> BlockParts:
         _refuse_packed(sequences)
         inside = next((name for name, module in self.named_modules() if name and has_hooks(module)), None)
         if inside is not None:
@@ -152,8 +153,8 @@ class TensorParallelLayer(InternViTLayer):
     def first_norm(self) -> Norm:
         return local_norm(self.norm1)
 
-    def attention_map(self, x: Tensor, class_only: bool = False) -> Tensor:
-        return self.attn.attention_map(x, class_only)
+    def attention_map(self, x: Tensor, kind: str = "maps") -> Tensor:
+        return self.attn.attention_map(x, kind)
 
     def has_plain_parts(self, quantised: bool = False) -> bool:
         return is_plain_layer(self) and not any(has_hooks(module) for module in self.modules())

@@ -21,7 +21,8 @@ from internvit.kernels.common.target import Target
 @dataclass(frozen=True)
 class AttentionConfig:
     """Attributes:
-    rows: of the tile a program keeps (queries in `forward` and `grad_q`, keys in `grad_kv`).
+    rows: of the tile a program keeps (queries in `forward` and `grad_q`, keys in `grad_kv` and
+        `column_sums`).
     columns: of the tiles it walks over.
     warps: warps of a program.
     stages: loads in flight.
@@ -86,15 +87,20 @@ class AttentionConfig:
         if itemsize == 4 and not (instructions == "mfma" and whole):
             return cls(16 if wide else 32, 16 if wide else 32, 8, 1)
         if instructions == "mfma":
-            if kernel == "forward" and itemsize == 2:
+            if kernel in ("forward", "column_sums") and itemsize == 2:
                 return cls(128, 64, 8 if wide else 4, 1)
             return cls(64 if wide else 128, 32, 4, 1)
         if instructions == "wmma":
             if kernel == "grad_kv":
                 return cls(16 if wide else 32, 16, 4, 1)
             return cls(
-                64 if kernel == "forward" else 32, 16 if wide and kernel == "grad_q" else 32, 8 if wide else 4, 1
+                64 if kernel in ("forward", "column_sums") else 32,
+                16 if wide and kernel == "grad_q" else 32,
+                8 if wide else 4,
+                1,
             )
+        if kernel == "column_sums":  # one product, and its sums alone are kept: 128 x 64 take 60 to 168 registers
+            return cls(128, 64 if whole else 32, 8, 2)
         if kernel == "forward":  # D = 64 on sm_100: a third stage spills 4 bytes at 128 registers, two spill none
             return cls(128, 64 if whole else 32, 8, 2 if instructions == "tcgen05" and not wide else 3)
         if instructions == "mma" and not (wide and whole):

@@ -56,6 +56,12 @@ def _evaluate(model: nn.Module, images: Tensor) -> None:
         model.eval()(images)
 
 
+def _sum_columns(model: nn.Module, images: Tensor) -> None:
+    model.eval()(images, output_attentions="columns")
+    # With gradients: on a CPU, where these tensors lie, images of a list go alone without.
+    model([*images, images[0, :, : images.shape[2] // 2]], output_attentions="columns")
+
+
 def _train_packed(model: nn.Module, images: Tensor) -> None:
     output: Any = model.train()([*images, images[0, :, : images.shape[2] // 2]])
     output.last_hidden_state.values.float().sum().backward()
@@ -186,6 +192,7 @@ MODES: dict[str, Mode] = {
     "eval, wide image": Mode(size=(448, 532)),  # 1217 tokens: neither whole tiles nor one more
     "train, small image": Mode(run=_train, size=(70, 98)),  # 36 tokens
     "train, packed": Mode(run=_train_packed),
+    "eval, column sums": Mode(run=_sum_columns),  # of a batch and of packed images
     "eval, float32 residual": Mode(_SIXTEEN_BITS, prepare=_keep_residual_in_float32),
     "optimize_for_inference, float32 residual": Mode(_SIXTEEN_BITS, prepare=_keep_residual_in_float32, run=_optimize),
     "train, float32 residual": Mode(_SIXTEEN_BITS, prepare=_keep_residual_in_float32, run=_train),

@@ -44,7 +44,12 @@ CEILINGS = (
     Ceiling("RX 7900 XTX", "gfx1100", 0.96e12, 122.8e12, "AMD Radeon RX 7900 XTX specifications"),
 )
 
-MATRIX_PRODUCTS = {"attention_kernel": 2, "attention_grad_kv_kernel": 4, "attention_grad_q_kernel": 3}
+MATRIX_PRODUCTS = {
+    "attention_kernel": 2,
+    "attention_column_sums_kernel": 1,
+    "attention_grad_kv_kernel": 4,
+    "attention_grad_q_kernel": 3,
+}
 """Products over all pairs of tokens that a kernel computes: the backward pair recomputes the scores twice."""
 
 

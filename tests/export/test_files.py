@@ -225,8 +225,9 @@ def test_nothing_is_overwritten_or_left_behind(model: InternViT, tmp_path: Path,
         ({"images": [torch.zeros(3, 28, 28)]}, "images must be 56x56, got shape (3, 28, 28)"),
         ({"precision": "int4"}, "precision must be 'int8' or None, got 'int4'"),
         ({"precision": "int8"}, "precision='int8' is for onnx, got to='pt2'"),
+        ({"backend": "rocm", "to": "aoti"}, "backend must be 'cpu', 'cuda' or None, got 'rocm'"),
         ({"backend": "cpu"}, "backend='cpu' is for aoti, got to='pt2'"),
-        ({"backend": "cuda", "to": "aoti"}, "backend must be 'cpu' or None, got 'cuda'"),
+        ({"backend": "cuda", "to": "aoti"}, "model must be on a CUDA device for backend='cuda', got cpu"),
     ],
 )
 def test_wrong_arguments(change: dict, message: str, model: InternViT, tmp_path: Path) -> None:

@@ -117,7 +117,9 @@ def test_attention_maps_and_intermediates(name) -> None:
     model, pixels = build(name), photos()
     with torch.no_grad():
         packed = model(pixels, output_attentions=True)
-        rows = [m(pixels, output_attentions="class") for m in (model, internvit.optimize_for_inference(model))]
+        models = (model, internvit.optimize_for_inference(model))
+        rows = [m(pixels, output_attentions="class") for m in models]
+        sums = [m(pixels, output_attentions="columns") for m in models]
         last, listed = model.forward_intermediates(pixels, (0, 2), return_prefix_tokens=True)
         for i, image in enumerate(pixels):
             alone = model(image[None], output_attentions=True)
@@ -126,6 +128,9 @@ def test_attention_maps_and_intermediates(name) -> None:
             for out in rows:
                 for row, theirs in zip(out.attentions, alone.attentions, strict=True):
                     torch.testing.assert_close(row[i], theirs[0, :, 0])
+            for out in sums:
+                for columns, theirs in zip(out.attentions, alone.attentions, strict=True):
+                    torch.testing.assert_close(columns[i], theirs[0].sum(-2))
             one, pairs = model.forward_intermediates(image[None], (0, 2), return_prefix_tokens=True)
             assert torch.equal(last[i], one[0])
             for (maps, prefix), (map_of_one, prefix_of_one) in zip(listed, pairs, strict=True):

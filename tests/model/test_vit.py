@@ -285,20 +285,57 @@ def test_attention_maps_are_the_references() -> None:
         assert relative_error(a, b) < 1e-5
 
 
+ROWS = {"class": lambda whole: whole[:, :, 0], "columns": lambda whole: whole.sum(-2)}
+
+
 @pytest.mark.parametrize("name", ["tiny-rms_norm", "tiny-layer_norm"])
-def test_class_rows_are_those_of_the_maps(name) -> None:
-    """Also with an adapter on qkv, from the optimised model, with gradients, and without a change of the features."""
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_are_those_of_the_maps(name, kind) -> None:
+    """By each backend, with hooks and checkpointing, from the optimised model, and compiled; the features stay as they
+    are."""
     model, reference = pair(name)
     pixels = images(model.config, 2)
     maps = model(pixels, output_attentions=True).attentions
-    models = {"model": model, "reference": reference, "optimised": internvit.optimize_for_inference(model)}
-    for which, m in models.items():
-        out = m(pixels, output_attentions="class")
+
+    def compare(which, m) -> None:
+        out = m(pixels, output_attentions=kind)
         assert torch.equal(out.last_hidden_state, m(pixels).last_hidden_state), which
         assert out.hidden_states is None
         for row, whole in zip(out.attentions, maps, strict=True):
             assert row.shape == (2, model.config.num_attention_heads, whole.shape[-1])
-            assert relative_error(row, whole[:, :, 0]) < 1e-5, which
+            assert relative_error(row, ROWS[kind](whole)) < 1e-5, which
+
+    compare("model", model)
+    compare("reference", reference)
+    compare("optimised", internvit.optimize_for_inference(model))
+    for backend in ("reference", "sdpa"):
+        with internvit.backend(backend):
+            compare(backend, model)
+    if name == "tiny-rms_norm":
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            for row, whole in zip(compiled(pixels, output_attentions=kind).attentions, maps, strict=True):
+                assert relative_error(row, ROWS[kind](whole)) < 1e-5
+    model.train()
+    for mode in ("block", "selective", "none"):
+        model.set_gradient_checkpointing(mode)
+        compare(mode, model)
+    model.eval()
+    layers = model.encoder.layers
+    for module, calls in ((layers[0].attn.qkv, 2), (layers[0].attn, 2), (layers[1], 2)):
+        seen = []
+        hook = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        compare("hooked", model)
+        assert len(seen) == calls  # once in each forward: what is reported is of the forward's own q and k
+        compare("hooked, optimised", internvit.optimize_for_inference(model))
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["tiny-rms_norm", "tiny-layer_norm"])
+def test_gradients_of_rows(name) -> None:
+    model, _ = pair(name)
+    pixels = images(model.config, 2)
     sum(row[..., 0].sum() for row in model(pixels, output_attentions="class").attentions).backward()
     grads = [model.encoder.layers[0].attn.qkv.weight.grad, *(p.grad for p in model.embeddings.parameters())]
     model.zero_grad()
@@ -306,17 +343,32 @@ def test_class_rows_are_those_of_the_maps(name) -> None:
     expected = [model.encoder.layers[0].attn.qkv.weight.grad, *(p.grad for p in model.embeddings.parameters())]
     for a, b in zip(grads, expected, strict=True):
         assert relative_error(a, b) < 1e-4
-    calls = []
-    model.encoder.layers[1].attn.qkv.register_forward_hook(lambda *_: calls.append(1))
-    hooked = model(pixels, output_attentions="class").attentions
-    assert len(calls) == 2  # the forward, and the row: a Linear with hooks is called whole
-    assert relative_error(hooked[1], maps[1][:, :, 0]) < 1e-5
+    model(pixels, output_attentions="columns").last_hidden_state.sum().backward()
+    with pytest.raises(RuntimeError, match="attention_column_sums has no derivative"):
+        model(pixels, output_attentions="columns").attentions[0].sum().backward()
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_column_sums_in_bfloat16_add_up_to_the_tokens(precision) -> None:
+    """Also of int8's own q and k: each row of what the block multiplied is a softmax."""
+    model, _ = pair("tiny-rms_norm")
+    pixels = images(model.config, 2)
+    exact = model(pixels, output_attentions="columns").attentions
+    fast = internvit.optimize_for_inference(
+        model.bfloat16(), precision=precision, skip=None if precision is None else ()
+    )
+    for sums, truth in zip(fast(pixels, output_attentions="columns").attentions, exact, strict=True):
+        assert sums.dtype == torch.float32
+        torch.testing.assert_close(sums.sum(-1), truth.sum(-1), rtol=3e-4, atol=0)
+        assert relative_error(sums, truth) < 0.02
 
 
 def test_another_kind_of_attentions_is_an_error() -> None:
     model, _ = pair("tiny-rms_norm")
     for m in (model, internvit.optimize_for_inference(model)):
-        with pytest.raises(ValueError, match="output_attentions: expected False, True or 'class', got 'rows'"):
+        with pytest.raises(
+            ValueError, match="output_attentions: expected False, True, 'class' or 'columns', got 'rows'"
+        ):
             m(images(model.config, 1), output_attentions="rows")
 
 

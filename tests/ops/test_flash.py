@@ -5,6 +5,7 @@ No library and no GPU is needed: stub packages of exactly the recorded signature
 
 import dataclasses
 import importlib
+import itertools
 import json
 import logging
 import sys
@@ -20,6 +21,7 @@ from internvit.ops.attention import SavedAttention
 from internvit.ops.backends import flash, registry, sdpa
 from internvit.ops.core import fallback
 from internvit.ops.core.fallback import CallClass, KernelStartError, first_backend
+from internvit.ops.core.sequences import Sequences
 from internvit.ops.core.spec import SPECS, widened
 from tests.support.choices import forget_choices
 
@@ -36,6 +38,22 @@ def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p,
                          window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None):
     assert deterministic
     fill(backward(dout, q, k, v, out, softmax_lse, softmax_scale), dq, dk, dv)
+
+def _flash_attn_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+                               softmax_scale, causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
+                               alibi_slopes=None, return_softmax=False, block_table=None, leftpad_k=None,
+                               seqused_k=None, zero_tensors=False, num_splits=0):
+    assert (dropout_p, causal, window_size_left, window_size_right, softcap) == (0.0, False, -1, -1, 0.0)
+    assert alibi_slopes is block_table is leftpad_k is seqused_k is None and not return_softmax
+    ends = sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return (*forward(q, k, v, softmax_scale, *ends), None, None)
+
+def _flash_attn_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+                                softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False):
+    assert deterministic
+    ends = sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    fill(backward(dout, q, k, v, out, softmax_lse, softmax_scale, *ends), dq, dk, dv)
 """,
     # the same, hopper/flash_attn_interface.py (flash-attn 3)
     "flash_attn_interface.py": """
@@ -46,14 +64,16 @@ def _flash_attn_forward(q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_
                         causal=False, window_size_left=-1, window_size_right=-1, attention_chunk=0, softcap=0.0,
                         rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0):
     assert k_new is v_new is qv is out_ is None and not causal and (window_size_left, window_size_right) == (-1, -1)
-    return (*forward(q, k, v, softmax_scale), None, None)
+    ends = sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return (*forward(q, k, v, softmax_scale, *ends), None, None)
 
 def _flash_attn_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None,
                          sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None,
                          softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0,
                          deterministic=False, sm_margin=0):
-    assert deterministic and not is_causal and cu_seqlens_q is None
-    fill(backward(dout, q, k, v, out, softmax_lse, softmax_scale), dq, dk, dv)
+    assert deterministic and not is_causal
+    ends = sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    fill(backward(dout, q, k, v, out, softmax_lse, softmax_scale, *ends), dq, dk, dv)
 """,
     # the same, flash_attn/cute/interface.py (flash-attn 4)
     "flash_attn/cute/interface.py": """
@@ -66,7 +86,8 @@ def _flash_attn_fwd(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, sequ
                     k_descale=None, v_descale=None, gather_kv_indices=None, scheduler_metadata=None,
                     seqlen_k_per_split=None, disable_scheduler_metadata=False):
     assert return_lse and not causal
-    return (*forward(q, k, v, softmax_scale), None, None)
+    ends = sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return (*forward(q, k, v, softmax_scale, *ends), None, None)
 
 def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
                     window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False,
@@ -76,7 +97,8 @@ def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, s
                     deterministic=False, dq=None, dk=None, dv=None, score_mod=None, score_mod_bwd=None, mask_mod=None,
                     aux_tensors=None, aux_scalars=None, block_sparse_tensors=None, dlse=None, learnable_sink=None):
     assert deterministic and not causal
-    return backward(dout, q, k, v, out, lse, softmax_scale)
+    ends = sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return backward(dout, q, k, v, out, lse, softmax_scale, *ends)
 """,
 }
 NAMES = {
@@ -89,12 +111,17 @@ import torch
 
 pointers = []
 
-def forward(q, k, v, scale):
-    pointers.append((q.data_ptr(), k.data_ptr(), v.data_ptr()))
-    return torch.ops.internvit.attention(q, k, v, scale, *[None] * 8, "reference")
+def sequences(ends_q, ends_k, longest_q, longest_k):
+    assert ends_q is ends_k and longest_q == longest_k
+    assert ends_q is None or (ends_q.dtype == torch.int32 and ends_q.is_contiguous())
+    return ends_q, longest_q
 
-def backward(dout, q, k, v, out, lse, scale):
-    args = (dout, q, k, v, out, lse, scale, *[None] * 8, "reference")
+def forward(q, k, v, scale, ends=None, longest=None):
+    pointers.append((q.data_ptr(), k.data_ptr(), v.data_ptr()))
+    return torch.ops.internvit.attention(q, k, v, scale, *[None] * 4, ends, longest, None, None, "reference")
+
+def backward(dout, q, k, v, out, lse, scale, ends=None, longest=None):
+    args = (dout, q, k, v, out, lse, scale, *[None] * 4, ends, longest, None, None, "reference")
     return torch.ops.internvit.attention_backward(*args)[:3]
 
 def fill(results, *grads):
@@ -151,6 +178,43 @@ def test_a_library_is_called_by_its_signature_without_copies(file, install, gene
     expected = torch.autograd.grad(ops.attention(*leaves, scale=0.3, backend="reference"), leaves, grad)
     for actual, e in zip(grad_packed.unbind(2), expected, strict=True):
         assert torch.equal(actual, e)
+
+
+@pytest.mark.parametrize("lengths", [(9, 0, 1, 5), (0,)], ids=str)
+@pytest.mark.parametrize("file", SIGNATURES, ids=lambda file: NAMES[file])
+def test_packed_sequences_go_through_the_variable_length_functions(
+    file, lengths, install, takes_cpu_tensors, generator
+):
+    """By the public functions, with QK-norm written before; lse is [H, total]."""
+    install([file], MAJORS[NAMES[file]])
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    qkv = torch.randn(sum(lengths), 3, 2, 8, generator=generator).bfloat16()
+    weights = [torch.randn(16, generator=generator).bfloat16() for _ in range(2)]
+    grad = torch.randn(sum(lengths), 2, 8, generator=generator).bfloat16()
+    assert flash.attention(*qkv.unbind(1), 0.3, None, Sequences(ends, max(lengths)))[1].shape == (2, sum(lengths))
+    for given in ((), weights):
+        results = []
+        for backend in ("flash", "reference"):
+            leaf = qkv.clone().requires_grad_()
+            rounding = {"rounding": "reference"}  # q_hat and k_hat written by the reference too
+            out = ops.qk_norm_attention_qkvpacked(leaf, *given, cu_seqlens=ends, backend=backend, **rounding)
+            results.append([out.detach(), *torch.autograd.grad(out, leaf, grad)])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+    _, module = flash._loaded(MAJORS[NAMES[file]], 8, varlen=True)
+    assert len(module.pointers) == (3 if sum(lengths) else 0)
+
+
+def test_cudnn_is_not_chosen_for_packed_sequences(install, takes_cpu_tensors, monkeypatch):
+    install([], 9)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    assert flash._library(9, 64).name == "cuDNN"
+    assert flash._library(9, 64, varlen=True) is None
+    q, ends = torch.randn(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cannot take this input: no flash-attn 2, 3 or 4 for compute"):
+        ops.attention(q, q, q, cu_seqlens=ends, backend="flash")
+    install(["flash_attn/flash_attn_interface.py"], 9)
+    assert registry.BACKENDS["flash"].lacks(folded=False, varlen=True) is None
 
 
 @pytest.mark.parametrize(
@@ -299,6 +363,8 @@ def test_auto_takes_a_library_where_it_was_measured_to_be_faster(tuned):
         assert first_backend(calls(caller), caller) == "flash"
     others = calls("attention"), calls(head_dim=64), calls(dtype=torch.float32)
     assert [first_backend(other, other.caller) for other in others] == ["triton"] * 3
+    packed = dataclasses.replace(calls(), varlen=True)
+    assert first_backend(packed, packed.caller) == "triton", "a dense batch was measured"
 
 
 @pytest.mark.parametrize(

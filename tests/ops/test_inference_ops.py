@@ -9,7 +9,17 @@ from torch import Tensor
 
 from internvit.numerics import DISTRIBUTIONS
 from internvit.ops.backends.registry import backends_for
-from internvit.ops.core.spec import INFERENCE_SPECS, TINY, Arguments, Inputs, OpSpec, Size, batched, differentiable
+from internvit.ops.core.spec import (
+    INFERENCE_SPECS,
+    TINY,
+    Arguments,
+    Inputs,
+    OpSpec,
+    Size,
+    batched,
+    differentiable,
+    first_images,
+)
 
 ROWS = ("x_q", "x_scale", "x_zero", "mean", "rstd")
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -61,10 +71,12 @@ def test_dtypes_layouts_and_batches(spec: OpSpec, variant: str, backend: str, ge
         assert ours.is_contiguous()
     assert equal(spec.run(arguments, backend), outputs)
     assert equal(spec.run({n: strided(t) for n, t in arguments.items()}, backend), outputs)
-    names = [n for n in (*batched(arguments), *ROWS) if arguments.get(n) is not None]
-    for images in (0, 1) if names else ():  # a weight's fold has no images
-        fewer = spec.run(arguments | {n: arguments[n][:images] for n in names}, backend)
-        assert equal(fewer, tuple(t[:images] for t in outputs))
+    rows = [n for n in ROWS if arguments.get(n) is not None]
+    for images in (0, 1) if rows or batched(arguments) else ():  # a weight's fold has no images
+        fewer = spec.run(first_images(arguments, images) | {n: arguments[n][:images] for n in rows}, backend)
+        packed = "cu_seqlens" in arguments
+        tokens = int(arguments["cu_seqlens"][images]) if packed else 0
+        assert equal(fewer, tuple(t[..., :tokens] if packed else t[:images] for t in outputs))
 
 
 @each_case

@@ -67,6 +67,8 @@ def call(op: str, backend: str, *args: Any) -> Any:
         sequences = pack(*args[8:10], args[0].shape[0], *args[10:], args[1].shape[0]) if len(args) == 12 else None
         given = () if sequences is None else (sequences,)
         return function(*args[:4], None if args[4] is None else QKNorm(*args[4:8]), *given)
+    if op == "attention_column_sums":
+        return OPS[op].run(*args, *(None,) * (10 - len(args)), backend)
     if op == "attention_backward":
         grad_out, *saved = args[:7]
         qk_norm = None if args[7] is None else QKNorm(*args[7:11])

@@ -155,21 +155,21 @@ INTERNVIT_INLINE float exponentials(float* scores, int64_t n, const Exponent& ex
   return total.total() + tail;
 }
 
+// q' of one token as float32, zero up to `padded`.
+template <class T, class Params>
+INTERNVIT_INLINE void load_query(const Params& p, int64_t b, int64_t h, int64_t n, int64_t padded, float* out) {
+  const int64_t d = p.head_dim;
+  const float factor = p.scale * kLog2E;
+  if (!p.q_weight) return load_token(token<T>(p.q, b, n, h), nullptr, factor, d, padded, out);
+  load_token(token<T>(p.q, b, n, h), p.q_weight + h * d, p.rstd_q[b * p.tokens + n] * factor, d, padded, out);
+  load_token(out, p.k_weight + h * d, 1.0f, d, padded, out);
+}
+
 template <class T>
 void attention_strip(const AttentionParams& p, const AttentionScratch<T>& s, int64_t b, int64_t h, int64_t first,
                      int64_t rows) {
   const int64_t keys = round_up(p.keys, kLanes), dims = round_up(p.head_dim, kLanes), d = p.head_dim;
-  const float factor = p.scale * kLog2E;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t n = first + i;
-    float* query = s.queries + i * dims;
-    if (p.q_weight) {
-      load_token(token<T>(p.q, b, n, h), p.q_weight + h * d, p.rstd_q[b * p.tokens + n] * factor, d, dims, query);
-      load_token(query, p.k_weight + h * d, 1.0f, d, dims, query);
-    } else {
-      load_token(token<T>(p.q, b, n, h), nullptr, factor, d, dims, query);
-    }
-  }
+  for (int64_t i = 0; i < rows; ++i) load_query<T>(p, b, h, first + i, dims, s.queries + i * dims);
   multiply(rows, keys, d, {s.queries, dims, 1}, s.k_transposed, keys, s.scores, keys, false);
   float sums[kStrip];
   for (int64_t i = 0; i < rows; ++i) {
@@ -251,6 +251,7 @@ INTERNVIT_INLINE AttentionParams sequence_of(const AttentionParams& p, int64_t s
 }
 
 INTERNVIT_INLINE AttentionBackwardParams sequence_of(const AttentionBackwardParams& p, int64_t sequence);
+INTERNVIT_INLINE AttentionColumnSumsParams sequence_of(const AttentionColumnSumsParams& p, int64_t sequence);
 
 // Calls run(images, memory, begin, end) on every thread: `images` is the batch, or one packed sequence as a batch of
 // one, and [begin, end) some of its units, strips of kRows queries of a head or with kRows = 0 heads. Sequences are

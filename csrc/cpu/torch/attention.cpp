@@ -1,4 +1,4 @@
-// The raw ops attention and attention_backward.
+// The raw ops attention, attention_backward and attention_column_sums.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -136,10 +136,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {total(partial_q, *q_weight), total(partial_k, *k_weight), row_dot_q, row_dot_k};
 }
 
+Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse, double scale,
+                             const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                             const OptionalTensor& rstd_q, const OptionalTensor& rstd_k,
+                             const OptionalTensor& cu_seqlens) {
+  check::attention_column_sums(q, k, lse, scale, {q_weight, k_weight, rstd_q, rstd_k}, cu_seqlens);
+  const Tensor dense_q = dense_heads(q), dense_k = dense_heads(k);
+  const Floats wq{q_weight}, wk{k_weight}, rq{rstd_q}, rk{rstd_k}, dense_lse{OptionalTensor(lse)};
+  Tensor sums = empty_floats(q, check::by_head(q));
+  if (sums.numel() == 0) return sums;
+  const Images n(q, k, cu_seqlens, {});
+  const AttentionColumnSumsParams p = {dtype_of(q),  view_of(dense_q), view_of(dense_k), wq.data,      wk.data,
+                                       rq.data,      rk.data,          dense_lse.data,   floats(sums), n.batch,
+                                       n.tokens,     n.keys,           n.heads,          n.head_dim,   n.row_stride,
+                                       float(scale), n.cu_seqlens,     nullptr,          n.sequences};
+  kernels().attention_column_sums(p, kExecutor);
+  return sums;
+}
+
 }  // namespace
 }  // namespace internvit
 
 STABLE_TORCH_LIBRARY_IMPL(internvit_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&internvit::attention));
   m.impl("attention_backward", TORCH_BOX(&internvit::attention_backward));
+  m.impl("attention_column_sums", TORCH_BOX(&internvit::attention_column_sums));
 }

@@ -63,7 +63,7 @@ class HFInternViTBackbone(BackboneMixin, InternVisionModel):
         self,
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
+        output_attentions: bool | str | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput | tuple:
@@ -72,7 +72,7 @@ class HFInternViTBackbone(BackboneMixin, InternVisionModel):
         Args:
             pixel_values: [B, channels, height, width], multiples of the patch size; cast to the weights' dtype.
             output_hidden_states: also the embeddings and the outputs of all blocks that ran, [B, N, C] each.
-            output_attentions: also their attention maps.
+            output_attentions: also their attention maps, or "class" or "columns"; see `InternViT.forward`.
             return_dict: False for a tuple.
         """
         if output_hidden_states is None:
@@ -83,7 +83,7 @@ class HFInternViTBackbone(BackboneMixin, InternVisionModel):
         embedded = self.embeddings(pixel_values)
         wanted = [stage - 1 for stage in stages if stage]
         _, states, attentions = self.encoder(
-            embedded, bool(output_hidden_states), bool(output_attentions), wanted, max(stages)
+            embedded, bool(output_hidden_states), output_attentions or False, wanted, max(stages)
         )
         if output_hidden_states:
             chosen = [states[stage] for stage in stages]

@@ -148,7 +148,7 @@ class InternVisionModel(PreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
         pixel_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
+        output_attentions: bool | str | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
         """Features of pixel_values [B, channels, height, width], or of embedded tokens [B, N, C].
@@ -162,7 +162,7 @@ class InternVisionModel(PreTrainedModel):
         states = len(self.encoder.layers) + 1
         wanted = _indices(output_hidden_states, states)
         embedded = embed(self.embeddings, pixel_values, pixel_embeds)
-        last, hidden, maps = self.encoder(embedded, not wanted <= {states - 1}, bool(output_attentions))
+        last, hidden, maps = self.encoder(embedded, not wanted <= {states - 1}, output_attentions or False)
         if wanted:
             all_states = hidden or (None,) * (states - 1) + (last,)
             hidden = tuple(state if i in wanted else None for i, state in enumerate(all_states))

@@ -39,6 +39,14 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
     return None if qk_norm is None else QKNormGrads(*outputs)
 
 
+@implements("attention_column_sums", "cpu")
+def attention_column_sums(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, qk_norm: QKNorm | None, sequences: Sequences | None
+) -> Tensor:
+    ends = None if sequences is None else sequences.cu_seqlens
+    return torch.ops.internvit_cpu.attention_column_sums.default(q, k, lse, scale, *(qk_norm or _NO_QK_NORM), ends)
+
+
 def _multiplies_int8() -> bool:
     """Asked outside of a trace: torch.jit.trace records ops, and knows none that returns a bool."""
     trace = torch._C._get_tracing_state()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from internvit.ops.backends.registry import BACKENDS, implementation, implements, implements_all
 from internvit.ops.backends.torch_gemm import epilogue, float8_sums, int8_sums
-from internvit.ops.core.attention_math import Heads, QKNorm, SavedAttention
+from internvit.ops.core.attention_math import Heads, QKNorm, SavedAttention, portable
+from internvit.ops.core.direct import plain
 from internvit.ops.core.raw_fakes import register_fakes
 from internvit.ops.core.registration import OPS
 from internvit.ops.linear_gelu import linear_then_gelu
@@ -32,7 +33,10 @@ def _attention_backend(q: Tensor) -> str:
 
 @implements("attention", "cuda")
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, qk_norm: QKNorm | None = None) -> tuple[Tensor, Tensor]:
-    out, _ = implementation("attention", _attention_backend(q))(q, k, v, scale, None)
+    if plain([q]):
+        out, _ = implementation("attention", _attention_backend(q))(q, k, v, scale, None)
+    else:  # of a program that is made for a process without Python, which has no flash-attn and chooses when it runs
+        out = portable(q, k, v, scale).contiguous()
     return out, q.new_empty(0, dtype=torch.float32)
 
 

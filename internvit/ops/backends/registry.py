@@ -30,6 +30,7 @@ class Backend:
         unsupported_reason: (device type, dtype, head_dim or 0) -> why it cannot take such a tensor; None when it can.
         folds_qk_norm: its `attention` takes QK-norm's weights and statistics.
         varlen: its `attention` takes packed sequences.
+        varlen_unsupported_reason: why it cannot on this machine, where it depends on what is installed.
         max_channels: the widest rows that its norms take; None for any.
         max_channels_of: op -> the same, where it differs.
         lse_devices: the device types on which its `attention` returns the log-sum-exp; None for all.
@@ -42,6 +43,7 @@ class Backend:
     unsupported_reason: Unsupported
     folds_qk_norm: bool = True
     varlen: bool = False
+    varlen_unsupported_reason: Callable[[], str | None] = lambda: None
     max_channels: int | None = None
     max_channels_of: Mapping[str, int] = field(default_factory=dict, hash=False)
     lse_devices: tuple[str, ...] | None = None
@@ -59,8 +61,11 @@ class Backend:
 
     def lacks(self, folded: bool, varlen: bool) -> str | None:
         """Why its attention cannot take such arguments; None where it can."""
-        if varlen and not self.varlen:
-            return "its attention takes no cu_seqlens"
+        reason = None
+        if varlen:
+            reason = self.varlen_unsupported_reason() if self.varlen else "its attention takes no cu_seqlens"
+        if reason is not None:
+            return reason
         if folded and not self.folds_qk_norm:
             return "its attention has no QK-norm inside; normalise with qk_norm, or call qk_norm_attention"
         return None
@@ -200,6 +205,12 @@ def _flash_unsupported(device: str, dtype: torch.dtype, head_dim: int) -> str | 
     return flash.unsupported_reason(device, dtype, head_dim)
 
 
+def _flash_varlen_unsupported() -> str | None:
+    from internvit.ops.backends import flash
+
+    return flash.varlen_unsupported_reason()
+
+
 def _anything(device: str, dtype: torch.dtype, head_dim: int) -> None:
     return None
 
@@ -227,6 +238,8 @@ BACKENDS: dict[str, Backend] = {
             _flash_unavailable,
             _flash_unsupported,
             folds_qk_norm=False,
+            varlen=True,
+            varlen_unsupported_reason=_flash_varlen_unsupported,
         ),
         Backend(
             "triton",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from internvit import kernels
 from internvit.kernels.attention.backward import attention_backward as attention_backward_kernels
+from internvit.kernels.attention.column_sums import attention_column_sums as attention_column_sums_kernels
 from internvit.kernels.attention.forward import attention as attention_kernels
 from internvit.kernels.linear import Quantized, scale_sums
 from internvit.ops.backends.registry import implements
@@ -45,6 +46,15 @@ def attention_backward(grad_out: Tensor, saved: SavedAttention, grads: Heads) ->
     given = (*inside, *grads, *(sequences or ()))
     outputs: Any = attention_backward_kernels(grad_out, q, k, v, out, lse, scale, *given)
     return None if qk_norm is None else QKNormGrads(*outputs)
+
+
+@implements("attention_column_sums", "triton")
+def attention_column_sums(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, qk_norm: QKNorm | None, sequences: Sequences | None
+) -> Tensor:
+    return attention_column_sums_kernels(
+        q, k, lse, scale, *(qk_norm or _NO_QK_NORM), *(sequences[:2] if sequences else ())
+    )
 
 
 def _scaled_sums(sums: Callable[[Tensor, Tensor], Tensor], *args: Any) -> Tensor:

@@ -106,6 +106,22 @@ def _unpad_rows(x: Tensor, sequences: Sequences, total: int) -> Tensor:
     return sequences.unpad(x.transpose(1, 2), total).t().contiguous()
 
 
+def column_sums_reference(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, qk_norm: QKNorm | None, sequences: Sequences | None = None
+) -> Tensor:
+    """sum_i exp(S_ij - lse_i) [B, H, N], or [H, total]; no probability is more than 1, whatever lse's rounding is."""
+    if sequences is None:
+        return _probabilities(_scores(*_normed(q, k, qk_norm), scale, None), lse).sum(-2)
+    total, there = q.shape[0], sequences.tokens()[:, None, :, None]
+    q, k, lse = sequences.pad(q), sequences.pad(k), sequences.pad(lse.t()).transpose(1, 2)
+    scores = _scores(*_normed(q, k, qk_norm and qk_norm.pad(sequences)), scale, sequences)
+    return _unpad_rows(_probabilities(scores, lse).masked_fill(~there, 0).sum(-2), sequences, total)
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    return (scores - lse.to(scores.dtype)[..., None]).clamp(max=0).exp()
+
+
 def attention_backward_reference(grad_out: Tensor, saved: SavedAttention, grads: Heads) -> QKNormGrads | None:
     """Fills grads, rstd held fixed.
 

@@ -81,7 +81,12 @@ _logged: set[tuple[str, str]] = set()
 def first_backend(calls: CallClass, op: str, at: str | None = None) -> AutoBackend:
     """The first backend of `auto`'s order, from `at` on, that runs the registered op `op` for `calls`."""
     order = AUTO_ORDER.get(calls.device, _AUTO_ORDER_ELSEWHERE)
-    if calls.device == "cuda" and (measured := tuned_backend(calls.caller, calls.dtype, calls.head_dim)):
+    # What is measured is a dense batch.
+    if (
+        calls.device == "cuda"
+        and not calls.varlen
+        and (measured := tuned_backend(calls.caller, calls.dtype, calls.head_dim))
+    ):
         order = (measured, *(name for name in order if name != measured))
     passed_over: list[str] = []
     for name in order if at is None else order[order.index(at) :]:

@@ -66,12 +66,13 @@ class Sequences(NamedTuple):
         Tokens attend within their sequence. Padding attends to everything, as do tokens without keys, so that no row of
         a softmax is empty.
         """
-        queries, keys = self._there(), self.keys._there()
+        queries, keys = self.tokens(), self.keys.tokens()
         mask = (keys[:, None, :] | ~queries[:, :, None])[:, None]
         lacks_keys = self.lacks_keys()
         return mask if lacks_keys is None else mask | lacks_keys
 
-    def _there(self) -> Tensor:
+    def tokens(self) -> Tensor:
+        """Where a padded batch has tokens, bool [B, max_seqlen]."""
         return torch.arange(self.max_seqlen, device=self.cu_seqlens.device) < self.lengths[:, None]
 
 

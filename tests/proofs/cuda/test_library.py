@@ -10,12 +10,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import internvit
+from internvit.export.program import ExportedModel, export_program
 from internvit.ops.backends import native, registry, schemas
 from internvit.ops.backends.registry import implementation
 from internvit.ops.core import select as backends
 from tests.proofs.cuda.static_profile import LIBRARY
 from tests.support.choices import forget_choices
 from tests.support.graphs import FusedOps, backends_in, compiled_graphs
+from tests.support.models import CONFIGS
 
 OPS = schemas.schemas("internvit_cuda")
 
@@ -92,3 +94,25 @@ def test_flash_attn_is_used_where_it_takes_the_tensors(monkeypatch) -> None:
         q = torch.empty(1, 2, 2, 8, device="cuda", dtype=torch.bfloat16)
         assert cuda._attention_backend(q) == "flash"
         assert cuda._attention_backend(q.float()) == "sdpa"
+
+
+def test_a_program_for_a_process_without_python_calls_the_library() -> None:
+    """What `internvit export --to aoti --backend cuda` packages: raw ops of the library and PyTorch's, nothing that
+    needs Python. Its batch stays open, and its arguments have the types that packages for CPUs have too."""
+    config = CONFIGS["tiny-rms_norm"].replace(num_hidden_layers=2)
+    with FakeTensorMode(), torch.no_grad():
+        model = ExportedModel(internvit.InternViT(config, device="cuda").eval())
+        program = export_program(model, (42, 56), None, "cuda")
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    ours = {name.removesuffix(".default") for name in targets if name.startswith("internvit")}
+    assert ours == {f"internvit_cuda.{op}" for op in ("gelu", "layer_scale_residual", "rms_norm")}
+    assert "aten.scaled_dot_product_attention.default" in targets
+    (pixels,) = (node.meta["val"] for node in program.graph.nodes if node.name == "pixel_values")
+    assert isinstance(pixels.shape[0], torch.SymInt)
+    assert pixels.device.type == "cuda"
+
+    def types(library: str) -> set[str]:
+        forward = [schema for name, schema in schemas.schemas(library).items() if not name.endswith("_backward")]
+        return {str(a.type) for schema in forward for a in torch._C.parse_schema(schema).arguments}
+
+    assert types("internvit_cuda") <= types("internvit_cpu")

@@ -232,6 +232,21 @@ struct Driver {
     add(p.lse, batch * heads * tokens * 4);
     report("attention", dtype);
 
+    AttentionColumnSumsParams c = {};
+    c.dtype = dtype;
+    c.q = p.q;
+    c.k = p.k;
+    c.q_weight = p.q_weight;
+    c.k_weight = p.k_weight;
+    c.rstd_q = p.rstd_q;
+    c.rstd_k = p.rstd_k;
+    c.lse = p.lse;
+    c.sums = empty_floats(batch * heads * tokens);
+    set_sizes(c);
+    kernels.attention_column_sums(c, executor);
+    add(c.sums, batch * heads * tokens * 4);
+    report("attention_column_sums", dtype);
+
     AttentionBackwardParams b = {};
     b.dtype = dtype;
     b.q = p.q;

@@ -23,7 +23,7 @@ LIMITS = ("registers", "shared_bytes", "stack_bytes")
 LOOP = ("issue", "tensor", "exp", "products")
 """Of a main loop with matrix products, where the target's figures are known."""
 BUDGETED = (
-    "448px.* bfloat16: ((eval|train|int8|float8)(, Triton GEMMs)?|train, (DropPath|packed)"
+    "448px.* bfloat16: ((eval|train|int8|float8)(, Triton GEMMs)?|train, (DropPath|packed)|eval, column sums"
     "|optimize_for_inference(, Triton GEMMs, norms folded)?)$"
 )
 FAST = ("sm_90", "gfx942")
