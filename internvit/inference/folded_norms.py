@@ -78,7 +78,7 @@ def _attention(parts: AttentionParts, qkv: nn.Linear, norm: Norm, rows: FoldedRo
     assert isinstance(k_norm, Norm)
     projected, rstd_q, rstd_k = norm_qkv(*operands, eps=q_norm.eps)
     q, k, v = projected.unflatten(-1, (3, parts.num_heads, -1)).unbind(-3)
-    packed: dict[str, Any] = {} if parts.sequences is None else parts.sequences._asdict()
+    packed: dict[str, Any] = {} if parts.sequences is None else parts.sequences.settings()
     weights = q_norm.weight, k_norm.weight
     return attention(q, k, v, *weights, rstd_q, rstd_k, scale=parts.scale, **packed).flatten(-2)
 

@@ -315,7 +315,7 @@ def qk_norm_attention_with_statistics(
 
     lse is None where the backend returns none; rstd where q_hat and k_hat were written, whose scores lse is then of.
     """
-    packed = (None, None) if sequences is None else sequences
+    packed = (None, None) if sequences is None else (sequences.cu_seqlens, sequences.max_seqlen)
     args = (q, k, v, q_weight, k_weight, eps, default_scale(q, scale), rounding, *packed)
     out, lse, rstd_q, rstd_k = QK_NORM_ATTENTION.call(args, None)
     if lse is None or lse.shape != check.lse_shape(q):  # None in graphs for other programs
