@@ -329,7 +329,7 @@ def test_padding_compiles_whole_for_any_mask(op, generator) -> None:
             "must be torch.bool, True for padding, got",
         ),
         ({"key_padding_mask": [[True] * 5] * 2}, TypeError, r"must be a torch\.Tensor, got list"),
-        ({"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool, device="meta")}, ValueError, "on k's device cpu"),
+        ({"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool, device="meta")}, ValueError, "on q's device cpu"),
         ({"cu_seqlens": torch.tensor([0, 2], dtype=torch.int32)}, ValueError, "must be None beside cu_seqlens"),
         ({"q": torch.ones(5, 2, 8)}, ValueError, r"q must have shape \[B, N, H, D\]"),
         ({"v": torch.ones(2, 4, 2, 8)}, ValueError, r"v must have [kq]'s shape \[2, 5, 2, 8\], got \[2, 4, 2, 8\]"),

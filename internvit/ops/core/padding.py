@@ -67,7 +67,7 @@ def without_padding(out: Tensor, key_padding_mask: Tensor | None) -> Tensor:
 
 
 def check_key_padding_mask(op: str, mask: Any, q: Any, k: Any, *cu_seqlens: Any) -> None:
-    """bool [B, N_k] on k's device, beside padded batches."""
+    """bool [B, N_k] on q's device, beside padded batches."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}: key_padding_mask must be a torch.Tensor, got {type(mask).__name__}")
     if any(ends is not None for ends in cu_seqlens):
@@ -81,5 +81,5 @@ def check_key_padding_mask(op: str, mask: Any, q: Any, k: Any, *cu_seqlens: Any)
         raise ValueError(
             f"{op}: key_padding_mask must have shape {list(k.shape[:2])} (k's [B, N]), got {shape_of(mask)}"
         )
-    if isinstance(k, Tensor) and mask.device != k.device:
-        raise ValueError(f"{op}: key_padding_mask must be on k's device {k.device}, got {mask.device}")
+    if isinstance(q, Tensor) and mask.device != q.device:
+        raise ValueError(f"{op}: key_padding_mask must be on q's device {q.device}, got {mask.device}")
