@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from internvit.model.block import InternViTLayer, is_unmodified
-from internvit.model.fused_block import AttentionParts, BlockParts, BranchOutput, FoldedRows, Norm, attention_output
+from internvit.model.fused_block import (
+    AttentionParts,
+    BlockParts,
+    BranchOutput,
+    FoldedRows,
+    Norm,
+    attention_output,
+    norms_inside,
+)
 from internvit.model.layers import fusible
 from internvit.ops import attention, fold_norm, linear_residual_stats, norm_linear, norm_qkv
 from internvit.ops.core.select import resolve
@@ -69,17 +77,14 @@ def _fc1_gelu(fc1: nn.Linear, norm: Norm, rows: FoldedRows) -> Tensor:
 def _attention(parts: AttentionParts, qkv: nn.Linear, norm: Norm, rows: FoldedRows) -> Tensor:
     """`attention_output` of folded rows."""
     operands = _operands(qkv, norm, rows)
-    q_norm, k_norm = parts.q_norm, parts.k_norm
-    plain = not (isinstance(q_norm, Norm) and isinstance(k_norm, Norm) and q_norm.eps == k_norm.eps)
-    if plain or parts.rounding != "fused":
+    inside = norms_inside(parts)
+    if inside is None or parts.rounding != "fused":
         projected = norm_linear(*operands)
         return attention_output(parts._replace(qkv=(lambda _: projected,)), rows.x)
-    assert isinstance(q_norm, Norm)
-    assert isinstance(k_norm, Norm)
-    projected, rstd_q, rstd_k = norm_qkv(*operands, eps=q_norm.eps)
+    projected, rstd_q, rstd_k = norm_qkv(*operands, eps=inside[0].eps)
     q, k, v = projected.unflatten(-1, (3, parts.num_heads, -1)).unbind(-3)
     packed: dict[str, Any] = {} if parts.sequences is None else parts.sequences.settings()
-    weights = q_norm.weight, k_norm.weight
+    weights = inside[0].weight, inside[1].weight
     return attention(q, k, v, *weights, rstd_q, rstd_k, scale=parts.scale, **packed).flatten(-2)
 
 

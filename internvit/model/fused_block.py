@@ -275,20 +275,29 @@ def attention_output(parts: AttentionParts, x: Tensor) -> Tensor:
     fused: Any = qk_norm_attention_qkvpacked if len(heads) == 1 else qk_norm_attention
     if q_norm is None and k_norm is None:
         return fused(*heads, scale=parts.scale, **packed).flatten(-2)
-    if isinstance(q_norm, Norm) and isinstance(k_norm, Norm):
-        weights, settings = (q_norm.weight, k_norm.weight), {"scale": parts.scale, "rounding": parts.rounding}
-        return fused(*heads, *weights, eps=q_norm.eps, **settings, **packed).flatten(-2)
+    inside = norms_inside(parts)
+    if inside is not None:
+        weights, settings = (inside[0].weight, inside[1].weight), {"scale": parts.scale, "rounding": parts.rounding}
+        return fused(*heads, *weights, eps=inside[0].eps, **settings, **packed).flatten(-2)
     q, k, v = heads if len(heads) == 3 else heads[0].unbind(-3)
     return attention(*norm_heads(q_norm, k_norm, q, k, v), scale=parts.scale, **packed).flatten(-2)
 
 
+def norms_inside(parts: AttentionParts) -> tuple[Norm, Norm] | None:
+    """QK-norm's two norms where attention can take them inside, with one eps; None where they are called."""
+    q_norm, k_norm = parts.q_norm, parts.k_norm
+    if isinstance(q_norm, Norm) and isinstance(k_norm, Norm) and q_norm.eps == k_norm.eps:
+        return q_norm, k_norm
+    return None
+
+
 def _summarized_attention(parts: AttentionParts, summary: AttentionSummary, heads: list[Tensor]) -> Tensor:
     q, k, v = heads if len(heads) == 3 else heads[0].unbind(-3)
-    q_norm, k_norm, norm = parts.q_norm, parts.k_norm, None
-    if isinstance(q_norm, Norm) and isinstance(k_norm, Norm):
-        norm = Folded(q_norm.weight, k_norm.weight, q_norm.eps, parts.rounding)
+    inside, norm = norms_inside(parts), None
+    if inside is not None:
+        norm = Folded(inside[0].weight, inside[1].weight, inside[0].eps, parts.rounding)
     else:
-        q, k, v = norm_heads(q_norm, k_norm, q, k, v)
+        q, k, v = norm_heads(parts.q_norm, parts.k_norm, q, k, v)
     return summary.attend(q, k, v, norm, parts.scale, parts.sequences)
 
 

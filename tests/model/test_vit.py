@@ -52,6 +52,22 @@ def test_float32_agrees_with_timm() -> None:
         assert relative_error(model(pixels).last_hidden_state, judge.forward_features(pixels)) <= 1e-5
 
 
+def test_norms_of_q_and_k_with_an_eps_each() -> None:
+    """Attention takes one eps inside: it gave k that of q."""
+    models = pair("tiny-rms_norm")
+    for layer in (layer for model in models for layer in model.encoder.layers):
+        layer.attn.k_norm.eps = 0.5
+    pixels = images(models[0].config, 2)
+    with torch.no_grad():
+        whole = models[1](pixels, output_attentions=True)
+        for asked, of_map in ROWS.items():
+            out = models[0](pixels, output_attentions=asked)
+            assert relative_error(out.last_hidden_state, whole.last_hidden_state) < 1e-5
+            for ours, theirs in zip(out.attentions, whole.attentions, strict=True):
+                assert relative_error(ours, of_map(theirs)) < 1e-5
+        assert relative_error(models[0](pixels).last_hidden_state, whole.last_hidden_state) < 1e-5
+
+
 @tiny
 @pytest.mark.parametrize("training", [False, True])
 def test_outputs_and_gradients_of_the_reference(name, training) -> None:
