@@ -102,9 +102,9 @@ def attend_tile(
         b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     n_end = N
     if PACKED:
-        p_k, p_v, p_rstd_k, N, n_end = keys_of_sequence(
-            p_k, p_v, p_rstd_k, N, peeled_keys, stride_kn, stride_vn, BLOCK_N, TAIL
-        )
+        p_k, p_v, N, n_end = keys_of_sequence(p_k, p_v, N, peeled_keys, stride_kn, stride_vn, BLOCK_N, TAIL)
+        if p_rstd_k is not None:
+            p_rstd_k += peeled_keys
     for i_n in range(0 if PACKED else peeled_keys, n_end, BLOCK_N):
         b_acc, b_sum, b_max = softmax_step(
             b_acc, b_sum, b_max, b_q, p_k, p_v, p_rstd_k, i_n, N, stride_kn, stride_vn, o_d, scale_log2,

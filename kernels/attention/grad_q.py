@@ -83,9 +83,9 @@ def grad_q_tile(
         )  # fmt: skip
     n_end = N
     if PACKED:
-        p_k, p_v, p_rstd_k, N, n_end = keys_of_sequence(
-            p_k, p_v, p_rstd_k, N, peeled_keys, stride_kn, stride_vn, BLOCK_N, TAIL
-        )
+        p_k, p_v, N, n_end = keys_of_sequence(p_k, p_v, N, peeled_keys, stride_kn, stride_vn, BLOCK_N, TAIL)
+        if p_rstd_k is not None:
+            p_rstd_k += peeled_keys
     for i_n in range(0 if PACKED else peeled_keys, n_end, BLOCK_N):
         b_grad_q = grad_q_step(
             b_grad_q, b_q, b_grad, b_lse, b_delta, p_k, p_v, p_rstd_k, 1.0 / unit, i_n, N,

@@ -152,9 +152,7 @@ def first_row(i_bh, i_h, i_image, N, PACKED: tl.constexpr):
 
 
 @triton.jit
-def keys_of_sequence(
-    p_k, p_v, p_rstd_k, N, peeled, stride_kn, stride_vn, BLOCK_N: tl.constexpr, TAIL: tl.constexpr
-):  # fmt: skip
+def keys_of_sequence(p_k, p_v, N, peeled, stride_kn, stride_vn, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
     """One head's keys after the `peeled` one, 0 or 1, of a pack's sequence: pointers, their number, and the end of a
     loop over tiles from 0: the last key where every tile is masked, else the last whole tile's.
 
@@ -162,10 +160,8 @@ def keys_of_sequence(
     scores instead of 377 (sm_90, D = 64)."""
     p_k += peeled * stride_kn
     p_v += peeled * stride_vn
-    if p_rstd_k is not None:
-        p_rstd_k += peeled
     N -= peeled
-    return p_k, p_v, p_rstd_k, N, N if TAIL else N - N % BLOCK_N
+    return p_k, p_v, N, N if TAIL else N - N % BLOCK_N
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import torch
 from internvit.kernels.common.launch import Launch
 from internvit.kernels.common.target import TARGETS, Target, target_of_device
 from internvit.kernels.tools import tune
-from internvit.kernels.tools.compile_only import Specialization, compile_only
+from internvit.kernels.tools.compile_only import Specialization, compile_only, reason
 from internvit.kernels.tools.model_launches import kernel_uses
 
 OWN_MODES = "^(?!.*patched)"
@@ -52,8 +52,7 @@ def _compile(specialization: Specialization, target: Target) -> str | None:
     try:
         specialization.compile(target)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return f"{specialization.function}: {type(error).__name__}: {lines[-1]}"
+        return f"{specialization.function}: {reason(error)}"
     return None
 
 

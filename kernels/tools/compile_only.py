@@ -37,6 +37,16 @@ def gpu_target(target: Target) -> GPUTarget:
     return GPUTarget("cuda", target.compute_capability, target.warp_size)
 
 
+def reason(error: BaseException) -> str:
+    """Why a kernel does not compile, in a line. Triton's errors quote each caller; the first cause tells."""
+    first = error
+    while (cause := first.__cause__ or first.__context__) is not None:
+        first = cause
+    lines = [line.strip() for line in str(first).splitlines() if line.strip(" ^")] or [""]
+    kind = "" if first is error else f"{type(first).__name__}: "
+    return f"{type(error).__name__}: {kind}{lines[-1]}"
+
+
 class CompileOnlyDriver:
     """A `triton.runtime.driver` of a device that cannot run anything."""
 

@@ -33,7 +33,7 @@ import triton
 
 from internvit.kernels.common.target import TARGETS, Target
 from internvit.kernels.tools import roofline
-from internvit.kernels.tools.compile_only import Specialization
+from internvit.kernels.tools.compile_only import Specialization, reason
 from internvit.kernels.tools.model_launches import KernelUse, kernel_uses
 from internvit.kernels.tools.sass import loop_cost
 
@@ -151,8 +151,7 @@ def profile(use: KernelUse, target: Target, quick: bool = False) -> Row:
     try:
         compiled = one.compile(target)
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        return row | {"error": f"{type(error).__name__}: {lines[-1]}", "modes": use.modes}
+        return row | {"error": reason(error), "modes": use.modes}
     if target.is_amd:
         code = _read_amd(compiled)
     else:

@@ -54,6 +54,36 @@ def test_triton_functions_have_a_single_exit(path: Path):
     assert not early_returns(path.read_text())
 
 
+def nones_in_tuples(source: str) -> list[str]:
+    """Triton functions that return, among others, a name which is not None in some of their code: Triton 3.6 makes a
+    tensor of each value in a tuple, and of None it cannot."""
+    found = []
+    for function in filter(is_jit, functions(ast.parse(source))):
+        tests = {ast.unparse(node.test) for node in ast.walk(function) if isinstance(node, ast.If)}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+                elements = map(ast.unparse, node.value.elts)
+                found += [f"{function.name}: {e}" for e in elements if f"{e} is not None" in tests]
+    return found
+
+
+def test_a_none_in_a_tuple_is_found():
+    planted = """
+@triton.jit
+def after(p_x, p_rstd, n):
+    if p_rstd is not None:
+        p_rstd += n
+    return p_x + n, p_rstd
+"""
+    assert nones_in_tuples(planted) == ["after: p_rstd"]
+    assert nones_in_tuples(planted.replace("return p_x + n, p_rstd", "return p_x + n")) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=names)
+def test_triton_functions_return_no_none_in_a_tuple(path: Path):
+    assert not nones_in_tuples(path.read_text())
+
+
 @pytest.mark.parametrize("path", FILES, ids=names)
 def test_kernels_know_no_ops(path: Path):
     """Kernels import torch and triton; the tools beside them may run models, and none imports internvit.ops."""
