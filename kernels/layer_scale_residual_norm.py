@@ -94,15 +94,13 @@ def layer_scale_residual_norm_backward_kernel(
     b_bias_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
         o_rows, m_rows, m_tile = row_tile(i_tile, M, o_cols, C, ROWS)
-        b_grad_normed = load_tile(p_grad_normed, o_rows, stride_grad_normed, o_cols, m_tile)
-        b_x_hat, b_rstd = load_x_hat(
+        b_x_hat, b_rstd = load_x_hat(  # before grad_normed: after it, Triton 3.9 spilled 8 bytes without sums on sm_90
             p_residual_out, p_mean, p_rstd, o_rows, m_rows, stride_residual_out, o_cols, m_tile, NORM_TYPE
         )
+        b_grad_normed = load_tile(p_grad_normed, o_rows, stride_grad_normed, o_cols, m_tile)
         b_grad = norm_backward(b_grad_normed, b_x_hat, b_weight, b_rstd, C, NORM_TYPE)
         if WEIGHT_SUM:  # after grad: before it, sm_90 spilled 8 bytes where gamma is frozen
             b_weight_sum = tl.fma(b_grad_normed, b_x_hat, b_weight_sum)
-        if BIAS_SUM:
-            b_bias_sum += b_grad_normed
         if p_grad_residual_out is not None:
             b_grad += load_tile(p_grad_residual_out, o_rows, stride_grad_residual_out, o_cols, m_tile)
         if p_grad_residual is not None:
@@ -116,6 +114,8 @@ def layer_scale_residual_norm_backward_kernel(
         if GAMMA_SUM:  # after the store: loaded before it, the branch spilled 4 bytes at C = 3200 on sm_100
             b_branch = load_tile(p_branch, o_rows, stride_branch, o_cols, m_tile)
             b_gamma_sum = tl.fma(b_grad, b_branch, b_gamma_sum)
+        if BIAS_SUM:  # last: before the stores, Triton 3.9 spilled 8 bytes on sm_120
+            b_bias_sum += b_grad_normed
     if GAMMA_SUM:
         store_partial(p_partials, 0, b_gamma_sum, o_cols, C)
     if WEIGHT_SUM:

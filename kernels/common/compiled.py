@@ -27,6 +27,12 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 """Key of a launch -> the compiled kernel, and the constants as its last arguments."""
 
 
+def options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """What a kernel is compiled with. A product and the sum after it may round once, as Triton did without being asked
+    up to 3.9; 3.10 is to round twice (its announcement), with other bits and more instructions."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
 def start(
     kernel: Any,
     grid: tuple[int, ...],
@@ -36,15 +42,14 @@ def start(
     num_stages: int,
     warmup: bool = False,
 ) -> Any:
-    """`kernel[grid](*args, **constants, num_warps=..., num_stages=...)`; with `warmup` all but the start itself.
+    """`kernel[grid](*args, **constants, **options(...))`; with `warmup` all but the start itself.
 
     Returns the compiled kernel, None in the interpreter.
     """
     key = key_of(kernel, args, constants, num_warps, num_stages)
     known = _compiled.get(key) if key is not None else None
     if known is None:
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        compiled = kernel.run(*args, grid=grid, warmup=warmup, **options, **constants)
+        compiled = kernel.run(*args, grid=grid, warmup=warmup, **options(num_warps, num_stages), **constants)
         if key is not None and isinstance(compiled, CompiledKernel):  # a hook may have kept it from compiling
             _remember(key, kernel, compiled, args, constants)
         return compiled

@@ -94,7 +94,7 @@ class Specialization:
                 {(i,): [list(attribute) for attribute in attributes] for i, attributes in self.attributes},
             ),
             target=gpu_target(target),
-            options={"num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.options)},
+            options=compiled.options(self.num_warps, self.num_stages) | dict(self.options),
         )
 
 
@@ -108,7 +108,7 @@ def specialize(one: Launch) -> Specialization:
 
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.jit_cache_hook = keep
-        options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+        options = compiled.options(one.num_warps, one.num_stages)
         one.kernel.run(*one.args, grid=one.grid, warmup=True, **options, **one.constants)
     (request,) = seen
     names, attributes = one.kernel.arg_names, request["configs"][0]

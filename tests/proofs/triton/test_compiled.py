@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 class Recorded(CompiledKernel):
     """Stands for a compiled kernel: notes the arguments it is started with."""
 
-    def __init__(self, key, target):
+    def __init__(self, key, target, options):
         self.key = key
-        self.metadata = SimpleNamespace(target=target)
+        self.metadata = SimpleNamespace(target=target, enable_fp_fusion=options.enable_fp_fusion)
         self.starts = []
 
     def _init_handles(self):
@@ -46,9 +46,9 @@ class Recorded(CompiledKernel):
 def gpu(monkeypatch):
     """A driver of a GPU that is not there, whose JIT makes `Recorded` kernels; `gpu(name)` sets it."""
 
-    def make(self, key, signature, device, *_):
+    def make(self, key, signature, device, constants, options, *_):
         kernel_cache, _, target, *_ = self.device_caches[device]
-        kernel_cache[key] = Recorded(key, target)
+        kernel_cache[key] = Recorded(key, target, options)
         return kernel_cache[key]
 
     monkeypatch.setattr(JITFunction, "_do_compile", make)
@@ -83,7 +83,7 @@ def test_the_kernel_is_the_jits_choice(gpu, name):
         args, constants, warps, stages = draw(random.Random(seed + i % 1000))  # each three times, in other memory
         repeated += compiled.key_of(probe, args, constants, warps, stages) in compiled._compiled
         given = compiled.start(probe, (1,), args, constants, warps, stages, warmup=True)
-        expected = probe.run(*args, grid=(1,), warmup=True, num_warps=warps, num_stages=stages, **constants)
+        expected = probe.run(*args, grid=(1,), warmup=True, **compiled.options(warps, stages), **constants)
         assert given is expected
     assert (repeated > 500) == (name == "sm_90"), repeated  # AMD's kernels follow from the storage's size too
 
@@ -132,3 +132,12 @@ def test_launches_of_every_op_are_started_with_the_jits_arguments(gpu, name):
 
 def identity(argument):
     return id(argument) if isinstance(argument, torch.Tensor) else argument
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+def test_products_are_added_with_one_rounding_in_every_triton(gpu, name, monkeypatch):
+    """Triton 3.10 is to add with two where nobody asks."""
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
+    gpu(name)
+    kernel = compiled.start(probe, (1,), (torch.zeros(4), None, 4, 1, 1e-6), {"BLOCK": 16, "FLAG": True}, 4, 1)
+    assert kernel.metadata.enable_fp_fusion
