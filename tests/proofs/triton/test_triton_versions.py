@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import triton
 
 from internvit.kernels.common.target import TARGETS
 from tests.proofs.triton import versions
@@ -62,14 +63,19 @@ def test_the_record_is_of_these_kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", [v for v in versions.VERSIONS if v != "3.8.0"])
-def test_compiles(version, tmp_path):
+@pytest.mark.parametrize("dtype", versions.DTYPES)
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("version", [v for v in versions.VERSIONS if v != triton.__version__])
+def test_compiles(version, arch, dtype, tmp_path, tmp_path_factory):
+    """The installed Triton compiles the same kernels in test_models_compile."""
     try:
-        environment = versions.installed(version, tmp_path / "triton")
+        environment = versions.installed(version, tmp_path_factory.getbasetemp() / f"triton-{version}")
     except RuntimeError as error:
         pytest.skip(str(error))
-    for arch in TARGETS:
-        entry = versions.summary(versions.profile(environment, arch, "bfloat16", tmp_path))
-        recorded = versions.read()[version][arch]["bfloat16"]
-        assert entry["failures"] == [], (version, arch)
-        assert entry["spills"].items() <= recorded["spills"].items(), (version, arch)
+    entry = versions.summary(versions.profile(environment, arch, dtype, tmp_path))
+    assert entry["failures"] == []
+    if version != "3.6.0":
+        assert max(entry["spills"].values(), default=0) <= TOLERATED.get((version, arch), 0), entry["spills"]
+    recorded = versions.read()[version][arch].get(dtype)
+    if recorded is not None:
+        assert entry["spills"].items() <= recorded["spills"].items()
