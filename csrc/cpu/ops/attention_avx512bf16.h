@@ -41,16 +41,19 @@ struct Strip {
   int64_t b, h, first, rows;
 };
 
-// 2^x for x = score * key_scale - shift, to 2.4e-4 (a sixteenth of bf16's ulp) and with no error on average. Zen 4 adds
-// beside its multiplications but starts nothing else of three operands beside VDPBF16PS: two multiplications here,
-// where a polynomial takes four. x = n + r, n the nearest sixteenth; 2^x = 2^n * (1 + r ln 2), the last with 1 / 1.4375
-// for ln 2 so that n - 1.4375 is one subtraction. `there`: the lanes that hold keys.
+// 2^x for x = score * key_scale - shift, to 6.9e-5 as exp2_bf16; `there`: the lanes that hold keys. Zen 4 starts one
+// instruction of multiplications in a cycle, VDPBF16PS or another, and additions beside it: two multiplications here,
+// four with exp2_bf16's polynomial. With x = n + r, n the nearest multiple of 1/32,
+//
+//   2^x = 2^n * (1 + r ln 2),  1 / ln 2 = 1.4375 (so that n - 1.4375 is one subtraction)
 template <bool kExact>
 INTERNVIT_INLINE __m512 vdpbf16_probability(__m512 score, const float* key_scale, __m512 shift, __mmask16 there) {
-  alignas(64) static constexpr float kPowers[16] = {
-      2.78282785f, 2.90603423f, 3.03469539f, 3.16905284f, 3.30935884f, 3.45587659f, 3.60888124f, 1.88433003f,
-      1.96775651f, 2.05487657f, 2.14585376f, 2.24085879f, 2.34007001f, 2.44367385f, 2.55186439f, 2.66484523f};
-  constexpr float kSixteenths = 786432.0f, kCentre = 1.4375f;  // of 1.5 * 2^19 the last bit is a sixteenth
+  alignas(64) static constexpr float kPowers[32] = {
+      2.78269243f, 2.84362555f, 2.90589285f, 2.96952343f, 3.03454757f, 3.10099554f, 3.16889858f, 3.2382884f,
+      3.30919766f, 3.38165975f, 3.45570827f, 3.53137851f, 3.60870576f, 3.68772602f, 1.88423836f, 1.92549777f,
+      1.96766067f, 2.01074696f, 2.05477643f, 2.09977031f, 2.14574933f, 2.19273496f, 2.2407496f,  2.28981566f,
+      2.33995605f, 2.39119458f, 2.44355488f, 2.49706173f, 2.55174017f, 2.60761595f, 2.66471553f, 2.72306514f};
+  constexpr float kMultiples = 393216.0f, kCentre = 1.4375f;  // of 1.5 * 2^18 the last bit is 1/32
   const __m512 scale = _mm512_load_ps(key_scale);
   __m512 x = _mm512_fmsub_ps(score, scale, shift);
   if (kExact) {
@@ -58,9 +61,10 @@ INTERNVIT_INLINE __m512 vdpbf16_probability(__m512 score, const float* key_scale
     x = _mm512_sub_ps(_mm512_mul_round_ps(score, scale, 8), shift);
     x = _mm512_max_ps(_mm512_set1_ps(-1000.0f), x);
   }
-  const __m512 nearest = _mm512_add_ps(x, _mm512_set1_ps(kSixteenths));
-  const __m512 below = _mm512_sub_ps(nearest, _mm512_set1_ps(kSixteenths + kCentre));
-  const __m512 power = _mm512_permutexvar_ps(_mm512_castps_si512(nearest), _mm512_load_ps(kPowers));
+  const __m512 nearest = _mm512_add_ps(x, _mm512_set1_ps(kMultiples));
+  const __m512 below = _mm512_sub_ps(nearest, _mm512_set1_ps(kMultiples + kCentre));
+  const __m512 power =
+      _mm512_permutex2var_ps(_mm512_load_ps(kPowers), _mm512_castps_si512(nearest), _mm512_load_ps(kPowers + 16));
   return _mm512_maskz_scalef_ps(there, _mm512_mul_ps(power, _mm512_sub_ps(x, below)), below);
 }
 

@@ -9,7 +9,7 @@
 
 namespace internvit::INTERNVIT_ISA {
 
-constexpr int64_t kDepthBlock = 1024, kDepthStep = 256;
+constexpr int64_t kDepthBlock = 1024;
 
 inline void pack_weight_bf16(const PackWeightParams& p, const Executor& executor) {
   const int64_t panels = (p.out_features + kPanel - 1) / kPanel, depth = (p.in_features + 31) / 32;
@@ -66,9 +66,10 @@ struct Epilogue {
 };
 
 // What both products have: x packed as each of them likes, and the extents.
+template <int64_t kDepth>
 struct Bf16Operands {
   using Sum = float;
-  static constexpr int64_t kStep = kDepthStep / 32;
+  static constexpr int64_t kDepthStep = kDepth, kStep = kDepth / 32;
 
   const LinearParams& p;
   bf16* packed_x;
