@@ -16,16 +16,34 @@ struct Vdpbf16Product : Bf16Operands<kDepthBlock> {
 
   int64_t row_block() const { return 29; }  // 0.7 MB of x
 
-  // packed_x is [K / 1024][strip][12][1024]: the strips of a step follow one another in memory as they do in time.
-  bf16* step_of(int64_t strip, int64_t d) const { return packed_x + (d / kStep * strips + strip) * kRows * kDepthStep; }
+  // Depth in blocks of equal size: 3200 is four times 800.
+  int64_t depth_block() const {
+    const int64_t blocks = (depth + kStep - 1) / kStep;
+    return (depth + blocks - 1) / blocks;
+  }
+
+  // packed_x is [block of depth][strip][12][1024]: the strips of a step follow one another in memory as they do in
+  // time. Rows of 1024 without gaps are packed as they come: proj of the 300M is 2 % faster.
+  bool packed_already(int64_t strip) const {
+    return p.in_features == kDepthStep && p.x_stride == kDepthStep && (strip + 1) * kRows <= p.rows;
+  }
+  const bf16* step_of(int64_t strip, int64_t d) const {
+    if (packed_already(strip)) return p.x + strip * kRows * kDepthStep;
+    return packed_x + (d / depth_block() * strips + strip) * kRows * kDepthStep;
+  }
 
   void pack_rows(int64_t strip) const {
+    if (packed_already(strip)) return;
+    const int64_t block = depth_block();
     for (int64_t i = 0; i < kRows; ++i) {
       const int64_t row = strip * kRows + i;
-      for (int64_t d = 0; d < depth; ++d) {
-        const __mmask32 mask = row < p.rows ? half_mask(p.in_features - d * 32) : __mmask32(0);
-        const bf16* x = p.x + (mask ? row * p.x_stride + d * 32 : 0);
-        _mm512_store_si512(step_of(strip, d) + i * kDepthStep + d % kStep * 32, _mm512_maskz_loadu_epi16(mask, x));
+      for (int64_t from = 0; from < depth; from += block) {
+        bf16* out = const_cast<bf16*>(step_of(strip, from)) + i * kDepthStep;
+        for (int64_t d = from; d < min_of(depth, from + block); ++d, out += 32) {
+          const __mmask32 mask = row < p.rows ? half_mask(p.in_features - d * 32) : __mmask32(0);
+          const bf16* x = p.x + (mask ? row * p.x_stride + d * 32 : 0);
+          _mm512_store_si512(out, _mm512_maskz_loadu_epi16(mask, x));
+        }
       }
     }
   }
