@@ -56,11 +56,11 @@ struct Epilogue {
       left = left + Vec{widen(_mm512_castsi512_si256(residual))};
       right = right + Vec{widen(_mm512_extracti64x4_epi64(residual, 1))};
     }
-    __m512i y = narrow_pair(left, right);
-    if (p.gelu) {  // of the pre-activation as bf16 holds it
-      const Vec z[2] = {{widen(_mm512_castsi512_si256(y))}, {widen(_mm512_extracti64x4_epi64(y, 1))}};
-      y = narrow_pair(gelu_of<bf16>(z[0]), gelu_of<bf16>(z[1]));
+    if (p.gelu) {  // of the pre-activation as summed
+      left = gelu_of<bf16>(left);
+      right = gelu_of<bf16>(right);
     }
+    const __m512i y = narrow_pair(left, right);
     _mm512_mask_storeu_epi16(p.y + row * p.out_features + column, mask, y);
   }
 };
