@@ -1,8 +1,9 @@
 // Attention for bf16 with VDPBF16PS, on what attention_bf16.h describes.
 //
-// A task packs K and V of a head once; a unit is a strip of 12 queries. Keys go by in blocks of 512: their scores are
-// turned into probabilities in the registers they were summed in and leave for L1 as bf16; then the block's product
-// with V is added to the strip's output. K and V stream from L2, 64 bytes every six cycles.
+// A task packs K and V of a head once; a unit is a strip of 12 queries. Keys go by in blocks of up to 576. The scores
+// of 6 queries and 32 keys are summed in 12 registers while those of the tile before, in 12 others, become
+// probabilities and leave for L1 as bf16; then the block's product with V is added to the strip's output. K and V
+// stream from L2.
 //
 // The output is divided by the sum of the probabilities as rounded: their weights add up to 1, and a lone key's value
 // comes back to the bit. The log-sum-exp takes the sum before rounding.
