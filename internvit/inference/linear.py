@@ -11,8 +11,8 @@ from internvit.ops.backends import native
 class PackedLinear:
     """A Linear of the CPU library; GELU or the residual ride in the epilogue.
 
-    Its bits do not depend on the number of rows. One image at a time stays in the caches: batch 4 of the 300M is 4 to 6 %
-    faster so (one core of a busy EPYC, Zen 4).
+    Its bits do not depend on the number of rows. One image at a time stays in the caches: batch 4 of the 300M is 4 to
+    6 % faster so (one core of a busy EPYC, Zen 4).
     """
 
     one_image = True
