@@ -43,7 +43,7 @@ inline bool attention_queries_amx(const AttentionParams& p, const AttentionAmxSc
     bf16* row = s.queries + i / 16 * kTile + i % 16 * 32;
     float bound = 0;
     if (i < rows) {
-      bound = fold_query(p, b, h, first + i, s.depth, row, 2 * kTile) * largest_key * 1.01f;
+      bound = query_norm(fold_query(p, b, h, first + i, s.depth, row, 2 * kTile)) * largest_key * 1.01f;
     } else {
       no_query(s.depth, row, 2 * kTile);
     }

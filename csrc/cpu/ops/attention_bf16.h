@@ -36,6 +36,27 @@ struct PackedHead {
   }
 };
 
+// The largest |k| * key_scale of a packed head; NaN where one is.
+INTERNVIT_INLINE float largest_key_norm(const PackedHead& s) {
+  Vec largest = broadcast(0.0f);
+  __mmask16 nan = 0;
+  for (int64_t half = 0; half < s.groups * 2; ++half) {
+    // VDPBF16PS takes a square below 2^-126 for 0: all that a key can lose is added first.
+    __m512 even = _mm512_set1_ps(2e-36f), odd = _mm512_setzero_ps();
+    const bf16* keys = s.keys + half * s.depth * kTile;
+    for (int64_t k = 0; k < s.depth * 16; k += 2) {
+      const __m512bh pair[2] = {(__m512bh)_mm512_load_si512(keys + k * 32),
+                                (__m512bh)_mm512_load_si512(keys + k * 32 + 32)};
+      even = _mm512_dpbf16_ps(even, pair[0], pair[0]);
+      odd = _mm512_dpbf16_ps(odd, pair[1], pair[1]);
+    }
+    const Vec norm = Vec{_mm512_sqrt_ps(_mm512_add_ps(even, odd))} * abs(load(s.key_scale + half * 16));
+    nan |= _mm512_cmp_ps_mask(norm.v, norm.v, _CMP_UNORD_Q);
+    largest = max(largest, norm);
+  }
+  return nan ? __builtin_nanf("") : max_lane(largest);
+}
+
 // Packs a head; returns the largest |k| * key_scale.
 inline float pack_head(const AttentionParams& p, const PackedHead& s, int64_t b, int64_t h) {
   for (int64_t g = 0; g < s.groups; ++g) {
@@ -60,48 +81,39 @@ inline float pack_head(const AttentionParams& p, const PackedHead& s, int64_t b,
       }
     }
   }
-  float largest = 0;
-  for (int64_t n = 0; n < p.keys; ++n) {
-    const bf16* k = token<bf16>(p.k, b, n, h);
-    Sum squares;
-    const Vec shrink = broadcast(kShrink);
-    for_lanes(p.head_dim, INTERNVIT_BODY(c, lanes, u) {
-      const Vec x = load(k + c, lanes) * shrink;
-      squares.part[u] = fma(x, x, squares.part[u]);
-    });
-    s.key_scale[n] = p.rstd_k ? p.rstd_k[b * p.keys + n] : p.scale * kLog2E;
-    const float norm = __builtin_sqrtf(squares.total()) * (1 / kShrink) * __builtin_fabsf(s.key_scale[n]);
-    largest = norm > largest || norm != norm ? norm : largest;
-  }
-  for (int64_t n = p.keys; n < s.groups * kGroup; ++n) s.key_scale[n] = 0;
-  return largest;
+  for (int64_t n = 0; n < s.groups * kGroup; ++n)
+    s.key_scale[n] = n >= p.keys ? 0.0f : p.rstd_k ? p.rstd_k[b * p.keys + n] : p.scale * kLog2E;
+  return largest_key_norm(s);
 }
 
-// q' of one token, 32 elements at out + d * step for each d; returns |q'|.
+// q' of one token, 32 elements at out + d * step for each d; returns its squares, of q' / 64, for query_norm.
 template <class Params>
-INTERNVIT_INLINE float fold_query(const Params& p, int64_t b, int64_t h, int64_t t, int64_t depth, bf16* out,
-                                  int64_t step) {
-  const float factor = p.scale * kLog2E;
+INTERNVIT_INLINE Vec fold_query(const Params& p, int64_t b, int64_t h, int64_t t, int64_t depth, bf16* out,
+                                int64_t step) {
+  const bf16* q = token<bf16>(p.q, b, t, h);
+  const Vec factor = broadcast(p.q_weight ? p.rstd_q[b * p.tokens + t] * (p.scale * kLog2E) : 1.0f);
+  const Vec shrink = broadcast(kShrink);
   Vec squares = broadcast(0.0f);
   for (int64_t d = 0; d < depth; ++d) {
-    Vec part[2] = {broadcast(0.0f), broadcast(0.0f)};
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t c = d * 32 + half * 16, n = min_of(16, p.head_dim - c);
-      if (n <= 0) continue;
-      Vec x = load(token<bf16>(p.q, b, t, h) + c, n);
-      if (p.q_weight) {
-        const int64_t channel = h * p.head_dim + c;
-        x = x * broadcast(p.rstd_q[b * p.tokens + t] * factor) * load(p.q_weight + channel, n) *
-            load(p.k_weight + channel, n);
+    const __mmask32 mask = half_mask(p.head_dim - d * 32);
+    __m512i query = _mm512_maskz_loadu_epi16(mask, q + d * 32);
+    Vec part[2] = {{widen(_mm512_castsi512_si256(query))}, {widen(_mm512_extracti64x4_epi64(query, 1))}};
+    if (p.q_weight) {
+      for (int half = 0; half < 2; ++half) {
+        const int64_t channel = h * p.head_dim + d * 32 + half * 16;
+        const __mmask16 lanes = __mmask16(mask >> half * 16);
+        part[half] = part[half] * factor * Vec{_mm512_maskz_loadu_ps(lanes, p.q_weight + channel)} *
+                     Vec{_mm512_maskz_loadu_ps(lanes, p.k_weight + channel)};
       }
-      const Vec small = x * broadcast(kShrink);
-      squares = fma(small, small, squares);
-      part[half] = x;
+      query = narrow_pair(part[0], part[1]);
     }
-    _mm512_store_si512(out + d * step, narrow_pair(part[0], part[1]));
+    for (const Vec x : part) squares = fma(x * shrink, x * shrink, squares);
+    _mm512_store_si512(out + d * step, query);
   }
-  return __builtin_sqrtf(sum(squares)) * (1 / kShrink);
+  return squares;
 }
+
+INTERNVIT_INLINE float query_norm(Vec squares) { return __builtin_sqrtf(sum(squares)) * (1 / kShrink); }
 
 INTERNVIT_INLINE void no_query(int64_t depth, bf16* out, int64_t step) {
   for (int64_t d = 0; d < depth; ++d) _mm512_store_si512(out + d * step, _mm512_setzero_si512());

@@ -9,7 +9,7 @@
 
 namespace internvit::INTERNVIT_ISA {
 
-constexpr int64_t kDepthBlock = 1024, kDepthStep = 256;
+constexpr int64_t kDepthBlock = 1024;
 
 inline void pack_weight_bf16(const PackWeightParams& p, const Executor& executor) {
   const int64_t panels = (p.out_features + kPanel - 1) / kPanel, depth = (p.in_features + 31) / 32;
@@ -56,19 +56,20 @@ struct Epilogue {
       left = left + Vec{widen(_mm512_castsi512_si256(residual))};
       right = right + Vec{widen(_mm512_extracti64x4_epi64(residual, 1))};
     }
-    __m512i y = narrow_pair(left, right);
-    if (p.gelu) {  // of the pre-activation as bf16 holds it
-      const Vec z[2] = {{widen(_mm512_castsi512_si256(y))}, {widen(_mm512_extracti64x4_epi64(y, 1))}};
-      y = narrow_pair(gelu_of<bf16>(z[0]), gelu_of<bf16>(z[1]));
+    if (p.gelu) {  // of the pre-activation as summed
+      left = gelu_of<bf16>(left);
+      right = gelu_of<bf16>(right);
     }
+    const __m512i y = narrow_pair(left, right);
     _mm512_mask_storeu_epi16(p.y + row * p.out_features + column, mask, y);
   }
 };
 
 // What both products have: x packed as each of them likes, and the extents.
+template <int64_t kDepth>
 struct Bf16Operands {
   using Sum = float;
-  static constexpr int64_t kStep = kDepthStep / 32;
+  static constexpr int64_t kDepthStep = kDepth, kStep = kDepth / 32;
 
   const LinearParams& p;
   bf16* packed_x;
