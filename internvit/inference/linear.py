@@ -56,21 +56,30 @@ def onednn_packs() -> bool:
     )
 
 
+def own_packs() -> bool:
+    """Whether the CPU library has a GEMM of its own for bfloat16 here."""
+    return native.unavailable_reason("internvit_cpu") is None and torch.ops.internvit_cpu.packs_linear(torch.bfloat16)
+
+
+def own_is_faster() -> bool:
+    """Whether it is faster than oneDNN's, where both are: with VDPBF16PS, not with AMX."""
+    return "amx" not in torch.ops.internvit_cpu.instruction_sets().split()
+
+
 def packed_linear_class(weight: Tensor) -> type[PackedLinear] | type[PrepackedLinear] | None:
     """The fastest packed Linear for this weight, never by the number of rows; None where PyTorch's own is as fast.
 
-    bfloat16 at 1025 rows, the four Linears of a 300M block with their epilogues. One Xeon core with AMX, CPU time:
-    oneDNN prepacked 30.5 ms, PyTorch 35.3, own tiles 37.5. One core of a busy EPYC (Zen 4), VDPBF16PS, medians of 15
-    interleaved: oneDNN prepacked 121.8 ms, own 119.5. oneDNN stays there: with other roundings calibration leaves other
-    Linears in int8, and a photograph of the trained ViT-S is off by 1.8 %.
+    bfloat16 at 1025 rows, the four Linears of a 300M block with their epilogues. One core of a busy EPYC (Zen 4),
+    VDPBF16PS, CPU time, medians of 15 interleaved: own 119.5 ms, oneDNN prepacked 121.8. One Xeon core with AMX:
+    oneDNN prepacked 30.5 ms, PyTorch 35.3, own tiles 37.5.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.numel() == 0:
         return None
+    if own_packs() and own_is_faster():
+        return PackedLinear
     if onednn_packs():
         return PrepackedLinear
-    if native.unavailable_reason("internvit_cpu") is None and torch.ops.internvit_cpu.packs_linear(weight.dtype):
-        return PackedLinear
-    return None
+    return PackedLinear if own_packs() else None
 
 
 def fold_layer_scale(weight: Tensor, bias: Tensor | None, gamma: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -59,8 +59,7 @@ def test_features_are_as_exact_as_the_models(variant: str, dtype: torch.dtype, p
 @pytest.mark.parametrize("batch", [2, 3])
 @pytest.mark.parametrize("onednn", [True, False])
 def test_an_image_has_the_same_bits_alone_and_in_a_batch(batch: int, onednn: bool, monkeypatch) -> None:
-    if not onednn:  # the library's own tiles, where the machine has them
-        monkeypatch.setattr("internvit.inference.linear.onednn_packs", lambda: False)
+    monkeypatch.setattr("internvit.inference.linear.own_is_faster", lambda: not onednn)  # where the machine has both
     optimized = internvit.optimize_for_inference(small_model(VARIANTS[0], torch.bfloat16, 0))
     pixels = torch.randn(batch, 3, 112, 112, dtype=torch.bfloat16)
     tokens = optimized.model.embeddings(pixels)
