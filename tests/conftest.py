@@ -3,11 +3,13 @@
 import contextlib
 import os
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.support.sampling import parts
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,13 +59,14 @@ def generator(seed: int) -> torch.Generator:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    families: Counter[str] = Counter()
+    families: defaultdict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
     for item in items:
-        sampled = item.get_closest_marker("sampled")
-        if sampled is not None:
-            family = item.nodeid.partition("[")[0]
-            if (config.option.seed + families[family]) % sampled.args[0]:
-                item.add_marker("slow")
-            families[family] += 1
+        if (sampled := item.get_closest_marker("sampled")) is not None:
+            families[item.nodeid.partition("[")[0], sampled.args[0]].append(item)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for (_, count), family in families.items():
+        parameters = [item.callspec.params if hasattr(item, "callspec") else {} for item in family]
+        for item, part in zip(family, parts(parameters, count), strict=True):
+            if part != config.option.seed % count:
+                item.add_marker("slow")
