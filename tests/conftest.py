@@ -24,6 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # of pytest-xdist: a worker a core, so one thread a worker and what it starts
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    elif getattr(config.option, "numprocesses", None):  # the workers inherit it
+        # A thread that waits by spinning takes another worker's core: tests of several threads took 4 times the time.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if getattr(config.option, "hypothesis_seed", "") is None:
         config.option.hypothesis_seed = str(config.option.seed)  # before hypothesis reads it: conftest's hooks go first
     with contextlib.suppress(ImportError):  # a GPU machine has its own packages, and may lack this one
@@ -65,8 +68,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             families[item.nodeid.partition("[")[0], sampled.args[0]].append(item)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    for (_, count), family in families.items():
+    for (name, count), family in families.items():
+        mine = config.option.seed + zlib.crc32(name.partition("::")[0].encode())  # a file's families go together
         parameters = [item.callspec.params if hasattr(item, "callspec") else {} for item in family]
         for item, part in zip(family, parts(parameters, count), strict=True):
-            if part != config.option.seed % count:
+            if part != mine % count:
                 item.add_marker("slow")

@@ -13,7 +13,7 @@ TABLES = {
         dict(zip(("rows", "width", "distribution", "dtype"), row, strict=True), backend=backend, kind=kind)
         for kind, row, backend in product("rl", norm_table(), ("reference", "cpu"))
     ],
-    "product": [dict(zip("abc", values, strict=True)) for values in product(range(5), range(4), ([], {}, None))],
+    "product": [dict(zip("abc", values, strict=True)) for values in product(range(5), range(4), ([], {"d": 0}, None))],
 }
 
 
@@ -29,6 +29,11 @@ def test_a_part_has_every_value_and_its_share(table, count) -> None:
         mine = [test for test, p in zip(family, chosen, strict=True) if p == part]
         for name in family[0]:
             assert {str(test[name]) for test in mine} == {str(test[name]) for test in family}, (part, name)
+
+
+def test_values_of_a_dict_count_each() -> None:
+    flat = [dict(zip("abc", values, strict=True)) for values in product(range(3), range(4), range(2))]
+    assert parts([{"case": case} for case in flat], 3) == parts(flat, 3)
 
 
 def test_one_parameter_is_dealt_out_in_turn() -> None:

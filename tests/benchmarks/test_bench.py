@@ -317,14 +317,15 @@ def test_a_peer_that_raises_when_it_is_called_is_a_gap() -> None:
 def test_the_bench_package_needs_no_extra() -> None:
     """A GPU machine may have torch and Triton only."""
     code = """
-import sys
+import sys, torch
 for name in ("click", "rich", "tqdm", "matplotlib", "transformers", "timm", "pytest", "PIL"):
     sys.modules[name] = None
 from internvit.benchmarks.reports import gpu_bench, gpu_report, gpu_smoke
 from internvit.benchmarks.harness import run
 from internvit.benchmarks.reports import table
 run.call_costs, run.copies_past_cache = lambda setting: {}, lambda *inputs: 1  # for time
-found = run.run(("rms_norm",), run.Setting(quick=True, dtypes=(torch.bfloat16,)), peers=("eager", "LigerRMSNorm"), rounds=1)
+setting = run.Setting(quick=True, dtypes=(torch.bfloat16,))
+found = run.run(("rms_norm",), setting, peers=("eager", "LigerRMSNorm"), rounds=1)
 print(table.plain(found))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -93,6 +93,7 @@ def test_opcheck_and_compile(spec: OpSpec, variant: str, backend: str, generator
     assert equal(compiled, spec.run(arguments, backend))
 
 
+@pytest.mark.sampled(3)
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_contract(spec: OpSpec, variant: str, backend: str, dtype: torch.dtype, generator) -> None:

@@ -1,7 +1,7 @@
 """The parts that families of tests marked `sampled(n)` are cut into: a run has one of them, by its seed."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +15,7 @@ def parts(family: Iterable[Mapping[str, Any]], count: int) -> list[int]:
     seen: list[Counter[Hashable]] = [Counter() for _ in range(count)]
     chosen = []
     for parameters in family:
-        values = [(name, _hashable(value)) for name, value in parameters.items()]
+        values = list(_values(parameters))
         features = [(), *values, *combinations(values, 2)]
         part = min(range(count), key=lambda i: sum(seen[i][f] for f in features))
         seen[part].update(features)
@@ -23,9 +23,14 @@ def parts(family: Iterable[Mapping[str, Any]], count: int) -> list[int]:
     return chosen
 
 
-def _hashable(value: Any) -> Hashable:
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)
-    return value  # type: ignore[no-any-return]
+def _values(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Hashable]]:
+    """(name, value), of a parameter that is a dict each of its values; what has no hash counts by its identity."""
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            yield from _values({f"{name}.{key}": v for key, v in value.items()})
+            continue
+        try:
+            hash(value)
+        except TypeError:
+            value = id(value)
+        yield name, value

@@ -19,11 +19,11 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture
 def run_op_tests(host_library, pytestconfig) -> Callable[..., None]:
-    """Runs op tests with the host's ops as backend `cuda`, on this run's random data."""
+    """Runs op tests with the host's ops as backend `cuda`, on this run's random data and of the kinds it runs."""
 
     def run(*arguments: str) -> None:
         command = [sys.executable, "-m", "tests.proofs.cuda.host", str(host_library), "-q", *arguments]
-        command += ["--seed", str(pytestconfig.option.seed)]
+        command += ["--seed", str(pytestconfig.option.seed), "-m", pytestconfig.option.markexpr]
         done = subprocess.run(command, cwd=host.ROOT, capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
         assert " passed" in done.stdout

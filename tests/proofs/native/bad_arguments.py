@@ -2,9 +2,10 @@
 
     python -m tests.proofs.native.bad_arguments NAMESPACE LIBRARY SEED
 
-One call in `PARTS` is made, by the seed. Each must raise an error that names the argument, or give the reference's result; and the op's fake implementation
-must accept what the op accepts, and refuse what it refuses. A line is printed before each
-call: after a crash the last one says which call it was. Ends with status 1 and the calls that were accepted wrongly.
+A run makes one call in `PARTS`, by its seed. Each must raise an error that names the argument, or give the reference's
+result; and the op's fake implementation must accept what the op accepts, and refuse what it refuses. A line is printed
+before each call: after a crash the last one says which call it was. Ends with status 1 and the calls that were accepted
+wrongly.
 """
 
 import sys

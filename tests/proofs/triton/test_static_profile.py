@@ -53,7 +53,8 @@ def test_failures_name_the_kernel(change, says):
     assert all(says in failure for failure in found)
 
 
-def test_nothing_is_computed_and_shapes_are_right():
+def test_nothing_is_computed_and_shapes_are_right(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     with WithoutComputing():
         x = torch.empty(1 << 15, 1 << 14)  # 2 GiB that are never touched, and a product of 4 million million terms
         y = torch.nn.functional.gelu(x.t() @ torch.empty(1 << 15, 1 << 14)).sum(0, keepdim=True)
