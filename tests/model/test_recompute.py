@@ -121,7 +121,7 @@ def test_recomputation_crosses_layer_boundaries_in_the_encoder(monkeypatch) -> N
 @pytest.mark.parametrize("mode", ["none", "selective", "block"])
 def test_a_model_holds_what_its_blocks_leave(mode, monkeypatch) -> None:
     """During forward too: an entry made inside a checkpoint would hold the pre-activation until the encoder ends."""
-    model, _ = tiny(6)
+    model, _ = tiny(4)
     x = torch.randn(2, 257, model.config.hidden_size, requires_grad=True)
     model.set_gradient_checkpointing(mode)
     alive, run = [], fused_block.fc1_gelu
@@ -153,6 +153,7 @@ def test_gradient_checkpointing_modes_and_bad_input() -> None:
         model.set_gradient_checkpointing("all")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["none", "selective", "block"])
 @pytest.mark.parametrize("folded", [False, True])
 def test_every_mode_compiles_whole(mode, folded) -> None:
