@@ -335,9 +335,9 @@ print(table.plain(found))
 
 def test_pytest_benchmark_runs_the_same_cases() -> None:
     call = [sys.executable, "-m", "pytest", "-q", "benchmarks/ops/bench_rms_norm.py", "--quick", "--benchmark-disable"]
-    done = subprocess.run([*call, "-k", "float32"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([*call, "-k", "float32 and not backward"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
-    assert "4 passed, 3 skipped" in done.stdout, done.stdout
+    assert "2 passed, 2 skipped" in done.stdout, done.stdout
 
 
 def test_training_counts_and_refuses(monkeypatch) -> None:
@@ -355,6 +355,9 @@ def test_training_counts_and_refuses(monkeypatch) -> None:
         x, *rest = right(way, *arguments)
         return (-x if "selective" in way.name else x, *rest)
 
+    ways = bench_training.ways
+    few = lambda *given: (way for i, way in enumerate(ways(*given)) if i == 0 or "selective" in way.name)  # noqa: E731
+    monkeypatch.setattr(bench_training, "ways", few)
     monkeypatch.setattr(bench_training.Way, "gradients", wrong)
     refused = {row.way: row for row in bench_training.measured(*arguments)}
     assert [way for way, row in refused.items() if row.note] == ['internvit "selective"']

@@ -39,13 +39,13 @@ def test_every_op_on_the_host(run_op_tests) -> None:
 FEW_ROWS = "cuda and not 257x and not 1025x and not true_width"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_the_contract_on_few_rows(run_op_tests) -> None:
     files = ("rms_norm", "layer_norm", "layer_scale_residual", "qk_norm", "linear_gelu")
     run_op_tests(*(f"tests/ops/test_{name}.py" for name in files), "-k", FEW_ROWS)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_quantised_rows(run_op_tests) -> None:
     run_op_tests("tests/ops/test_quant.py", "-k", "cuda and not threads")
 
