@@ -12,7 +12,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -20,22 +20,15 @@ from internvit.kernels.common.launch import Launch
 from internvit.kernels.common.target import TARGETS, Target, target_of_device
 from internvit.kernels.tools import tune
 from internvit.kernels.tools.compile_only import Specialization, compile_only
-from internvit.kernels.tools.model_launches import architectures, kernel_uses
+from internvit.kernels.tools.model_launches import kernel_uses
 
 OWN_MODES = "^(?!.*patched)"
 """Models of other libraries launch nothing else, and a GPU machine may not have those libraries."""
 
 
-def model_kernels(
-    target: Target, dtypes: Sequence[torch.dtype], first: int | None = None
-) -> dict[Specialization, None]:
-    """The distinct kernels that models launch; with `first`, of no more models than so many kernels need."""
-    found: dict[Specialization, None] = {}
-    for config in architectures().values():
-        found |= {use.specialization: None for use in kernel_uses(target, dtypes, [config], OWN_MODES)}
-        if first is not None and len(found) >= first:
-            break
-    return found
+def model_kernels(target: Target, dtypes: Iterable[torch.dtype]) -> list[Specialization]:
+    """The distinct kernels that models launch."""
+    return [use.specialization for use in kernel_uses(target, dtypes, only=OWN_MODES)]
 
 
 def tuning_kernels(target: Target, dtype: torch.dtype) -> list[Specialization]:
@@ -96,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     target = TARGETS[asked.target] if asked.target else target_of_device(0)
     found: list[Specialization] = []
     if "models" in asked.kernels:
-        found += model_kernels(target, [getattr(torch, name) for name in asked.dtype], asked.first)
+        found += model_kernels(target, [getattr(torch, name) for name in asked.dtype])
     if "tuning" in asked.kernels:
         found += tuning_kernels(target, torch.bfloat16)
     kernels = list(dict.fromkeys(found))
