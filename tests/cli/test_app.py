@@ -112,6 +112,7 @@ def test_pca_and_broken_images(weights, photos, tmp_path, capsys) -> None:
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
 def test_interrupted_and_taken_up_again(weights, tmp_path, how, capsys) -> None:
     folder = tmp_path / "many"

@@ -224,6 +224,7 @@ def recorded_calls(case: Case, backend: str, generator: torch.Generator) -> list
     return calls
 
 
+@pytest.mark.sampled(2)  # of each op some backends
 @each_backend
 def test_opcheck(case: Case, backend: str, generator: torch.Generator) -> None:
     calls = recorded_calls(case, backend, generator)

@@ -129,7 +129,7 @@ def plant(file, right, wrong):
     file.write_text(text.replace(right, wrong))
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug, copy):
     file, right, wrong, where = BUGS[bug]

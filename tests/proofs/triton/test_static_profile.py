@@ -13,6 +13,7 @@ from internvit.kernels.tools.static_profile import failures, occupancy
 from tests.proofs.triton.test_models_compile import profile, pytestmark  # noqa: F401 (pytest reads it)
 
 
+@pytest.mark.sampled(2)
 def test_rows_can_be_compiled_by_another_program(tmp_path):
     """`source` alone is enough: the kernel's module and name, its signature, constants and options."""
     rows = profile(tmp_path, "--arch", "sm_90", "--only", "300m-448px bfloat16: eval, wide")
