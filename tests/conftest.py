@@ -1,6 +1,7 @@
 """Settings of every test: uninitialised memory holds NaN, so that an output nobody wrote is seen."""
 
 import contextlib
+import gc
 import os
 import zlib
 from collections import defaultdict
@@ -39,6 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"random data: --seed {config.option.seed}"
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays to the end: a walk through it took each gc.collect() of a test 0.4 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
