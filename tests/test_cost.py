@@ -73,6 +73,7 @@ def test_bytes_for_backward_agree_with_a_run(name) -> None:
     assert out.requires_grad
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize(
     ("mode", "folded", "field"),

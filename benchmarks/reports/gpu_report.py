@@ -93,7 +93,7 @@ def _python(arguments: list[str]) -> list[str]:
 
 
 def _compile(run: Run) -> list[str]:
-    small = ["--target", run.target, "--first", "2", "--jobs", "2"] if run.rehearsed else []
+    small = ["--target", run.target, "--first", "2", "--jobs", "1"] if run.rehearsed else []
     kernels = ["models"] if run.rehearsed else ["models", "tuning"]
     return ["internvit.kernels.tools.compile_ahead", "--kernels", *kernels, *small]
 

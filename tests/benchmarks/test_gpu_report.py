@@ -31,20 +31,39 @@ def test_without_a_gpu_it_does_nothing(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "none").exists()
 
 
-def test_every_stage_fits_and_runs_in_its_small_form(tmp_path, capsys):
+FILES = {"tune": {"tune.json"}, "bench": {"bench.csv", "bench.json"}}
+TURNS = (("compile",), ("smoke", "tests"), ("tune", "bench"))
+"""Of the rehearsal, about alike in time: counting and running the small forms of all stages takes a core's minute."""
+
+
+def rehearse(stages, folder, capsys):
+    """Counts the stages and runs their small forms."""
     pytest.importorskip("triton")
-    assert gpu_report.main(["--rehearse", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
-    assert outcomes(tmp_path) == dict.fromkeys(("compile", "smoke", "tests", "tune", "bench"), "ok")
+    code = gpu_report.main(["--rehearse", "--stages", ",".join(stages), "--out", str(folder)])
     printed = capsys.readouterr().out
-    for one in gpu_report.STAGES:
-        assert f"{one.name}: " in printed
-    names = {"bench.csv", "bench.json", "report.json", "tune.json"} | {f"{s.name}.log" for s in gpu_report.STAGES}
-    with tarfile.open(tmp_path / "report.tar") as tar:
+    assert code == 0, printed
+    assert outcomes(folder) == dict.fromkeys(stages, "ok")
+    assert all(f"{name}: " in printed for name in stages)
+    names = {"report.json", *(f"{name}.log" for name in stages)}.union(*(FILES.get(name, ()) for name in stages))
+    with tarfile.open(folder / "report.tar") as tar:
         assert names <= set(tar.getnames())
-    assert (tmp_path / "cache/internvit/sm_90.json").is_file(), "the benchmarks run with what was tuned"
-    # The GPU's tests must be found without the packages of the development extra: only torch, Triton and pytest.
-    collected = {line.split("::")[0] for line in (tmp_path / "tests.log").read_text().splitlines() if "::" in line}
-    assert collected <= {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_gpu*.py")}
+    if "tune" in stages:
+        assert (folder / "cache/internvit/sm_90.json").is_file(), "the benchmarks run with what was tuned"
+    if "tests" in stages:
+        # The GPU's tests must be found without the packages of the development extra: only torch, Triton and pytest.
+        collected = {line.split("::")[0] for line in (folder / "tests.log").read_text().splitlines() if "::" in line}
+        assert collected <= {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_gpu*.py")}
+
+
+def test_every_stage_fits_and_runs_in_its_small_form(tmp_path, capsys, pytestconfig):
+    """A part of them in a run, by its seed."""
+    assert {name for turn in TURNS for name in turn} == {one.name for one in gpu_report.STAGES}
+    rehearse(TURNS[pytestconfig.option.seed % len(TURNS)], tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_the_whole_report(tmp_path, capsys):
+    rehearse([one.name for one in gpu_report.STAGES], tmp_path, capsys)
 
 
 def test_shares_add_up_to_one():

@@ -1,7 +1,6 @@
 """Files that other processes read, replace, or leave behind."""
 
 import json
-import multiprocessing
 import os
 import signal
 import stat
@@ -22,6 +21,7 @@ from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.files import atomic_write, locked, read_json, staging
 from internvit.model.vit import InternViT
 from tests.checkpoint.models import PLAIN, assert_loaded, make_model, names
+from tests.support.ranks import CONTEXT
 from tests.support.strategies import random_weights
 
 posix = pytest.mark.skipif(os.name == "nt", reason="permissions and locks of POSIX")
@@ -146,8 +146,7 @@ def assert_one_of(model: InternViT, seeds: range) -> None:
 
 @posix
 def test_processes_that_save_at_once(tmp_path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_save, args=(tmp_path, seed, "600KB", 3)) for seed in range(4)]
+    processes = [CONTEXT.Process(target=_save, args=(tmp_path, seed, "600KB", 3)) for seed in range(4)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it: in a process of its own where that makes a difference."""
 
 import json
 import os
@@ -75,10 +75,11 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layers", [None, "0,-1"])
-def test_features_are_the_librarys_to_the_bit(weights, photos, tmp_path, layers) -> None:
+def test_features_are_the_librarys_to_the_bit(weights, photos, tmp_path, layers, capsys) -> None:
     out = tmp_path / "features.safetensors"
     chosen = ["--layers", layers] if layers else []
-    run("features", photos, "--weights", weights, "--out", out, "--batch", 4, "--size", "56x84", *chosen)
+    arguments = ("features", photos, "--weights", weights, "--out", out, "--batch", 4, "--size", "56x84", *chosen)
+    call(capsys, *arguments) if layers else run(*arguments)
     model = InternViT.from_pretrained(weights)
     features = tensors(out)
     assert len(features) == (12 if layers else 6)
@@ -96,21 +97,22 @@ def test_features_are_the_librarys_to_the_bit(weights, photos, tmp_path, layers)
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_pca_and_broken_images(weights, photos, tmp_path) -> None:
+def test_pca_and_broken_images(weights, photos, tmp_path, capsys) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     arguments = ("features", broken, photos / "0.png", "--weights", weights, "--size", 112)
-    stdout, stderr = run(*arguments, "--out", tmp_path / "a.safetensors", "--pca", tmp_path / "a.png")
+    stdout, stderr = call(capsys, *arguments, "--out", tmp_path / "a.safetensors", "--pca", tmp_path / "a.png")
     assert "1 images" in stdout
     assert str(broken.name) in stderr.replace("\n", "")
     assert "skipped" in stderr
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size[0] > 500
-    _, stderr = run(*arguments, "--strict", "--out", tmp_path / "b.safetensors", code=2)
+    _, stderr = call(capsys, *arguments, "--strict", "--out", tmp_path / "b.safetensors", code=2)
     assert str(broken) in stderr.replace("\n", "")
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
 def test_interrupted_and_taken_up_again(weights, tmp_path, how, capsys) -> None:
     folder = tmp_path / "many"

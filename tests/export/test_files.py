@@ -78,6 +78,7 @@ def test_any_size_and_batch(to: str, model: InternViT, dynamic: Callable[[str], 
     assert pooled.shape == (3, CONFIG.hidden_size)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("to", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_feature_maps_and_image_tokens(to: str, connector: InternVLConnector, tmp_path: Path) -> None:
     need(to)

@@ -189,7 +189,7 @@ def train(model: nn.Module, folder, samples: Samples, resume: bool = False, **ch
 
 @pytest.mark.parametrize(
     "use_reentrant",
-    [None, False, pytest.param(True, marks=pytest.mark.slow)],
+    [pytest.param(None, marks=pytest.mark.slow), False, pytest.param(True, marks=pytest.mark.slow)],
     ids=["no checkpointing", "checkpointing", "reentrant"],
 )
 def test_a_trainer_trains_and_resumes(folder, patched, tmp_path, use_reentrant) -> None:

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import internvit
 from internvit.numerics import relative_error
 from tests.support.models import CONFIGS, counted, images, opengvlab_judge, random_weights
+from tests.support.ranks import run_ranks
 
 TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
@@ -140,34 +140,29 @@ def _check(model: nn.Module, rank: int, pixels: Tensor, expected: Tensor, expect
     assert relative_error(grad, expected_grad) <= 1e-5
 
 
-def _in_group(rank: int, file: str) -> None:
+def _in_group() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        for sharded in (False, True):
-            torch.manual_seed(0)
-            models = _models()
-            pixels = images(CONFIGS["tiny-rms_norm"], 4)
-            expected = _expected(models.pop("reference"), pixels)
-            for name, model in models.items():
-                wrapped: nn.Module = model
-                if sharded:
-                    mesh = init_device_mesh("cpu", (2,))
-                    for block in model.encoder.layers:
-                        fully_shard(block, mesh=mesh)
-                    fully_shard(model, mesh=mesh)
-                else:
-                    wrapped = nn.parallel.DistributedDataParallel(model)
-                with counted() as ran:
-                    _check(wrapped, rank, pixels, *expected)
-                assert len(ran) == (3 if name == "patched" else 0)
-    finally:
-        torch.distributed.destroy_process_group()
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        models = _models()
+        pixels = images(CONFIGS["tiny-rms_norm"], 4)
+        expected = _expected(models.pop("reference"), pixels)
+        for name, model in models.items():
+            wrapped: nn.Module = model
+            if sharded:
+                mesh = init_device_mesh("cpu", (2,))
+                for block in model.encoder.layers:
+                    fully_shard(block, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            else:
+                wrapped = nn.parallel.DistributedDataParallel(model)
+            with counted() as ran:
+                _check(wrapped, torch.distributed.get_rank(), pixels, *expected)
+            assert len(ran) == (3 if name == "patched" else 0)
 
 
-def test_ddp_and_fsdp(tmp_path) -> None:
+def test_ddp_and_fsdp() -> None:
     """Patch, then wrap: the outputs and mean gradients of one process with all images, in two processes over gloo."""
-    mp.spawn(_in_group, args=(str(tmp_path / "store"),), nprocs=2)
+    run_ranks(2, _in_group)

@@ -38,6 +38,7 @@ def test_float32_tokens_are_the_judges(network, name) -> None:
     assert relative_error(tokens, expected) < 1e-5
 
 
+@pytest.mark.sampled(3)
 @photos
 def test_16_bit_stays_close_and_as_close_as_the_reference(network, name) -> None:
     model, judge = network
@@ -56,6 +57,7 @@ def test_16_bit_stays_close_and_as_close_as_the_reference(network, name) -> None
         assert relative_error(tokens, expected) <= 1.02 * relative_error(plain(pixels.to(dtype)), expected)
 
 
+@pytest.mark.sampled(3)
 @photos
 @pytest.mark.parametrize("size", [448, 518])
 def test_principal_components_show_the_object(network, name, size) -> None:

@@ -21,7 +21,7 @@ tiny = pytest.mark.parametrize("name", ["tiny-layer_norm", "tiny-rms_norm"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_agrees_with_transformers_in_float32_and_bfloat16(name) -> None:
     """float32: relative error <= 1e-5. bfloat16: the error against float64 is at most 1.02 times theirs."""
-    model, reference = pair(name, **({"image_size": 224} if name.startswith("6b") else {}))
+    model, reference = pair(name, **({"image_size": 224, "num_hidden_layers": 1} if name.startswith("6b") else {}))
     judge = transformers_judge(model.config, model.state_dict())
     pixels = images(model.config, 1 if model.config.hidden_size > 1000 else 4).bfloat16()
     with torch.no_grad():

@@ -31,6 +31,7 @@ def emulate(q, k, v, scale: float, dtype: torch.dtype) -> torch.Tensor:
     return out.to(dtype)
 
 
+@pytest.mark.sampled(2)
 @backends
 @shapes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

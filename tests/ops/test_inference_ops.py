@@ -79,6 +79,7 @@ def test_dtypes_layouts_and_batches(spec: OpSpec, variant: str, backend: str, ge
         assert equal(fewer, tuple(t[..., :tokens] if packed else t[:images] for t in outputs))
 
 
+@pytest.mark.sampled(2)
 @each_case
 def test_opcheck_and_compile(spec: OpSpec, variant: str, backend: str, generator: torch.Generator) -> None:
     arguments = spec.examples[variant](Inputs(TINY, generator))
@@ -93,6 +94,7 @@ def test_opcheck_and_compile(spec: OpSpec, variant: str, backend: str, generator
     assert equal(compiled, spec.run(arguments, backend))
 
 
+@pytest.mark.sampled(3)
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_contract(spec: OpSpec, variant: str, backend: str, dtype: torch.dtype, generator) -> None:

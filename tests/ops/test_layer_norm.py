@@ -12,6 +12,7 @@ from tests.ops.shapes import check_gradients, in_draws, mean_over_std, norm_shap
 backends = pytest.mark.parametrize("backend", backends_here("layer_norm"))
 
 
+@pytest.mark.sampled(4)
 @backends
 @norm_shapes
 def test_contract(backend, rows, width, distribution, dtype, generator) -> None:

@@ -10,6 +10,7 @@ from tests.ops.shapes import in_draws, norm_shapes, pooled
 backends = pytest.mark.parametrize("backend", backends_here("qk_norm"))
 
 
+@pytest.mark.sampled(4)
 @backends
 @norm_shapes
 def test_contract_on_packed_views(backend, rows, width, distribution, dtype, generator) -> None:

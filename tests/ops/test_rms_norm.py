@@ -18,6 +18,7 @@ def upstream(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+@pytest.mark.sampled(4)
 @backends
 @norm_shapes
 def test_contract(backend, rows, width, distribution, dtype, generator) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_CONTEXT = multiprocessing.get_context("forkserver")  # a fork of a process that has used torch's threads hangs
-_CONTEXT.set_forkserver_preload(  # what every rank would import for seconds
+CONTEXT = multiprocessing.get_context("forkserver")  # a fork of a process that has used torch's threads hangs
+CONTEXT.set_forkserver_preload(  # what every rank would import for seconds
     ["internvit.parallel", "tests.support.models", "torch._dynamo", "internvit.benchmarks.reports.memory_passes"]
 )
 
@@ -33,7 +33,7 @@ def run_ranks(count: int, function: Callable, *args: Any) -> list[Any]:
     """What `function(*args)` returns on each of `count` ranks, which have a process group of gloo."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _CONTEXT.Process(target=_run, args=(rank, count, folder, function, args), daemon=True)
+            CONTEXT.Process(target=_run, args=(rank, count, folder, function, args), daemon=True)
             for rank in range(count)
         ]
         for process in processes:

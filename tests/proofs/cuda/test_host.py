@@ -19,11 +19,11 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture
 def run_op_tests(host_library, pytestconfig) -> Callable[..., None]:
-    """Runs op tests with the host's ops as backend `cuda`, on this run's random data."""
+    """Runs op tests with the host's ops as backend `cuda`, on this run's random data and of the kinds it runs."""
 
     def run(*arguments: str) -> None:
         command = [sys.executable, "-m", "tests.proofs.cuda.host", str(host_library), "-q", *arguments]
-        command += ["--seed", str(pytestconfig.option.seed)]
+        command += ["--seed", str(pytestconfig.option.seed), "-m", pytestconfig.option.markexpr]
         done = subprocess.run(command, cwd=host.ROOT, capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
         assert " passed" in done.stdout
@@ -39,13 +39,13 @@ def test_every_op_on_the_host(run_op_tests) -> None:
 FEW_ROWS = "cuda and not 257x and not 1025x and not true_width"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_the_contract_on_few_rows(run_op_tests) -> None:
     files = ("rms_norm", "layer_norm", "layer_scale_residual", "qk_norm", "linear_gelu")
     run_op_tests(*(f"tests/ops/test_{name}.py" for name in files), "-k", FEW_ROWS)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_quantised_rows(run_op_tests) -> None:
     run_op_tests("tests/ops/test_quant.py", "-k", "cuda and not threads")
 

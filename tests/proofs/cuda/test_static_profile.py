@@ -23,6 +23,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+one_architecture = pytest.mark.sampled(3)
+"""Disassembling one takes 11 s of a core."""
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def rows(request):
     assert LIBRARY.exists(), "nvcc is here but internvit_cuda is not: its build failed; `make setup` says why"
@@ -34,6 +38,7 @@ def test_the_library_is_that_of_the_sources() -> None:
     assert LIBRARY.stat().st_mtime > newest.stat().st_mtime, f"{newest.name} is newer than the library: make setup"
 
 
+@one_architecture
 def test_every_instantiation_is_there(rows) -> None:
     """Three vector counts for five pairs of dtypes: forward aligned and scalar; backward twice aligned, once scalar.
 
@@ -55,6 +60,7 @@ def test_every_instantiation_is_there(rows) -> None:
     assert len(rows) == sum(count.values())
 
 
+@one_architecture
 def test_within_budget(rows) -> None:
     committed = json.loads(BUDGET.read_text())
     same = committed["nvcc"] == toolkit()  # another nvcc allocates registers its own way
@@ -73,6 +79,7 @@ def test_within_budget(rows) -> None:
     assert not failures, "\n".join(failures)
 
 
+@one_architecture
 def test_hot_loops_move_16_bytes(rows) -> None:
     """Where an aligned kernel still loads, only statistics and row scales are narrower; a scalar one moves elements.
 

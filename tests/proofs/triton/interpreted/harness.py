@@ -51,7 +51,8 @@ def parametrize(
 ) -> Callable:
     """Each pair of values of any two factors; as slow tests the product of the factors in `full`, the others in turns.
 
-    `allowed` says what every run has; pairs that take the interpreter too long for that are slow tests as well.
+    A run has a third of the pairs, by its seed, and every value of each factor. `allowed` says what may be in it; pairs
+    that take the interpreter too long for that are slow tests as well.
     """
     table = pairwise(factors, allowed, [])
     long = pairwise(factors, lambda case: True, table)
@@ -63,7 +64,7 @@ def parametrize(
     slow = [*long, *(c for c in rest if c not in table and c not in long)]
     cases = [pytest.param(c, id=_id(c)) for c in table]
     cases += [pytest.param(c, id=_id(c), marks=pytest.mark.slow) for c in slow]
-    return pytest.mark.parametrize("case", cases)
+    return lambda test: pytest.mark.sampled(3)(pytest.mark.parametrize("case", cases)(test))
 
 
 def fits(case: dict[str, Any]) -> bool:

@@ -188,6 +188,7 @@ def test_attention(case):
     assert not failures, "; ".join(failures)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("norm", "distribution", "dtype"),
     [

@@ -28,6 +28,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case):
     backend, spec, example = CASES[case]

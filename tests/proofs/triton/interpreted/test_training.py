@@ -83,9 +83,10 @@ def train(name: str, kind: str, dtype: torch.dtype, drop_path: float) -> tuple[l
 
 
 CASES = [(k, d, p) for k in ("rms_norm", "layer_norm") for d in (torch.float32, torch.bfloat16) for p in (0.0, 0.3)]
-SHORT = [("rms_norm", torch.float32, 0.3), ("layer_norm", torch.bfloat16, 0.0)]  # 20 s each
+SHORT = [("rms_norm", torch.float32, 0.3), ("layer_norm", torch.bfloat16, 0.0)]  # 10 s each
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "dtype", "drop_path"), SHORT + [pytest.param(*c, marks=pytest.mark.slow) for c in CASES if c not in SHORT]
 )
