@@ -3,7 +3,7 @@
     python examples/calibrate_vit_s.py [TARGET_PERCENT]
 
 Rounded by two pictures of each of 16 files of scikit-image and scikit-learn: the whole, and a random crop, turned over
-by chance. Held out: one of scikit-image's and crops of three files. Printed: errors of the tokens, after the network's
+by chance. Held out: one of scikit-image's and crops of seven files. Printed: errors of the tokens, after the network's
 final LayerNorm, of three photographs that are in neither.
 """
 
@@ -63,6 +63,9 @@ def pictures() -> tuple[list[Tensor], list[Tensor]]:
     generator.manual_seed(5)
     held_out = [pixels_of(Image.open(ours / "motorcycle_right.png"))]
     held_out += [pixels_of(crop(opened[name], generator)) for name in ("china.jpg", "rocket.jpg", "flower.jpg")]
+    generator.manual_seed(6)
+    more = ("motorcycle_left.png", "coins.png", "camera.png", "retina.jpg")
+    held_out += [pixels_of(crop(opened[name], generator)) for name in more]
     return images, held_out
 
 

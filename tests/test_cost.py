@@ -1,6 +1,8 @@
 """The planner's bytes against live storages of a real run, its FLOPs against torch's counter."""
 
 import gc
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
@@ -13,6 +15,7 @@ from internvit import VARIANTS, InternViT, InternViTConfig
 from internvit.cost import cost, flops, plan
 from internvit.ops.linear_gelu import _run as run_linear_gelu
 from internvit.ops.linear_gelu import _run_backward as run_linear_gelu_backward
+from tests.support import ROOT
 from tests.support.models import CONFIGS
 
 
@@ -96,13 +99,19 @@ def test_the_peak_of_training_agrees_with_a_run(mode, folded, field, layers) -> 
     assert peak.peak == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["300m-2-layers", "6b-2-layers"])
-def test_bytes_of_inference_agree_with_a_run(name) -> None:
+def test_bytes_of_inference_agree_with_a_run() -> None:
+    """In a process of its own: after a torch.compile that failed, PyTorch 2.14 keeps a later model's tensor alive."""
+    code = """
+from tests.test_cost import *
+for name in ("300m-2-layers", "6b-2-layers"):
     model, pixels = network(name, 2)
-    model.eval()
     with torch.no_grad(), Peak() as peak:
-        model(pixels)
-    assert peak.peak == pytest.approx(cost(model.config, model.config.image_hw, 1, torch.bfloat16).inference, rel=0.05)
+        model.eval()(pixels)
+    expected = cost(model.config, model.config.image_hw, 1, torch.bfloat16).inference
+    assert peak.peak == pytest.approx(expected, rel=0.05), name
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_flops_agree_with_torchs_counter() -> None:

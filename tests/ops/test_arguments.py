@@ -4,6 +4,8 @@ The rules agree with the compiled libraries' own checks in tests/proofs/native/t
 """
 
 import functools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from internvit.ops.core.registration import OPS
 from internvit.ops.core.spec import INFERENCE_SPECS, SPECS, TINY, Inputs
 from tests.ops.cases import CASES
 from tests.proofs.native.bad_arguments import wrong_tensors, wrong_values
+from tests.support import ROOT
 from tests.support.implementations import OpCall, op_calls
 
 Outcome = str | None
@@ -139,6 +142,18 @@ def test_a_wrong_argument_fails_when_a_program_is_traced(trace: Any) -> None:
 
     with pytest.raises((ValueError, RuntimeError), match=r"rms_norm: weight must have shape \[16\]"):
         trace(Norm(), (torch.randn(2, 5, 16), torch.randn(15)))
+
+
+def test_a_registered_op_may_be_compiled_before_anything_runs() -> None:
+    """The backend is then loaded inside a fake op."""
+    code = """
+import torch, internvit
+norm = lambda x, weight: torch.ops.internvit.rms_norm(x, weight, 1e-6, "fused", "cpu")[0]
+x, weight = torch.randn(3, 16), torch.randn(16)
+out = torch.compile(norm, backend="eager", fullgraph=True)(x, weight)
+assert torch.equal(out, norm(x, weight))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_residual_stream_in_float32_beside_a_float64_branch() -> None:

@@ -50,6 +50,8 @@ def attention_column_sums(
 def _multiplies_int8() -> bool:
     """Asked outside of a trace: torch.jit.trace records ops, and knows none that returns a bool."""
     trace = torch._C._get_tracing_state()
+    if trace is None:  # setting it is an error where the dispatcher has left tracing behind, as in a fake op
+        return torch.ops.internvit_cpu.multiplies_int8()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         return torch.ops.internvit_cpu.multiplies_int8()
