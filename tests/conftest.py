@@ -6,6 +6,7 @@ import os
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """pytest-xdist's workers have the run's seed: each picks the same part of the sampled families."""
+    seeds = {name: value for name, value in vars(node.config.option).items() if name in ("seed", "hypothesis_seed")}
+    node.workerinput["seeds"] = seeds
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        vars(config.option).update(config.workerinput["seeds"])
     if config.option.seed is None:
         config.option.seed = torch.seed() % 2**31
     if hasattr(config, "workerinput"):  # of pytest-xdist: a worker a core, so one thread a worker and what it starts

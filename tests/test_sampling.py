@@ -1,11 +1,15 @@
 """Families marked `sampled(n)`: each run has a part of them that misses no value, and n runs have all of them."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import product
 
 import pytest
 
 from tests.ops.shapes import norm_table
+from tests.support import ROOT
 from tests.support.sampling import parts
 
 TABLES = {
@@ -49,3 +53,21 @@ def test_values_without_a_hash_count_as_others_do() -> None:
     family = [{"thing": thing, "dtype": dtype} for thing, dtype in product(things, "xyz")]
     numbered = [{"thing": things.index(t["thing"]), "dtype": t["dtype"]} for t in family]
     assert parts(family, 3) == parts(numbered, 3)
+
+
+def test_workers_run_the_same_part(tmp_path) -> None:
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
+    (tmp_path / "test_family.py").write_text(
+        "import pytest\n@pytest.mark.sampled(4)\n@pytest.mark.parametrize('i', range(8))\ndef test_one(i): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-m", "not slow", "-p", "no:cacheprovider", str(tmp_path)]
+    for _ in range(2):  # of two seeds drawn at random one in four is the same part
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "2 passed" in done.stdout, done.stdout

@@ -144,14 +144,15 @@ def test_a_wrong_argument_fails_when_a_program_is_traced(trace: Any) -> None:
         trace(Norm(), (torch.randn(2, 5, 16), torch.randn(15)))
 
 
-def test_a_registered_op_may_be_compiled_before_anything_runs() -> None:
-    """The backend is then loaded inside a fake op."""
+def test_a_registered_op_may_be_fake_before_anything_runs() -> None:
+    """As in a program that is compiled first: the backend is then loaded inside a fake op."""
     code = """
 import torch, internvit
-norm = lambda x, weight: torch.ops.internvit.rms_norm(x, weight, 1e-6, "fused", "cpu")[0]
-x, weight = torch.randn(3, 16), torch.randn(16)
-out = torch.compile(norm, backend="eager", fullgraph=True)(x, weight)
-assert torch.equal(out, norm(x, weight))
+from torch._subclasses.fake_tensor import FakeTensorMode
+def norm(x, weight): return torch.ops.internvit.rms_norm(x, weight, 1e-6, "fused", "cpu")[0]
+with FakeTensorMode():
+    assert norm(torch.randn(3, 16), torch.randn(16)).shape == (3, 16)
+assert norm(torch.randn(3, 16), torch.randn(16)).isfinite().all()
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
