@@ -61,7 +61,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 @each_backend
-@examples(6)
+@examples(12)
 @PROBLEMS
 def test_an_image_alone_in_a_batch_and_at_another_place(case: Case, backend: str, **problem) -> None:
     arguments = make(case, backend, **problem)
@@ -91,7 +91,7 @@ def forward_and_backward(case: Case, arguments: Arguments, backend: str) -> tupl
 
 
 @each_backend
-@examples(3)
+@examples(6)
 @PROBLEMS
 def test_any_number_of_threads_and_again(case: Case, backend: str, **problem) -> None:
     arguments = make(case, backend, **problem)
@@ -121,7 +121,7 @@ def gradient_tolerance(case: Case, dtype: torch.dtype, layout: str, **_: int) ->
 
 
 @each_backend
-@examples(3)
+@examples(6)
 @PROBLEMS
 def test_every_layout_has_the_results_of_the_contiguous_one(case: Case, backend: str, **problem) -> None:
     """Same bits: a layout is a copy at most. Backend `sdpa` read past inputs whose head_dim is not contiguous."""

@@ -2,7 +2,7 @@
 
     python -m tests.proofs.native.bad_arguments NAMESPACE LIBRARY SEED
 
-A run makes one call in `PARTS`, by its seed. Each must raise an error that names the argument, or give the reference's
+A run makes one call in `parts`, by its seed. Each must raise an error that names the argument, or give the reference's
 result; and the op's fake implementation must accept what the op accepts, and refuse what it refuses. A line is printed
 before each call: after a crash the last one says which call it was. Ends with status 1 and the calls that were accepted
 wrongly.
@@ -29,7 +29,6 @@ from tests.support.implementations import call
 BATCH, TOKENS, HEADS, HEAD_DIM, OUT = 2, 5, 2, 8, 6
 CHANNELS = HEADS * HEAD_DIM
 ROWS = ("x_q", "x_scale", "x_zero")
-PARTS = 3
 UNCHECKED = ("instruction_sets", "packs_linear", "multiplies_int8")  # no argument can be wrong
 
 Arguments = dict[str, Any]
@@ -321,7 +320,7 @@ def ops_of(raw: Any, namespace: str) -> list[str]:
 
 
 def main() -> None:
-    namespace, library, seed = sys.argv[1:]
+    namespace, library, seed, parts = sys.argv[1:]
     torch.ops.load_library(library)
     raw, generator = getattr(torch.ops, namespace), torch.Generator().manual_seed(int(seed))
     calls, complaints, fakes = 0, [], Fakes(namespace)
@@ -332,7 +331,7 @@ def main() -> None:
             if not any(w in op for w in ("peak", "use_", "pack")):
                 told = complaint(made, "", made.arguments)  # valid as it is
                 complaints += [f"{op} {dtype}, valid arguments: {told}"] if told else []
-            for name, what, arguments in islice(wrong_calls(made), int(seed) % PARTS, None, PARTS):
+            for name, what, arguments in islice(wrong_calls(made), int(seed) % int(parts), None, int(parts)):
                 label = f"{op} {dtype}, {name} {what}"
                 print(label, flush=True)
                 told = complaint(made, name, arguments)

@@ -9,29 +9,37 @@ import pytest
 import torch
 
 from internvit.ops.backends import native, schemas
-from tests.proofs.native.bad_arguments import PARTS
 from tests.support import ROOT
 
 LIBRARIES = ("internvit_cpu", "internvit_cuda")
 
 
-def attack(namespace: str, library: Path, seed: int) -> None:
-    """In a process of its own: a crash is a failure that names the call."""
-    command = [sys.executable, "-m", "tests.proofs.native.bad_arguments", namespace, str(library), str(seed)]
+def attack(namespace: str, library: Path, seed: int, parts: int = 3) -> None:
+    """One wrong call in `parts`, in a process of its own: a crash is a failure that names the call."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.proofs.native.bad_arguments",
+        namespace,
+        str(library),
+        str(seed),
+        str(parts),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     lines = done.stdout.splitlines() or [""]
     assert done.returncode in (0, 1), f"status {done.returncode} in the call: {lines[-1]}\n{done.stderr[-2000:]}"
     calls = re.search(r"^(\d+) calls$", done.stdout, re.MULTILINE)
     assert calls, done.stderr[-2000:]
-    assert int(calls[1]) > 1500 / PARTS
+    assert int(calls[1]) > 1500 / parts
     assert done.returncode == 0, done.stdout[calls.start() :][:4000]
 
 
 @pytest.mark.skipif(
     native.unavailable_reason("internvit_cpu") is not None, reason=str(native.unavailable_reason("internvit_cpu"))
 )
-def test_the_cpu_library_survives_bad_arguments(seed) -> None:
-    attack("internvit_cpu", native.FOLDER / "internvit_cpu.so", seed)
+@pytest.mark.parametrize("parts", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_cpu_library_survives_bad_arguments(parts: int, seed: int) -> None:
+    attack("internvit_cpu", native.FOLDER / "internvit_cpu.so", seed, parts)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
