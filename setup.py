@@ -38,18 +38,18 @@ COMMON_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-
 COMMON_FLAGS += [f"-fmacro-prefix-map={CSRC}=csrc"]  # errors name their source as csrc/..., wherever it was built
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-AVX512_BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"]
+AVX512_VNNI_FLAGS = [*AVX512_FLAGS, "-mavx512vnni"]
+AVX512_BF16_FLAGS = [*AVX512_VNNI_FLAGS, "-mavx512bf16"]
 UNIT = "-fno-exceptions"  # a landing pad refers to the personality routine by a weak symbol
 UNIT_FLAGS = {
     "generic.cpp": [UNIT],
     "avx2.cpp": [UNIT, *AVX2_FLAGS],
     "avx512.cpp": [UNIT, *AVX512_FLAGS, "-mprefer-vector-width=512"],
+    "avx512_vnni.cpp": [UNIT, *AVX512_VNNI_FLAGS, "-mprefer-vector-width=512"],
     "avx512_bf16.cpp": [UNIT, *AVX512_BF16_FLAGS, "-mprefer-vector-width=512"],
     "amx.cpp": [
         UNIT,
-        *AVX512_FLAGS,
-        "-mavx512bf16",
-        "-mavx512vnni",
+        *AVX512_BF16_FLAGS,
         "-mamx-tile",
         "-mamx-bf16",
         "-mamx-int8",

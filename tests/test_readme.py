@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from internvit.inference import linear_int8
 from internvit.ops.backends.registry import BACKENDS, has_implementation
 from internvit.ops.core.spec import every_spec
 from tests.support import ROOT
@@ -42,6 +43,8 @@ def test_the_matrix_is_what_the_backends_have(backend) -> None:
     for op, row in status_matrix().items():
         runs = {"qk_norm_attention": "attention", "qk_norm_attention_qkvpacked": "attention"}.get(op, op)
         cell = row[backend]
+        if backend == "cpu" and op == "linear_int8" and linear_int8.unavailable_reason() is not None:
+            continue  # the cell says what it needs
         assert cell.startswith("F") == has_implementation(runs, backend), (op, backend, cell)
         parts = {"linear_gelu": "gelu"}.get(runs, runs)  # its backward is gelu's and two products
         assert ("B" in cell) == has_implementation(f"{parts}_backward", backend), (op, backend, cell)

@@ -191,7 +191,8 @@ def device_name(device: str) -> str:
     """The device as people name it."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    sets = [s for s in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if s in info()["cpu"]["instruction sets"]]
+    best_first = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2")
+    sets = [s for s in best_first if s in info()["cpu"]["instruction sets"]]
     return f"{cpu_name()}, {os.cpu_count()} cores{', ' + sets[0].replace('_', ' ').upper() if sets else ''}"
 
 

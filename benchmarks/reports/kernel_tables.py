@@ -153,8 +153,9 @@ QK-norm."""
 MODELS = """\
 448 px, bfloat16 besides the Linears named. Assumed: GEMMs at 63 % (300M) and 71 % (6B) of the peak, 8-bit ones 1.6
 times faster, kernels over rows at 87 % of the bandwidth. In brackets: all units of attention overlap, or none does.
-Launches, host time and embeddings are left out. The library has no 8-bit Linear for GPUs: those rows say what one would
-bring. `python -m internvit.benchmarks.reports.predict` has other GPUs, batches and ways to run a model."""
+Launches, host time and embeddings are left out. `optimize_for_inference(precision="fp8")` quantises where norms and
+GELU write, attention's output in a pass; only `triton_gemm` scales 8-bit products inside the GEMM.
+`python -m internvit.benchmarks.reports.predict` has other GPUs, batches and ways to run a model."""
 
 
 def page() -> str:

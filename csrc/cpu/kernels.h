@@ -154,7 +154,7 @@ struct Kernels {
   void (*attention)(const AttentionParams&, const Executor&);
   void (*attention_backward)(const AttentionBackwardParams&, const Executor&);
   void (*attention_column_sums)(const AttentionColumnSumsParams&, const Executor&);
-  // Null where the unit has no GEMM of its own; torch's is used then.
+  // Null without AVX-512; torch's is used then.
   void (*pack_weight)(const PackWeightParams&, const Executor&);
   void (*linear)(const LinearParams&, const Executor&);
   // Null without AVX512-VNNI.
@@ -168,6 +168,7 @@ extern const Kernels kGenericKernels;
 #ifdef __x86_64__
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAmxKernels;
 #endif

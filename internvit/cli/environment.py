@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from internvit.ops.backends import registry
 from internvit.ops.core.select import resolve
 from internvit.ops.core.spec import every_spec
 
-_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+_INTEL_MODELS = {
+    "106": "Ice Lake",
+    "108": "Ice Lake",
+    "143": "Sapphire Rapids",
+    "207": "Emerald Rapids",
+    "173": "Granite Rapids",
+}
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "timm", "flash-attn", "huggingface-hub")
 
 
@@ -35,9 +43,22 @@ def cpu_name(cpuinfo: str | None = None) -> str:
         cpuinfo = path.read_text() if path.exists() else ""
     fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in cpuinfo.splitlines())}
     name = fields.get("model name") or platform.processor()
-    zen = {"23": "Zen 2", "25": "Zen 4" if "avx512f" in fields.get("flags", "").split() else "Zen 3", "26": "Zen 5"}
-    generation = zen.get(fields.get("cpu family", "")) if fields.get("vendor_id") == "AuthenticAMD" else None
-    return f"{name} ({generation})" if generation and "Zen" not in name else name
+    name = re.sub(r"\((?:R|TM)\)| (?:CPU|Processor)\b| @ [\d.]+GHz", "", name)
+    generation = _generation(fields)
+    return name if generation.replace(" ", "") in name.replace(" ", "") else f"{name} ({generation})"
+
+
+def _generation(fields: dict[str, str]) -> str:
+    """Of a processor of AMD or Intel with AVX2; "" where it is not known."""
+    vendor, family, model = (fields.get(key, "") for key in ("vendor_id", "cpu family", "model"))
+    flags = fields.get("flags", "").split()
+    if vendor == "AuthenticAMD":
+        return {"23": "Zen 2", "25": "Zen 4" if "avx512f" in flags else "Zen 3", "26": "Zen 5"}.get(family, "")
+    if vendor != "GenuineIntel" or family != "6":
+        return ""
+    if model == "85":
+        return "Cooper Lake" if "avx512_bf16" in flags else "Cascade Lake" if "avx512_vnni" in flags else "Skylake"
+    return _INTEL_MODELS.get(model, "")
 
 
 def usable_device(name: str) -> torch.device:

@@ -85,10 +85,15 @@ class OptimizedInternViT(nn.Module):
         layer = self.model.encoder.layers[index]
         if not self.pack or not can_pack(layer):
             return None
-        block, int8 = self._packed.get(index), self._int8_of(index)
-        if block is None or block.requested != int8 or not block.is_current(layer):
-            block = self._packed[index] = PackedBlock(layer, int8)
+        block, int8, fold = self._packed.get(index), self._int8_of(index), self._folds_layer_scale()
+        if block is None or block.requested != (int8, fold) or not block.is_current(layer):
+            block = self._packed[index] = PackedBlock(layer, int8, fold)
         return block
+
+    def _folds_layer_scale(self) -> bool:
+        """Whether GEMMs add the residual stream, which is in the weights' dtype then, and scale what they add."""
+        tokens = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
+        return self._stream_dtype(self.model.encoder.cast_residual(tokens)) == self.model.dtype
 
     def _int8_of(self, index: int) -> tuple[str, ...]:
         """The layer's Linears in int8; none on a machine without it, to which a pickled model may come."""
@@ -307,11 +312,11 @@ def optimize_for_inference(
     On a CPU the residual stream of a 16-bit model is float32, which takes the same time and divides the error by three;
     features are rounded once, to the model's dtype, when they are returned.
 
-    On a CPU the four Linears of each bfloat16 block get packed copies of their weights, LayerScale folded into proj and
-    fc2 in float64, beside the originals: 0.6 GB for InternViT-300M, 11 GB for 6B. Each forward verifies them by reading
-    every weight once (34 ms of one EPYC core for the 300M) and packs again what has changed. A layer with hooks,
-    adapters or replaced parts runs as it is, in the model's dtype, whenever they came. Elsewhere nothing is derived
-    from the weights.
+    On a CPU the four Linears of each bfloat16 block get packed copies of their weights beside the originals (in a
+    bfloat16 stream with LayerScale folded into proj and fc2, in float64): 0.6 GB for InternViT-300M, 11 GB for 6B. Each
+    forward verifies them by reading every weight once (34 ms of one EPYC core for the 300M) and packs again what has
+    changed. A layer with hooks, adapters or replaced parts runs as it is, in the model's dtype, whenever they came.
+    Elsewhere nothing is derived from the weights.
 
     Args:
         model: an `InternViT` in eval mode; it is not changed.
@@ -330,7 +335,7 @@ def optimize_for_inference(
             torch.float32 returns a float32 stream as it is.
         precision: of the blocks' Linears. None or "bf16": the model's dtype. "int8" (bfloat16 models on CPUs): weights
             in int8 with a scale for each output channel; their inputs, quantised at each call, with a scale for each
-            token. Attention stays bfloat16. Needs AVX-512 VNNI and BF16; elsewhere the Linears stay bfloat16 and a
+            token. Attention stays bfloat16. Needs AVX-512 VNNI; elsewhere the Linears stay bfloat16 and a
             warning says why. "fp8" (bfloat16 models on GPUs from compute capability 8.9 on): weights and
             inputs in float8_e4m3fn, quantised at each call, with a scale for each row; unmeasured.
         skip: names or patterns of Linears, or of modules around them, that stay bfloat16 with "int8" or "fp8":

@@ -383,3 +383,10 @@ def test_the_cpus_name_has_its_generation() -> None:
     assert cpu_name(amd.format(25, "avx2 avx512f")) == "AMD EPYC (Zen 4)"
     assert cpu_name(amd.format(25, "avx2")) == "AMD EPYC (Zen 3)"
     assert cpu_name("vendor_id : GenuineIntel\ncpu family : 6\nmodel name : Intel Xeon\n") == "Intel Xeon"
+    intel = "vendor_id : GenuineIntel\ncpu family : 6\nmodel : {}\nmodel name : {}\nflags : {}\n"
+    cloud = "Intel(R) Xeon(R) Processor @ 2.50GHz"
+    assert cpu_name(intel.format(85, cloud, "avx512f avx512_vnni")) == "Intel Xeon (Cascade Lake)"
+    assert cpu_name(intel.format(85, cloud, "avx512f")) == "Intel Xeon (Skylake)"
+    named = "Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz"
+    assert cpu_name(intel.format(106, named, "avx512f")) == "Intel Xeon Platinum 8375C (Ice Lake)"
+    assert cpu_name(intel.format(143, "Intel Xeon Processor (SapphireRapids)", "amx_bf16")).count("apphire") == 1

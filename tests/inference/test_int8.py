@@ -140,9 +140,10 @@ def test_weights_hooks_and_dtypes_that_change_later() -> None:
 @pytest.mark.parametrize(
     ("sets", "has", "message"),
     [
-        ("generic avx2 avx512", False, "need a CPU with AVX-512 VNNI and BF16, this one has generic avx2 avx512$"),
-        ("generic avx512_bf16 amx", True, None),
-        ("generic avx512 avx512_bf16", True, None),
+        ("generic avx2 avx512", False, "need a CPU with AVX-512 VNNI, this one has generic avx2 avx512$"),
+        ("generic avx512_vnni avx512_bf16 amx", True, None),
+        ("generic avx512 avx512_vnni", True, None),
+        ("generic avx512 avx512_vnni avx512_bf16", True, None),
     ],
 )
 def test_which_machines_have_int8_linears(sets: str, has: bool, message: str | None, monkeypatch) -> None:
@@ -255,7 +256,9 @@ def test_only_layers_whose_linears_change_are_packed_again(monkeypatch) -> None:
     fast, pixels = quantised(model), torch.randn(1, 3, 112, 112, dtype=torch.bfloat16)
     packed, make = [], PackedBlock.__init__
     monkeypatch.setattr(
-        PackedBlock, "__init__", lambda self, layer, int8: packed.append((layer, int8)) or make(self, layer, int8)
+        PackedBlock,
+        "__init__",
+        lambda self, layer, int8, fold: packed.append((layer, int8)) or make(self, layer, int8, fold),
     )
     fast.int8 = fast.int8 - {"encoder.layers.1.mlp.fc2"}
     expected = quantised(model, skip=["encoder.layers.1.mlp.fc2"])

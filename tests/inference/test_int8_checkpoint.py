@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import internvit
 from internvit.checkpoint.quantized import FORMAT
+from internvit.inference import linear_int8
 from internvit.inference.int8_grid import dequantize_weight, is_on_grid, quantize_weight
 from internvit.ops import per_token_quant
 from tests.inference.test_optimize import VARIANTS, small_model
@@ -38,7 +39,8 @@ def test_the_same_bits_after_saving_and_loading(variant: str, layout: str, tmp_p
         for ours, theirs in zip(*(quantize_weight(linear.weight) for linear in linears), strict=True):
             assert torch.equal(ours, theirs), name
     pixels = torch.randn(2, 3, 112, 112).bfloat16()
-    assert torch.equal(again(pixels).last_hidden_state, fast(pixels).last_hidden_state)
+    if linear_int8.unavailable_reason() is None:  # elsewhere `fast` computes with weights that are not on int8's grid
+        assert torch.equal(again(pixels).last_hidden_state, fast(pixels).last_hidden_state)
     wide = internvit.InternViT.from_pretrained(tmp_path, dtype=torch.float32)
     assert all(torch.equal(wide.state_dict()[k].bfloat16(), v) for k, v in model.state_dict().items())
     again.save_pretrained(tmp_path, layout=layout, overwrite=True)

@@ -56,6 +56,33 @@ def test_features_are_as_exact_as_the_models(variant: str, dtype: torch.dtype, p
     assert optimized.undo() is model
 
 
+@packs
+def test_packing_for_a_float32_stream_rounds_no_weight(seed: int) -> None:
+    """LayerScale folded into bfloat16 weights rounds them once more: 3 % of the error here, a quarter of a ViT-S's."""
+    model, pixels = small_model(VARIANTS[0], torch.bfloat16, seed), torch.randn(2, 3, 112, 112).bfloat16()
+    folded = copy.deepcopy(model)
+    for layer in folded.encoder.layers:
+        for linear, gamma in ((layer.attn.proj, layer.ls1), (layer.mlp.fc2, layer.ls2)):
+            linear.weight.data, linear.bias.data = fold_layer_scale(linear.weight.data, linear.bias.data, gamma.data)
+            gamma.data.fill_(1)
+    fast, rounded = (internvit.optimize_for_inference(m, out_dtype=torch.float32) for m in (model, folded))
+    truth = truth_of(model, pixels)
+    errors = [relative_error(m(pixels).last_hidden_state, truth) for m in (fast, rounded)]
+    assert errors[0] < 0.985 * errors[1]
+
+
+@packs
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_another_residual_dtype_packs_again(dtype: torch.dtype | None) -> None:
+    model, pixels = small_model(VARIANTS[0], torch.bfloat16, 0), torch.randn(1, 3, 112, 112).bfloat16()
+    fast = internvit.optimize_for_inference(model, residual_dtype=torch.float32 if dtype is None else None)
+    before = fast(pixels).last_hidden_state
+    fast.residual_dtype = dtype
+    fresh = internvit.optimize_for_inference(model, residual_dtype=dtype)
+    assert torch.equal(fast(pixels).last_hidden_state, fresh(pixels).last_hidden_state)
+    assert not torch.equal(fast(pixels).last_hidden_state, before)
+
+
 @pytest.mark.parametrize("batch", [2, 3])
 @pytest.mark.parametrize("onednn", [True, False])
 def test_an_image_has_the_same_bits_alone_and_in_a_batch(batch: int, onednn: bool, monkeypatch) -> None:

@@ -102,7 +102,7 @@ def test_only_what_has_changed_is_packed_again(monkeypatch) -> None:
     model, fast, pixels = optimized()
     packed, make = [], PackedBlock.__init__
     monkeypatch.setattr(
-        PackedBlock, "__init__", lambda self, layer, int8: packed.append(layer) or make(self, layer, int8)
+        PackedBlock, "__init__", lambda self, layer, int8, fold: packed.append(layer) or make(self, layer, int8, fold)
     )
     fast(pixels)
     assert not packed

@@ -18,6 +18,7 @@ from internvit.ops.core.fallback import AUTO_ORDER
 from internvit.ops.core.select import forget_resolved, resolve
 from internvit.ops.core.sequences import Sequences
 from internvit.ops.core.spec import SPECS, Inputs, Size
+from tests.support import CPU_UNITS
 
 HERE = [b for b in backends_for("attention", "cpu", torch.float32, 8, varlen=True) if b != "triton"]
 backends = pytest.mark.parametrize("backend", HERE)
@@ -33,7 +34,7 @@ def images_of(x: Tensor, lengths: tuple[int, ...]) -> Iterator[Tensor]:
     return (image[None] for image in x.split(lengths) if len(image))
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.fixture(params=CPU_UNITS)
 def unit(request: Any) -> Iterator[str]:
     if registry.BACKENDS["cpu"].unavailable_reason() is not None:
         pytest.skip("the library internvit_cpu is not built")

@@ -34,7 +34,7 @@ bool tiles_permitted() {
 }
 
 struct Supported {
-  const Kernels* list[6] = {};
+  const Kernels* list[7] = {};
   int count = 0;
 
   Supported() {
@@ -49,8 +49,10 @@ struct Supported {
     const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
     if ((state & 0xe0) != 0xe0 || !avx512) return;                             // opmask, zmm
     list[count++] = &kAvx512Kernels;
-    const bool amx = bit(d, 22) && bit(d, 24) && bit(d, 25), vnni = bit(c, 11);   // AMX-BF16, -TILE, -INT8; AVX512-VNNI
-    if (!vnni || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return;  // AVX512-BF16
+    if (!bit(c, 11)) return;  // AVX512-VNNI
+    list[count++] = &kAvx512VnniKernels;
+    const bool amx = bit(d, 22) && bit(d, 24) && bit(d, 25);             // AMX-BF16, -TILE, -INT8
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return;  // AVX512-BF16
     list[count++] = &kAvx512Bf16Kernels;
     if ((state & 0x60000) == 0x60000 && amx && tiles_permitted()) list[count++] = &kAmxKernels;
   }

@@ -46,7 +46,7 @@ struct Strip {
 // instruction of multiplications in a cycle, VDPBF16PS or another, and additions beside it: two multiplications here,
 // four with exp2_bf16's polynomial. With x = n + r, n the nearest multiple of 1/32,
 //
-//   2^x = 2^n * (1 + r ln 2),  1 / ln 2 = 1.4375 (so that n - 1.4375 is one subtraction)
+//   2^x = 2^n * (1 + r / 1.4375),  1 / 1.4375 = 0.996 ln 2 (4e-5 of 2^x; n - 1.4375 is one subtraction)
 template <bool kExact>
 INTERNVIT_INLINE __m512 vdpbf16_probability(__m512 score, const float* key_scale, __m512 shift, __mmask16 there) {
   alignas(64) static constexpr float kPowers[32] = {

@@ -6,7 +6,7 @@
 
 namespace internvit::INTERNVIT_ISA {
 
-struct AmxProduct : Bf16Operands<256> {  // packed_x: A tiles [strip][K / 32][2]
+struct AmxProduct : Bf16Operands<bf16, 256> {  // packed_x: A tiles [strip][K / 32][2]
   static constexpr int64_t kRows = 32;
   using Scope = TileScope;
 

@@ -10,7 +10,7 @@ namespace internvit::INTERNVIT_ISA {
 // and each store of 64 bytes takes Zen 4 1.5 cycles in which no product starts. Neither operand stays in L1 then. x is
 // asked for a few tiles ahead, the next panel's weights, the sums and the rows of the epilogue a line at a time: 6 % on
 // the four shapes of the 300M, one core of a busy Zen 4.
-struct Vdpbf16Product : Bf16Operands<kDepthBlock> {
+struct Vdpbf16Product : Bf16Operands<bf16, kDepthBlock> {
   static constexpr int64_t kRows = kVdpbf16Rows, kAhead = 4;  // tiles
   struct Scope {};
 

@@ -1,5 +1,5 @@
 // y = epilogue(x W^T + bias) for bf16; W is packed once, the epilogue runs before the only store. packed_gemm.h has the
-// loops, linear_amx.h and linear_avx512bf16.h the products.
+// loops, linear_amx.h, linear_avx512bf16.h and linear_fma.h the products.
 #pragma once
 
 #include "cpu/ops/attention.h"
@@ -65,14 +65,14 @@ struct Epilogue {
   }
 };
 
-// What both products have: x packed as each of them likes, and the extents.
-template <int64_t kDepth>
+// What the products have: x packed as each of them likes, in X, and the extents.
+template <class X, int64_t kDepth>
 struct Bf16Operands {
   using Sum = float;
   static constexpr int64_t kDepthStep = kDepth, kStep = kDepth / 32;
 
   const LinearParams& p;
-  bf16* packed_x;
+  X* packed_x;
   int64_t strips, panels, depth;  // tiles of 32
 
   Bf16Operands(const LinearParams& params, int64_t rows_of_strip, const Executor& executor)
@@ -81,7 +81,7 @@ struct Bf16Operands {
         panels((p.out_features + kPanel - 1) / kPanel),
         depth((p.in_features + 31) / 32) {
     const int64_t elements = strips * rows_of_strip * round_up(p.in_features, kDepthStep);
-    packed_x = static_cast<bf16*>(executor.shared(elements * int64_t(sizeof(bf16))));
+    packed_x = static_cast<X*>(executor.shared(elements * int64_t(sizeof(X))));
   }
 
   int64_t depth_block() const { return kDepthBlock / 32; }

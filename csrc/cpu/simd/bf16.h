@@ -1,4 +1,4 @@
-// Operands of bf16 products, for AMX tiles and for VDPBF16PS alike.
+// Operands of bf16 products, for AMX tiles, VDPBF16PS and float32 FMA alike.
 //
 // A tile is 1 KiB and contiguous. A (left): 16 rows of 32 bf16. B (right): 16 pairs of depth x 16 columns, a pair's two
 // values side by side, so that one vector is two depths of 16 columns.
@@ -62,7 +62,13 @@ INTERNVIT_INLINE void pack_depth(const bf16* x, int64_t stride, int64_t rows, in
   }
 }
 
-INTERNVIT_INLINE __m512i narrow_pair(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v); }
+INTERNVIT_INLINE __m512i narrow_pair(Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+  return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+#else
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(low.v)), narrow_bf16(high.v), 1);
+#endif
+}
 
 // Two rows of 32 as 32 pairs: low holds columns 0 to 15, high the rest.
 INTERNVIT_INLINE void interleave(__m512i even, __m512i odd, __m512i* low, __m512i* high) {

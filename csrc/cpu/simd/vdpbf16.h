@@ -6,6 +6,7 @@
 // = 2) or with the rows of a pair side by side (kARow = 2).
 #pragma once
 
+#include "cpu/simd/register_block.h"
 #include "cpu/simd/bf16.h"
 
 namespace internvit::INTERNVIT_ISA {
@@ -13,24 +14,8 @@ namespace internvit::INTERNVIT_ISA {
 constexpr int64_t kVdpbf16Rows = 12;
 
 template <int kRows, int kVectors = 2>
-struct Vdpbf16BlockOf {
-  __m512 acc[kRows][kVectors];
-
-  INTERNVIT_INLINE void zero() {
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i)
-      for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_setzero_ps();
-  }
-  INTERNVIT_INLINE void load_from(const float* c, int64_t row) {
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i)
-      for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_load_ps(c + i * row + j * 16);
-  }
-  INTERNVIT_INLINE void store_to(float* c, int64_t row) const {
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i)
-      for (int j = 0; j < kVectors; ++j) _mm512_store_ps(c + i * row + j * 16, acc[i][j]);
-  }
+struct Vdpbf16BlockOf : RegisterBlock<kRows, kVectors> {
+  using RegisterBlock<kRows, kVectors>::acc;
 
   // Adds `pairs` pairs of depth: row i of A has pair k at a + i * kARow + k * kPair; b0 and b1 hold pair k's vectors,
   // [16 columns][2], at k * kColumns.

@@ -14,10 +14,10 @@ namespace {
 // Whether this instruction set has a GEMM of its own for that dtype.
 bool packs_linear(ScalarType dtype) { return kernels().linear && dtype == ScalarType::BFloat16; }
 
-// The checks of both raw ops: bfloat16 on a machine that multiplies it.
+// The checks of both raw ops: bfloat16, and AVX-512.
 void check_bfloat16(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(packs_linear(t.scalar_type()), op, ": ", name,
-                  " must be bfloat16, on a machine with AVX-512 BF16 or AMX; got ", t.scalar_type(), " on ",
+                  " must be bfloat16, on a machine with AVX-512; got ", t.scalar_type(), " on ",
                   kernels().name);
 }
 

@@ -13,11 +13,11 @@ namespace {
 
 constexpr int64_t kMostDepth = 65536;  // sums of 255 * 128 stay in int32
 
-// Whether the instruction set in use multiplies int8: AVX-512 with VNNI and BF16.
+// Whether the instruction set in use multiplies int8: AVX-512 with VNNI.
 bool multiplies_int8() { return kernels().linear_int8 != nullptr; }
 
 void check_int8(const char* op) {
-  STD_TORCH_CHECK(multiplies_int8(), op, ": needs a machine with AVX-512 VNNI and BF16, got ", kernels().name);
+  STD_TORCH_CHECK(multiplies_int8(), op, ": needs a machine with AVX-512 VNNI, got ", kernels().name);
 }
 
 void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType dtype) {

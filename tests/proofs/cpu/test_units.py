@@ -19,6 +19,7 @@ from internvit.ops.core.norm_math import statistics
 from internvit.ops.core.registration import OPS
 from internvit.ops.core.spec import INFERENCE_SPECS, SPECS, Inputs, OpSpec, Size, as_tuple
 from tests.ops.shapes import in_draws, pooled
+from tests.support import CPU_UNITS
 from tests.support.implementations import call, op_calls
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +27,7 @@ cpu = torch.ops.internvit_cpu
 
 MISSING = native.unavailable_reason("internvit_cpu")
 EMULATED = () if MISSING else tuple(unit for unit in cpu.instruction_sets().split() if unit.endswith("emulated"))
-UNITS = ("generic", "avx2", "avx512", "avx512_bf16", "amx", *EMULATED)
+UNITS = (*CPU_UNITS, *EMULATED)
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 

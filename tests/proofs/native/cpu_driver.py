@@ -3,16 +3,15 @@
 import subprocess
 from pathlib import Path
 
-from tests.support import ROOT
+from tests.support import CPU_UNITS, ROOT
 from tests.support.building import BuildFolder, setup_module
 
 SOURCES = ROOT / "csrc"
 ISA = SOURCES / "cpu" / "isa"
-UNITS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 DRIVER = Path(__file__).with_name("driver.cpp")
 EMULATED = Path(__file__).with_name("amx_emulated.cpp")
 INSTRUMENTED = [ISA / "generic.cpp", ISA / "dispatch.cpp", DRIVER]
-VECTOR_UNITS = [ISA / f"{unit}.cpp" for unit in UNITS[1:]]
+VECTOR_UNITS = [ISA / f"{unit}.cpp" for unit in CPU_UNITS if unit != "generic"]
 AS = {DRIVER: ISA / "dispatch.cpp", EMULATED: ISA / "avx512_bf16.cpp"}
 """The sources whose flags these have."""
 

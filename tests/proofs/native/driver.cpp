@@ -1,6 +1,6 @@
 // Runs every CPU kernel without torch: in threads under the sanitizers, between guard pages, and in shuffled order.
 //
-//   driver UNIT MODE [PLANT]     UNIT: generic, avx2, avx512, avx512_bf16, amx
+//   driver UNIT MODE [PLANT]     UNIT: generic, avx2, avx512, avx512_vnni, avx512_bf16, amx
 //   MODE serial    one range a call
 //        threads   ranges on std::threads, as torch's pool would run them (ThreadSanitizer, AddressSanitizer)
 //        shuffled  single indices, serially, in random order: any dependence between ranges changes bits

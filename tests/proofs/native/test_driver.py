@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.proofs.native import cpu_driver
+from tests.support import CPU_UNITS
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler (c++)"),
@@ -48,7 +49,7 @@ def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.parametrize("unit", cpu_driver.UNITS)
+@pytest.mark.parametrize("unit", CPU_UNITS)
 def test_guard_pages_and_any_order_of_work(driver: Path, unit: str) -> None:
     serial = run(driver, unit, "serial")
     assert serial.returncode == 0, serial.stderr
@@ -64,7 +65,7 @@ def test_the_amx_unit_on_emulated_tiles(emulated: Path) -> None:
     test_guard_pages_and_any_order_of_work(emulated, "amx_emulated")
 
 
-@pytest.mark.parametrize("unit", cpu_driver.UNITS)
+@pytest.mark.parametrize("unit", CPU_UNITS)
 def test_a_planted_row_too_many_hits_the_guard(driver: Path, unit: str) -> None:
     assert run(driver, unit, "serial", "bounds").returncode < 0
 
@@ -92,7 +93,7 @@ def test_units_leave_no_symbol_for_the_linker_to_mix_up(build_folder) -> None:
     """A weak symbol outside a unit's namespace is kept once, with one unit's instructions, for all."""
     if shutil.which("nm") is None:
         pytest.skip("needs nm (binutils)")
-    for unit in cpu_driver.UNITS:
+    for unit in CPU_UNITS:
         (compiled,) = cpu_driver.compile_all(build_folder, [cpu_driver.ISA / f"{unit}.cpp"])
         listing = subprocess.run(["nm", "-C", compiled], capture_output=True, text=True)
         assert listing.returncode == 0
