@@ -257,7 +257,11 @@ def with_speedups(rows: Iterable[Row]) -> list[Row]:
     rows = list(rows)
     best: dict[tuple[str, ...], float] = {}
     for row in rows:
-        if row.variant.startswith("internvit") and not row.variant.endswith("int8") and row.p50_ms is not None:
+        if (
+            row.variant.startswith("internvit")
+            and not row.variant.endswith(("int8", "float32"))
+            and row.p50_ms is not None
+        ):
             best[row.work] = min(row.p50_ms, best.get(row.work, row.p50_ms))
     return [
         dataclasses.replace(row, speedup=round(row.p50_ms / best[row.work], 3))

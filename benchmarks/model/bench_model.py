@@ -43,42 +43,45 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
     )
     published = InternViTConfig.from_name(name).num_hidden_layers
     generator = setting.generator()
+    # Without bfloat16 products nobody would run these in bfloat16. Weights are those of bfloat16 all the same.
+    usual = dtype if peers.bfloat16_products(setting.device) else torch.float32
+    mark = "" if usual == dtype else " float32"
 
-    def weights() -> dict[str, Tensor]:
-        return {k: v.to(setting.device, dtype) for k, v in trained_like(config).items()}
+    def weights(of: torch.dtype = dtype) -> dict[str, Tensor]:
+        return {k: v.to(setting.device, dtype).to(of) for k, v in trained_like(config).items()}
 
-    def ours() -> InternViT:
+    def features(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+        return lambda x: model(x.to(usual)).last_hidden_state
+
+    def ours(of: torch.dtype = dtype) -> InternViT:
         model = InternViT(config, device="meta")
-        model.load_state_dict(weights(), assign=True)
+        model.load_state_dict(weights(of), assign=True)
         return model.eval()
 
     def module() -> Callable[[Tensor], Tensor]:
-        model = ours()
-        return lambda x: model(x).last_hidden_state
+        return features(ours(usual))
 
-    def optimized(precision: str | None = None) -> Callable[[Tensor], Tensor]:
+    def optimized(precision: str | None = None, of: torch.dtype = dtype) -> Callable[[Tensor], Tensor]:
         reason = linear_int8.unavailable_reason() if precision == "int8" else None
         if reason is not None:
             raise MissingPeerError(reason)
-        model = optimize_for_inference(ours(), precision=precision, skip=() if precision == "int8" else None)
-        return lambda x: model(x).last_hidden_state
+        model = optimize_for_inference(ours(of), precision=precision, skip=() if precision == "int8" else None)
+        return lambda x: model(x.to(of)).last_hidden_state
 
     def transformers() -> Callable[[Tensor], Tensor]:
-        model = peers.transformers_model(config, weights())
-        return lambda x: model(x).last_hidden_state
+        return features(peers.transformers_model(config, weights(usual)))
 
     def compiled() -> Callable[[Tensor], Tensor]:
-        model: Callable[[Tensor], Any] = peers.freezing(peers.transformers_model(config, weights()))
-        return lambda x: model(x).last_hidden_state
+        return features(peers.freezing(peers.transformers_model(config, weights(usual))))
 
     def zentorch() -> Callable[[Tensor], Tensor]:
-        model: Callable[[Tensor], Any] = peers.zentorch(peers.transformers_model(config, weights()))
-        return lambda x: model(x).last_hidden_state
+        return features(peers.zentorch(peers.transformers_model(config, weights(usual))))
 
     def timm() -> Callable[[Tensor], Tensor]:
-        return peers.timm_model(config, weights()).forward_features
+        model = peers.timm_model(config, weights(usual))
+        return lambda x: model.forward_features(x.to(usual))
 
-    def openvino(precision: torch.dtype = dtype) -> Callable[[Tensor], Tensor]:
+    def openvino(precision: torch.dtype = usual) -> Callable[[Tensor], Tensor]:
         return peers.openvino(peers.transformers_model(config, weights()), inputs()[0], precision)
 
     def onnxruntime() -> Callable[[Tensor], Tensor]:
@@ -103,18 +106,23 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
 
     name_of_int8 = f"{OURS} optimize_for_inference, int8"
     int8 = [Implementation(name_of_int8, functools.partial(optimized, "int8"), trains=False, most_error=0.03)]
+    float32 = [
+        Implementation(f"{OURS} optimize_for_inference{mark}", functools.partial(optimized, None, usual), trains=False)
+    ]
     variants = [
         Implementation(f"{OURS} optimize_for_inference", optimized, trains=False),
         *(int8 if setting.device == "cpu" else []),
-        Implementation(f"{OURS} InternViT", module),
-        Implementation("transformers SDPA", transformers),
-        Implementation("timm", timm),
+        *(float32 if mark else []),
+        Implementation(f"{OURS} InternViT{mark}", module),
+        Implementation(f"transformers SDPA{mark}", transformers),
+        Implementation(f"timm{mark}", timm),
     ]
     if every_peer:
-        variants.append(Implementation("transformers, torch.compile freezing", compiled, trains=False, compiles=True))
+        name_of_compiled = f"transformers{mark}, torch.compile freezing"
+        variants.append(Implementation(name_of_compiled, compiled, trains=False, compiles=True))
         if setting.device == "cpu":
-            variants.append(Implementation("zentorch", zentorch, trains=False, compiles=True))
-            variants.append(Implementation("OpenVINO bf16", openvino, trains=False))
+            variants.append(Implementation(f"zentorch{mark}", zentorch, trains=False, compiles=True))
+            variants.append(Implementation(f"OpenVINO{mark or ' bf16'}", openvino, trains=False))
             variants.append(Implementation("OpenVINO int8", functools.partial(openvino, torch.int8), trains=False))
             variants.append(Implementation("onnxruntime float32", onnxruntime, trains=False))
     tokens = 1 + (size // config.patch_size) ** 2

@@ -103,20 +103,30 @@ def summary(name: str, results: Results) -> str:
 
 
 def quick_table(everything: Iterable[Results]) -> str:
-    """README's table: each model next to timm and to the best peer there, int8 next to int8."""
+    """README's table: each model at its native size next to timm and to the best peer there, int8 next to int8."""
     lines = []
     for results in everything:
         for (_, shape, dtype, mode, _), rows in _groups(results, ("model",)).items():
-            for int8 in (False, True):
-                same = [row for row in rows if ("int8" in row.variant) == int8]
-                ours, peer = _best(same, True), _best(same, False)
-                timm = _best((row for row in same if row.variant == "timm"), False)
+            if ", 448 px" not in shape:
+                continue
+            for precision in (dtype, "float32", "int8"):
+                ours = _best((row for row in rows if _precision(row) == precision), True)
                 if ours is None:
                     continue
-                work = f"{shape}, {'int8' if int8 else dtype}, {mode}"
+                # Beside our bfloat16 stands a peer's float32 too: it may be the fastest there.
+                beside = {precision, "float32"} if precision == dtype else {precision}
+                same = [row for row in rows if _precision(row) in beside]
+                peer = _best(same, False)
+                timm = _best((row for row in same if row.variant.partition(" ")[0] == "timm"), False)
+                work = f"{shape}, {precision}, {mode}"
                 best = f"{peer.variant}: {_beside(peer, ours)}" if peer else ""
                 lines.append([results.machine["device"], work, _time(ours), _beside(timm, ours) if timm else "", best])
     return markdown(["machine", "model", "internvit", "timm", "best peer"], lines)
+
+
+def _precision(row: Row) -> str:
+    """What a variant computes in: its work's dtype, or what its name says."""
+    return next((name for name in ("int8", "float32") if name in row.variant), row.dtype)
 
 
 def _time(row: Row) -> str:
