@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,13 +18,6 @@ from internvit.checkpoint.state_dict import convert_state_dict
 from internvit.config import InternViTConfig
 
 PIP = "pip install 'internvit[bench]'"
-
-
-def bfloat16_products(device: str) -> bool:
-    """Whether the device multiplies bfloat16. x86 CPUs without AVX512-BF16 emulate it, at a sixth of float32's speed:
-    oneDNN's Linear of 1025 x 1024 -> 4096 takes 520 ms in bfloat16 and 75 to 110 in float32 on a Cascade Lake core."""
-    emulates = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()
-    return device != "cpu" or not emulates
 
 
 def liger(setting: Setting, name: str, eps: float = 1e-6) -> dict[str, Callable[[], Callable]]:

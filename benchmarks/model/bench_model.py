@@ -14,6 +14,7 @@ from torch import Tensor
 from internvit import InternViT, InternViTConfig, optimize_for_inference, reference
 from internvit.benchmarks.harness import peers
 from internvit.benchmarks.harness.cases import FORWARD, OURS, BenchmarkCase, Implementation, MissingPeerError, Setting
+from internvit.benchmarks.harness.machine_limits import bfloat16_products
 from internvit.inference import linear_int8
 from internvit.numerics import product_violations, relative_error
 
@@ -44,7 +45,7 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
     published = InternViTConfig.from_name(name).num_hidden_layers
     generator = setting.generator()
     # Without bfloat16 products nobody would run these in bfloat16. Weights are those of bfloat16 all the same.
-    usual = dtype if peers.bfloat16_products(setting.device) else torch.float32
+    usual = dtype if bfloat16_products(setting.device) else torch.float32
     mark = "" if usual == dtype else " float32"
 
     def weights(of: torch.dtype = dtype) -> dict[str, Tensor]:

@@ -70,8 +70,9 @@ class PackedBlock:
             if make is Int8Linear:
                 return Int8Linear(weight, bias, _detached(gamma))
             assert make is not None
-            folded = gamma is not None and fold
-            return make(*fold_layer_scale(weight, bias, gamma.detach())) if folded else make(weight, bias)
+            if gamma is None or not fold:
+                return make(weight, bias)
+            return make(*fold_layer_scale(weight, bias, gamma.detach()))
 
         self.qkv, self.proj = pack("attn.qkv"), pack("attn.proj", layer.ls1)
         self.fc1, self.fc2 = pack("mlp.fc1"), pack("mlp.fc2", layer.ls2)
