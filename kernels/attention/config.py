@@ -194,6 +194,19 @@ def masks_every_tile(head_dim: int, target: Target) -> bool:
     return family in ("mfma", "wmma") or (family == "mma" and head_dim > 64)
 
 
+def pack_peeling(config: AttentionConfig, target: Target) -> tuple[bool, bool]:
+    """Of a pack: whether a kept sequence's first token has a program of its own, and a walked one's a product.
+
+    With a token apart grad_kv spills 8 bytes on sm_100 at D = 128, and 16 on gfx1100. Eight warps of CDNA have 256
+    registers a lane: with a key apart forward takes 249 to 256 of them at D = 128, and spills 72 bytes on gfx942 with
+    Triton 3.9; without, 204.
+    """
+    family = target.matrix_instructions
+    peel_row = family != "wmma"
+    crowded = family == "tcgen05" or (family == "mfma" and config.warps == 8)
+    return peel_row, peel_row and not crowded
+
+
 def target_options(keeps: Literal["queries", "keys"], head_dim: int, masked: bool, target: Target) -> dict[str, int]:
     """Options that one family of targets has. With wmma, wide heads and a masked walk LLVM keeps registers free for
     more waves than fit, and grad_kv spills 4 bytes on gfx1100; told of one wave, none."""
@@ -242,9 +255,7 @@ def run_tiles(
         programs = config.programs(longest)
         B = sequences.count if N else 0
         strides, unit = token_strides(*strided)
-        # with a token apart grad_kv spills 8 bytes on sm_100, D = 128, and 16 on gfx1100
-        peel_row = target.matrix_instructions != "wmma"
-        peel_column = peel_row and target.matrix_instructions != "tcgen05"
+        peel_row, peel_column = pack_peeling(config, target)
         tail = LAST_AGAIN.value if keeps == "keys" or masks_every_tile(D, target) else 0
     queries, keys = (config.rows, peel_row), (config.columns, peel_column)
     if keeps == "keys":
