@@ -37,21 +37,23 @@ def correlated(rows: int, depth: int, generator: torch.Generator) -> torch.Tenso
 @pytest.mark.parametrize(("out", "depth"), [(48, 64), (33, 40), (20, 300), (1, 8)])
 @pytest.mark.parametrize("int8", [True, False], ids=["int8", "bfloat16"])
 def test_columns_make_up_for_each_others_errors(out: int, depth: int, int8: bool, seed: int) -> None:
+    """Judged over some draws where there are few weights: of a row of eight one may lie on the grid by chance."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn((out, depth), generator=generator, dtype=torch.float64) / depth**0.5
-    x, fresh = correlated(2000, depth, generator).split(1000)
-    grid = Int8Grid(weight) if int8 else BFloat16Grid()
-    nearest = torch.stack([grid.nearest(weight[:, i], i) for i in range(depth)], 1)
-    rounded = round_weight(weight, x.T @ x / len(x), grid)
-    errors = [((w - weight) @ fresh.T).square().sum() for w in (rounded, nearest)]
-    assert errors[0] < (0.5 if depth >= 40 else 1.5) * errors[1], "on inputs that it has not seen"
-    if int8:
-        assert is_on_grid(rounded.bfloat16()) or depth < 16
-        weight_q, scale = quantize_weight(rounded.bfloat16())
-        assert torch.allclose(weight_q.double() * scale.double().unsqueeze(1), rounded, rtol=1e-6)
-        assert (weight_q.abs().amax(1) == 127).all()
-    else:
-        assert torch.equal(rounded.bfloat16().double(), rounded)
+    errors = [torch.zeros(()), torch.zeros(())]
+    for _ in range(20 if out == 1 else 1):
+        weight = torch.randn((out, depth), generator=generator, dtype=torch.float64) / depth**0.5
+        x, fresh = correlated(2000, depth, generator).split(1000)
+        grid = Int8Grid(weight) if int8 else BFloat16Grid()
+        nearest = torch.stack([grid.nearest(weight[:, i], i) for i in range(depth)], 1)
+        rounded = round_weight(weight, x.T @ x / len(x), grid)
+        for total, w in zip(errors, (rounded, nearest), strict=True):
+            total += ((w - weight) @ fresh.T).square().sum()
+        if int8:
+            assert is_on_grid(rounded.bfloat16()) or depth < 16
+            weight_q, scale = quantize_weight(rounded.bfloat16())
+            assert torch.allclose(weight_q.double() * scale.double().unsqueeze(1), rounded, rtol=1e-6)
+            assert (weight_q.abs().amax(1) == 127).all()
+    assert errors[0] < 0.5 * errors[1], "on inputs that it has not seen"
 
 
 def test_rows_of_zeros_and_inputs_that_never_vary() -> None:
