@@ -2,7 +2,7 @@
 // Lake): linear_bf16.h. Every product of two bf16 is exact in float32.
 //
 // x is packed as float32, and read as a broadcast; W stays bf16 in pairs of depths, whose two float32 are a shift and
-// an AND away: 4 instructions for 48 FMAs. oneDNN's bf16 Linear reaches a fifth of this on Cascade Lake.
+// an AND away: 4 instructions for 48 FMAs. oneDNN's bf16 Linear reaches a quarter of this on Cascade Lake.
 #pragma once
 
 #include "cpu/ops/linear_bf16.h"
