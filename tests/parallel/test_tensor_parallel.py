@@ -143,9 +143,11 @@ def check_half(seed: int) -> None:
         pixels = images(config, 3).bfloat16()
         split = parallelize(whole(config, seed, torch.bfloat16), mesh, src_data_rank=None)
         truth = reference(pixels.double()).last_hidden_state
-        for prepare in (lambda m: m, internvit.optimize_for_inference):
-            ours, allowed = (relative_error(prepare(m)(pixels).last_hidden_state, truth) for m in (split, plain))
-            assert ours <= 1.02 * allowed
+        # Slices of Linears are not packed; packed ones round GELU's input less.
+        unpacked = internvit.optimize_for_inference(plain, pack=False)
+        for ours, theirs in ((split, plain), (internvit.optimize_for_inference(split), unpacked)):
+            errors = [relative_error(m(pixels).last_hidden_state, truth) for m in (ours, theirs)]
+            assert errors[0] <= 1.02 * errors[1]
 
 
 def check_drop_path_and_frozen_weights(seed: int) -> None:
