@@ -1,6 +1,5 @@
 """What this machine can do, measured in the same run: copy bandwidth and GEMM rates. Times are shares of these."""
 
-import platform
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -10,13 +9,12 @@ from torch.nn import functional as F
 
 from internvit.benchmarks.harness.timing import last_level_cache, seconds_of
 from internvit.ops.backends import native
+from internvit.ops.linear import cpu_multiplies
 
 
 def bfloat16_products(device: str) -> bool:
-    """Whether the device multiplies bfloat16. x86 CPUs without AVX512-BF16 emulate it, at a fifth of float32's speed:
-    oneDNN's Linear of 1025 x 4096 -> 1024 takes 339 ms in bfloat16 and 71 in float32 on a Cascade Lake core."""
-    emulates = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()
-    return device != "cpu" or not emulates
+    """Whether the device multiplies bfloat16; where a CPU emulates it, peers are timed in float32."""
+    return device != "cpu" or cpu_multiplies(torch.bfloat16)
 
 
 GEMMS = {"qkv": (1024, 3072), "proj": (1024, 1024), "fc1": (1024, 4096), "fc2": (4096, 1024)}

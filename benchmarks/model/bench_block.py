@@ -1,4 +1,7 @@
-"""One block of the 300M and of the 6B, forward and backward, next to transformers' and timm's with SDPA."""
+"""One block of the 300M and of the 6B, forward and backward, next to transformers' and timm's with SDPA.
+
+Where a CPU emulates bfloat16, peers compute in float32, as in bench_model.
+"""
 
 from collections.abc import Callable
 
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 from internvit import InternViT, InternViTConfig, reference
 from internvit.benchmarks.harness import peers
 from internvit.benchmarks.harness.cases import BOTH, FORWARD, OURS, BenchmarkCase, Implementation, Setting
+from internvit.benchmarks.harness.machine_limits import bfloat16_products
 from internvit.benchmarks.model.bench_model import trained_like
 from internvit.numerics import product_violations, relative_error
 
@@ -21,6 +25,17 @@ class _Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x)[0]
+
+
+class In(nn.Module):
+    """A block that computes in `dtype`, from and to tensors of another."""
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.block, self.dtype = block.to(dtype), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x.to(self.dtype)).to(x.dtype)
 
 
 VARIANTS = ("internvit-300m-448px", "internvit-6b-448px-v2.5")
@@ -49,11 +64,15 @@ def block_case(setting: Setting, name: str, images: int, tokens: int, dtype: tor
         model.load_state_dict(weights())
         return _Plain(model.eval().encoder.layers[0])
 
+    # Without bfloat16 products nobody would run these in bfloat16. Weights are those of bfloat16 all the same.
+    usual = dtype if bfloat16_products(setting.device) else torch.float32
+    mark = "" if usual == dtype else " float32"
+
     def transformers() -> nn.Module:
-        return peers.transformers_model(config, weights()).encoder.layer[0]
+        return In(peers.transformers_model(config, weights()).encoder.layer[0], usual)
 
     def timm() -> nn.Module:
-        return peers.timm_model(config, weights()).blocks[0]
+        return In(peers.timm_model(config, weights()).blocks[0], usual)
 
     def violations(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
         block = eager()
@@ -74,9 +93,9 @@ def block_case(setting: Setting, name: str, images: int, tokens: int, dtype: tor
 
     builds: dict[str, Callable[[], nn.Module]] = {
         f"{OURS} block": ours,
-        "transformers SDPA": transformers,
-        "timm": timm,
-        "eager": eager,
+        f"transformers SDPA{mark}": transformers,
+        f"timm{mark}": timm,
+        f"eager{mark}": lambda: In(eager(), usual),
     }
     flops = flops_of(config, images, tokens)
     return BenchmarkCase(

@@ -28,8 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from internvit import InternViTConfig
 from internvit.benchmarks.harness import peers, results
 from internvit.benchmarks.harness.cases import MissingPeerError
+from internvit.benchmarks.harness.machine_limits import bfloat16_products
 from internvit.benchmarks.harness.memory import saved_units
 from internvit.benchmarks.harness.timing import Times, freed_pages_kept, seconds_of
+from internvit.benchmarks.model.bench_block import In
 from internvit.benchmarks.model.bench_model import trained_like
 from internvit.benchmarks.reports.table import markdown, ms, replace_section
 from internvit.files import atomic_write
@@ -106,6 +108,9 @@ def ways(config: InternViTConfig, device: str, dtype: torch.dtype) -> Iterator[W
         yield Way(name, encoder, functools.partial(_last, encoder))
     layer = peers.transformers_model(config, weights).encoder.layer[0]
     yield Way("transformers SDPA", layer, layer)
+    if dtype == torch.bfloat16 and not bfloat16_products(device):  # which nobody would train in there
+        wide = In(peers.transformers_model(config, weights).encoder.layer[0], torch.float32)
+        yield Way("transformers SDPA, float32", wide, wide)
 
 
 def counted_flops(way: Way, x: Tensor, incoming: Tensor, attention: float) -> float | None:

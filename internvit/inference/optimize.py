@@ -74,19 +74,19 @@ class OptimizedInternViT(nn.Module):
         self._graphs = graphs
         self._guard: CaptureGuard | None = None
         self._packed: dict[int, PackedBlock] = {}
-        self._pack_all()
+        self._packed_blocks()
 
-    def _pack_all(self) -> None:
-        for index in range(len(self.model.encoder.layers)):
-            self._packed_block(index)
+    def _packed_blocks(self) -> list[PackedBlock | None]:
+        """Each layer's packed Linears, packed again where its weights have changed; None where the layer is called."""
+        fold = self._folds_layer_scale()
+        return [self._packed_block(index, fold) for index in range(len(self.model.encoder.layers))]
 
-    def _packed_block(self, index: int) -> PackedBlock | None:
-        """The layer's packed Linears, packed again where its weights have changed; None where the layer is called."""
+    def _packed_block(self, index: int, fold: bool) -> PackedBlock | None:
         layer = self.model.encoder.layers[index]
         if not self.pack or not can_pack(layer):
             return None
-        block, int8, fold = self._packed.get(index), self._int8_of(index), self._folds_layer_scale()
-        if block is None or block.requested != (int8, fold) or not block.is_current(layer):
+        block, int8 = self._packed.get(index), self._int8_of(index)
+        if block is None or (block.requested, block.fold) != (int8, fold) or not block.is_current(layer):
             block = self._packed[index] = PackedBlock(layer, int8, fold)
         return block
 
@@ -176,7 +176,7 @@ class OptimizedInternViT(nn.Module):
         """The last hidden state, and all; with `sequences` of packed images [total, C]. Fills `summaries`, one
         for each block, or none."""
         layers: list[Any] = list(self.model.encoder.layers)
-        blocks = [self._packed_block(index) for index in range(len(layers))]
+        blocks = self._packed_blocks()
         x = embedded.to(self._stream_dtype(embedded))
         # Images go through the blocks one by one where the GEMMs want that: nothing is copied between them.
         images = Pieces(x, sequences, any(b is not None and b.one_image for b in blocks))
@@ -259,7 +259,7 @@ class OptimizedInternViT(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_graphs": state["_graphs"] and GraphedFunction(*state["_graphs"])})
-        self._pack_all()
+        self._packed_blocks()
 
     def extra_repr(self) -> str:
         layers = self.model.encoder.layers

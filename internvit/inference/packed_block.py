@@ -76,8 +76,7 @@ class PackedBlock:
 
         self.qkv, self.proj = pack("attn.qkv"), pack("attn.proj", layer.ls1)
         self.fc1, self.fc2 = pack("mlp.fc1"), pack("mlp.fc2", layer.ls2)
-        self.requested = (tuple(name for name in LINEARS if name in int8), fold)
-        self.fold = fold
+        self.requested, self.fold = tuple(name for name in LINEARS if name in int8), fold
         self.int8 = tuple(name for name in LINEARS if makes[name] is Int8Linear)
         self.one_image = any(linear.one_image for linear in (self.qkv, self.proj, self.fc1, self.fc2))
 

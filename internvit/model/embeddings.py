@@ -7,7 +7,11 @@ from torch import Tensor, nn
 
 from internvit.config import InternViTConfig
 from internvit.geometry import check_pixels, refuse_symbolic, resize_position_embedding
+from internvit.model.hooks import is_plain
 from internvit.model.packed import PackedTokens, pack_images
+from internvit.ops.core.autocast import autocast_dtype
+from internvit.ops.core.direct import nothing_traces
+from internvit.ops.linear import emulated
 
 
 class Embeddings(nn.Module):
@@ -30,7 +34,8 @@ class Embeddings(nn.Module):
                 "partitioned are whole inside its engine and deepspeed.zero.GatheredParameters"
             )
         grid = check_pixels(self.config, pixel_values)
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        pixels = pixel_values.to(self.patch_embedding.weight.dtype)
+        patches = convolve(self.patch_embedding, pixels).flatten(2).transpose(1, 2)
         class_token = self.class_embedding.expand(patches.shape[0], -1, -1).to(patches.dtype)
         return torch.cat([class_token, patches], dim=1) + self.position_embedding_for(grid)
 
@@ -43,6 +48,19 @@ class Embeddings(nn.Module):
         return resize_position_embedding(
             self.position_embedding, self.config.grid_size, grid, self.config.pos_embed_mode
         )
+
+
+def convolve(module: nn.Module, pixels: Tensor) -> Tensor:
+    """module(pixels) of the patch embedding; of a plain Conv2d in float32 where a CPU has no products of the dtype.
+
+    PyTorch's float16 convolution takes 1.8 s for the 300M's 448 px on two Cascade Lake cores, float32's 0.03.
+    """
+    if not (type(module) is nn.Conv2d and is_plain(module, nn.Conv2d) and emulated(pixels) and nothing_traces()):
+        return module(pixels)
+    weight, bias = module.weight.float(), None if module.bias is None else module.bias.float()
+    dtype = autocast_dtype("cpu") or pixels.dtype
+    with torch.autocast("cpu", enabled=False):
+        return module._conv_forward(pixels.float(), weight, bias).to(dtype)
 
 
 def embed(embeddings: Embeddings, pixel_values: Any, pixel_embeds: Any) -> Any:

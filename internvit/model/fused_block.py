@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from internvit.model import recompute
 from internvit.model.attention_summary import AttentionSummary, Folded
@@ -37,7 +36,7 @@ from internvit.ops import (
 )
 from internvit.ops.core.norm_math import statistics
 from internvit.ops.core.sequences import Sequences
-from internvit.ops.linear import linear
+from internvit.ops.linear import linear, trained_linear
 from internvit.ops.linear_gelu import linear_gelu_with_pre_activation
 from internvit.ops.linear_layer_scale import adds_residual
 
@@ -320,14 +319,14 @@ def call_module(module: nn.Module, x: Tensor, *others: Any) -> Tensor:
 
 def linear_per_image(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) of a Linear; without gradients, the same bits for an image alone and in any batch."""
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or not is_plain_linear(module):
+    if torch.jit.is_tracing() or not is_plain_linear(module):
         return call_module(module, x)
-    return linear(x, module.weight, module.bias)
+    return linear_invariant(x, module.weight, module.bias)
 
 
 def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear_per_image` of a weight instead of a module."""
-    return F.linear(x, weight, bias) if torch.is_grad_enabled() else linear(x, weight, bias)
+    return trained_linear(x, weight, bias) if torch.is_grad_enabled() else linear(x, weight, bias)
 
 
 def linear_or_folded(

@@ -20,7 +20,7 @@ from internvit.ops.core.norm_math import sum_rows
 from internvit.ops.core.registration import Mask, define, define_backward, empty_grad
 from internvit.ops.core.select import resolve
 from internvit.ops.core.spec import Inputs, OpSpec, multiplies, register_spec
-from internvit.ops.linear import linear
+from internvit.ops.linear import linear, matmul
 
 OP = "linear_gelu"
 
@@ -56,10 +56,10 @@ def _run_backward(
     grad_x, grad_weight, grad_bias = (empty_grad(grad) for _ in range(3))
     with torch.autocast(grad.device.type, enabled=False):
         if output_mask[0]:
-            grad_x = grad @ weight
+            grad_x = matmul(grad, weight)
         if output_mask[1]:
             assert x is not None
-            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if grad.dim() > 1 else torch.outer(grad, x)
+            grad_weight = matmul(grad.flatten(0, -2).t(), x.flatten(0, -2)) if grad.dim() > 1 else torch.outer(grad, x)
         if output_mask[2]:
             grad_bias = sum_rows(grad)
     return grad_x, grad_weight, grad_bias if grad.dim() > 1 else grad_bias.clone()

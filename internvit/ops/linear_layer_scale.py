@@ -30,7 +30,7 @@ from internvit.ops.core.norm_math import accumulate_dtype, sum_rows
 from internvit.ops.core.registration import Mask, define, define_backward, fill_gradients
 from internvit.ops.core.select import resolve
 from internvit.ops.core.spec import Inputs, OpSpec, register_spec
-from internvit.ops.linear import linear
+from internvit.ops.linear import linear, matmul
 
 OP = "linear_layer_scale"
 _PIECE = {"cpu": 1 << 18}
@@ -82,10 +82,10 @@ def linear_layer_scale_backward_reference(
     column = gamma.unsqueeze(1)
     rows = grad_y.reshape(-1, grad_y.shape[-1])
     if output_mask[0]:
-        grad_x = grad_y @ (weight * column).to(grad_y.dtype)
+        grad_x = matmul(grad_y, (weight * column).to(grad_y.dtype))
     if output_mask[1] or output_mask[3]:
         assert x is not None
-        grad_folded = rows.t() @ x.reshape(-1, x.shape[-1])
+        grad_folded = matmul(rows.t(), x.reshape(-1, x.shape[-1]))
         if output_mask[3]:
             grad_gamma = _row_dots(grad_folded, weight)
         if output_mask[1]:

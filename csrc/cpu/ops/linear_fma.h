@@ -53,7 +53,7 @@ struct FmaProduct : Bf16Operands<float, 256> {
         float* out = step_of(strip, d) + i * kDepthStep + d % kStep * 32;
         for (int64_t half = 0; half < 2; ++half) {
           const int64_t from = d * 32 + half * 16, there = row < p.rows ? p.in_features - from : 0;
-          const bf16* x = p.x + row * p.x_stride + from;
+          const bf16* x = there > 0 ? p.x + row * p.x_stride + from : nullptr;
           store(out + half * 16, there >= 16 ? load(x) : there > 0 ? load(x, there) : broadcast(0.0f));
         }
       }

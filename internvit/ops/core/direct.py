@@ -14,13 +14,17 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def nothing_watches() -> bool:
     """Whether no tracer, mode, transform or profiler sees the ops called now (0.4 us)."""
+    return nothing_traces() and not torch.autograd._profiler_enabled()
+
+
+def nothing_traces() -> bool:
+    """Whether no tracer, mode or transform takes the ops called now for others than these, or for other inputs."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
     )
 
 
