@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvit import VARIANTS, InternViT, InternViTConfig
 from internvit.cost import cost, flops, plan
+from internvit.ops import linear
 from internvit.ops.linear_gelu import _run as run_linear_gelu
 from internvit.ops.linear_gelu import _run_backward as run_linear_gelu_backward
 from tests.support import ROOT
@@ -54,6 +55,12 @@ class Peak(TorchDispatchMode):
 
     def now(self) -> int:
         return sum(n for r, n in self.alive if not r.expired())
+
+
+@pytest.fixture(autouse=True)
+def products_of_the_dtype(monkeypatch) -> None:
+    """As on a CPU with bfloat16 products; others widen the operands of one product at a time."""
+    monkeypatch.setattr(linear, "cpu_multiplies", lambda dtype: True)
 
 
 def network(name: str, layers: int) -> tuple[InternViT, Tensor]:
@@ -103,6 +110,7 @@ def test_bytes_of_inference_agree_with_a_run() -> None:
     """In a process of its own: after a torch.compile that failed, PyTorch 2.14 keeps a later model's tensor alive."""
     code = """
 from tests.test_cost import *
+linear.cpu_multiplies = lambda dtype: True
 for name in ("300m-2-layers", "6b-2-layers"):
     model, pixels = network(name, 2)
     with torch.no_grad(), Peak() as peak:

@@ -51,8 +51,8 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
     def weights(of: torch.dtype = dtype) -> dict[str, Tensor]:
         return {k: v.to(setting.device, dtype).to(of) for k, v in trained_like(config).items()}
 
-    def features(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-        return lambda x: model(x.to(usual)).last_hidden_state
+    def features(model: Callable[[Tensor], Any], of: torch.dtype = usual) -> Callable[[Tensor], Tensor]:
+        return lambda x: model(x.to(of)).last_hidden_state
 
     def ours(of: torch.dtype = dtype) -> InternViT:
         model = InternViT(config, device="meta")
@@ -60,14 +60,14 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
         return model.eval()
 
     def module() -> Callable[[Tensor], Tensor]:
-        return features(ours(usual))
+        return features(ours(), dtype)
 
     def optimized(precision: str | None = None, of: torch.dtype = dtype) -> Callable[[Tensor], Tensor]:
         reason = linear_int8.unavailable_reason() if precision == "int8" else None
         if reason is not None:
             raise MissingPeerError(reason)
         model = optimize_for_inference(ours(of), precision=precision, skip=() if precision == "int8" else None)
-        return lambda x: model(x.to(of)).last_hidden_state
+        return features(model, of)
 
     def transformers() -> Callable[[Tensor], Tensor]:
         return features(peers.transformers_model(config, weights(usual)))
@@ -114,7 +114,7 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
         Implementation(f"{OURS} optimize_for_inference", optimized, trains=False),
         *(int8 if setting.device == "cpu" else []),
         *(float32 if mark else []),
-        Implementation(f"{OURS} InternViT{mark}", module),
+        Implementation(f"{OURS} InternViT", module),
         Implementation(f"transformers SDPA{mark}", transformers),
         Implementation(f"timm{mark}", timm),
     ]

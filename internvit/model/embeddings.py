@@ -10,7 +10,7 @@ from internvit.geometry import check_pixels, refuse_symbolic, resize_position_em
 from internvit.model.hooks import is_plain
 from internvit.model.packed import PackedTokens, pack_images
 from internvit.ops.core.autocast import autocast_dtype
-from internvit.ops.core.direct import nothing_traces
+from internvit.ops.core.direct import traced
 from internvit.ops.linear import emulated
 
 
@@ -55,7 +55,7 @@ def convolve(module: nn.Module, pixels: Tensor) -> Tensor:
 
     PyTorch's float16 convolution takes 1.8 s for the 300M's 448 px on two Cascade Lake cores, float32's 0.03.
     """
-    if not (type(module) is nn.Conv2d and is_plain(module, nn.Conv2d) and emulated(pixels) and nothing_traces()):
+    if traced() or not (type(module) is nn.Conv2d and is_plain(module, nn.Conv2d) and emulated(pixels)):
         return module(pixels)
     weight, bias = module.weight.float(), None if module.bias is None else module.bias.float()
     dtype = autocast_dtype("cpu") or pixels.dtype

@@ -12,6 +12,7 @@ is exact, and the float32 sums rounded once: the 300M block's four Linears at 10
 
 import functools
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from internvit.ops.core.autocast import autocast_dtype, cast
-from internvit.ops.core.direct import nothing_traces
+from internvit.ops.core.direct import modes, traced
 
 _ALIGNMENT = 64
 """Bytes; those of every CPU tensor that PyTorch allocates."""
@@ -29,23 +30,25 @@ _ALIGNMENT = 64
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias for x [B, ..., K]; on CPU the same bits for x[i:i + 1] alone, in any batch and layout.
 
-    x [K] and [N, K] is one call of PyTorch's Linear. So is x in a traced program, which takes any batch, and under
-    forward-mode differentiation, which does not go through writes into views.
+    x [K] and [N, K] is one call of PyTorch's Linear. So is x in a traced program or under a mode, which may take any
+    batch, and under forward-mode differentiation, which does not go through writes into views.
     """
-    if x.device.type != "cpu" or not nothing_traces() or forward_ad._current_level >= 0:
+    if x.device.type != "cpu" or traced():
         return F.linear(x, weight, bias)
-    if (x.dim() < 3 or x.shape[0] == 0) and not emulated(x):
+    whole = x.dim() < 3 or x.shape[0] == 0 or modes() or forward_ad._current_level >= 0
+    if whole and not emulated(x):
         return F.linear(x, weight, bias)
     x, weight, bias = _autocast(x, weight, bias)
+    product = F.linear if whole else _per_image
     if not widens(x, weight, bias):
-        return _per_image(x, weight, bias, x.dtype)
+        return product(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
-        return _per_image(x, *_float32(weight, bias), torch.float32)
+        return _widened(product, x, weight, bias)
 
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias where gradients are wanted, in one call for the whole batch."""
-    if not emulated(x) or not nothing_traces() or forward_ad._current_level >= 0:
+    if x.device.type != "cpu" or traced() or forward_ad._current_level >= 0 or not emulated(x):
         return F.linear(x, weight, bias)
     operands = _autocast(x, weight, bias)
     if not widens(*operands):
@@ -97,7 +100,7 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), *_float32(weight, bias)).to(x.dtype)
+        return _widened(F.linear, x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,8 +112,8 @@ class _Widened(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(0) if needs_bias else None
 
 
-def _float32(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return weight.float(), None if bias is None else bias.float()
+def _widened(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -121,16 +124,13 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     return cast(x, dtype), cast(weight, dtype), cast(bias, dtype)  # type: ignore[return-value]
 
 
-def _per_image(x: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
-    """x weight^T + bias with x taken in `wide`, rounded to x's dtype; [N, K] and empty x in one call."""
-    if x.dim() < 3 or x.shape[0] == 0:
-        return F.linear(x.to(wide), weight, bias).to(x.dtype)
+def _per_image(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shape = (*x.shape[1:-1], weight.shape[0])
     if x.shape[0] == 1:
-        return F.linear(_rows(x).to(wide), weight, bias).to(x.dtype).view(1, *shape)
+        return F.linear(_rows(x), weight, bias).view(1, *shape)
     out = x.new_empty((x.shape[0], *shape))
     for image, destination in zip(x.split(1), out, strict=True):
-        destination.copy_(F.linear(_rows(image).to(wide), weight, bias).view(shape))
+        destination.copy_(F.linear(_rows(image), weight, bias).view(shape))
     return out
 
 

@@ -14,18 +14,19 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def nothing_watches() -> bool:
     """Whether no tracer, mode, transform or profiler sees the ops called now (0.4 us)."""
-    return nothing_traces() and not torch.autograd._profiler_enabled()
+    return not (traced() or modes() or torch.autograd._profiler_enabled())
 
 
-def nothing_traces() -> bool:
-    """Whether no tracer, mode or transform takes the ops called now for others than these, or for other inputs."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
+def traced() -> bool:
+    """Whether the ops called now are recorded for other inputs, or stand for a transform of them."""
+    return (
+        torch.compiler.is_compiling() or maybe_current_level() is not None or torch._C._get_tracing_state() is not None
     )
+
+
+def modes() -> bool:
+    """Whether a mode sees the ops called now: one of fake tensors, a counter, `torch.device` as a context."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 
 def plain(args: Iterable[Any]) -> bool:
