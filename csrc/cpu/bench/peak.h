@@ -78,7 +78,7 @@ int64_t peak_of_thread(DType dtype, int64_t rounds, const Executor& executor) {
   float* sums = arena.take<float>(kBlockRows * kColumns);
   __builtin_memset(a, 0, uint64_t(arena.used));
   for (int64_t i = 0; i < rounds; ++i)
-    multiply(kBlockRows, kColumns, kDepth, {a, kDepth, 1}, b, kColumns, sums, kColumns, true);
+    multiply(kBlockRows, kColumns, kDepth, {a, kDepth, 1}, row_major(b, kColumns), sums, kColumns, true);
   return rounds * kBlockRows * kColumns * kDepth * 2;
 }
 

@@ -46,23 +46,52 @@ INTERNVIT_INLINE void multiply_block(int64_t depth, Factor a, const float* b, in
     for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
 }
 
-template <int kRows>
-void multiply_rows(int64_t cols, int64_t depth, Factor a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                   bool accumulate) {
-  int64_t j = 0;
-  for (; j + kBlockVectors * kLanes <= cols; j += kBlockVectors * kLanes)
-    multiply_block<kRows, kBlockVectors>(depth, a, b + j, ldb, c + j, ldc, accumulate);
-  for (; j < cols; j += kLanes) multiply_block<kRows, 1>(depth, a, b + j, ldb, c + j, ldc, accumulate);
+// All rows of a few vectors of columns.
+template <int kVectors>
+INTERNVIT_INLINE void multiply_columns(int64_t rows, int64_t depth, Factor a, const float* b, int64_t ldb, float* c,
+                                       int64_t ldc, bool accumulate) {
+  const auto from = [&](int64_t row) { return Factor{a.data + row * a.row, a.row, a.depth}; };
+  int64_t i = 0;
+  for (; i + kBlockRows <= rows; i += kBlockRows)
+    multiply_block<kBlockRows, kVectors>(depth, from(i), b, ldb, c + i * ldc, ldc, accumulate);
+  for (; i < rows; ++i) multiply_block<1, kVectors>(depth, from(i), b, ldb, c + i * ldc, ldc, accumulate);
 }
 
-// c [rows, cols] (+)= a [rows, depth] b [depth, cols]; cols is a multiple of 16.
-void multiply(int64_t rows, int64_t cols, int64_t depth, Factor a, const float* b, int64_t ldb, float* c, int64_t ldc,
-              bool accumulate) {
-  int64_t i = 0;
-  const auto from = [&](int64_t row) { return Factor{a.data + row * a.row, a.row, a.depth}; };
-  for (; i + kBlockRows <= rows; i += kBlockRows)
-    multiply_rows<kBlockRows>(cols, depth, from(i), b, ldb, c + i * ldc, ldc, accumulate);
-  for (; i < rows; ++i) multiply_rows<1>(cols, depth, from(i), b, ldb, c + i * ldc, ldc, accumulate);
+constexpr int64_t kBlockDepth = 128;  // of 32 columns 16 KiB, which stay in L1 while all rows pass by
+constexpr int64_t kPanelColumns = 32;
+
+// A matrix whose element (k, j) stands at data[j / 32 * panel + k * row + j % 32]: rows one after another, or panels of
+// 32 columns, of which 64 depths lie on 2 pages instead of 64.
+struct Columns {
+  const float* data;
+  int64_t row, panel;
+};
+
+INTERNVIT_INLINE Columns row_major(const float* data, int64_t row) { return {data, row, kPanelColumns}; }
+INTERNVIT_INLINE Columns panels(const float* data, int64_t depth) {
+  return {data, kPanelColumns, depth * kPanelColumns};
+}
+
+// Writes a token's head as column n of `depth` deep panels.
+INTERNVIT_INLINE void store_column(const float* head, int64_t depth, int64_t n, float* out) {
+  out += n / kPanelColumns * depth * kPanelColumns + n % kPanelColumns;
+  for (int64_t d = 0; d < depth; ++d) out[d * kPanelColumns] = head ? head[d] : 0.0f;
+}
+
+// c [rows, cols] (+)= a [rows, depth] b [depth, cols]; cols is a multiple of 16. Terms are added in the order of depth.
+void multiply(int64_t rows, int64_t cols, int64_t depth, Factor a, Columns b, float* c, int64_t ldc, bool accumulate) {
+  int64_t k = 0;
+  do {
+    const int64_t step = min_of(kBlockDepth, depth - k);
+    const Factor left{a.data + k * a.depth, a.row, a.depth};
+    const auto right = [&](int64_t j) { return b.data + j / kPanelColumns * b.panel + k * b.row + j % kPanelColumns; };
+    const bool add = accumulate || k > 0;
+    int64_t j = 0;
+    for (; j + kBlockVectors * kLanes <= cols; j += kBlockVectors * kLanes)
+      multiply_columns<kBlockVectors>(rows, step, left, right(j), b.row, c + j, ldc, add);
+    for (; j < cols; j += kLanes) multiply_columns<1>(rows, step, left, right(j), b.row, c + j, ldc, add);
+    k += step;
+  } while (k < depth);
 }
 
 template <class T>
@@ -93,7 +122,7 @@ struct ScratchArena {  // hands out 64-byte aligned pieces of a task's scratch; 
   }
 };
 
-constexpr int64_t kStrip = 32;  // queries of a unit of work
+constexpr int64_t kStrip = 64;  // queries of a unit of work, each of which reads K and V of a head once
 
 template <class T>
 struct AttentionScratch {
@@ -102,7 +131,7 @@ struct AttentionScratch {
   AttentionScratch(void* memory, int64_t n_keys, int64_t head_dim) {
     const int64_t keys = round_up(n_keys, kLanes), dims = round_up(head_dim, kLanes);
     ScratchArena arena{static_cast<char*>(memory)};
-    k_transposed = arena.take<float>(dims * keys);
+    k_transposed = arena.take<float>(dims * round_up(keys, kPanelColumns));
     values = arena.take<float>(keys * dims);
     queries = arena.take<float>(kStrip * dims);
     scores = arena.take<float>(kStrip * keys);
@@ -118,11 +147,10 @@ void attention_pack_head(const AttentionParams& p, const AttentionScratch<T>& s,
   for (int64_t n = 0; n < p.keys; ++n) {
     const float rstd = p.rstd_k ? p.rstd_k[b * p.keys + n] : 1.0f;
     load_token(token<T>(p.k, b, n, h), nullptr, rstd, p.head_dim, dims, s.key);
-    for (int64_t d = 0; d < dims; ++d) s.k_transposed[d * keys + n] = s.key[d];
+    store_column(s.key, dims, n, s.k_transposed);
     load_token(token<T>(p.v, b, n, h), nullptr, 1.0f, p.head_dim, dims, s.values + n * dims);
   }
-  for (int64_t d = 0; d < dims; ++d)
-    for (int64_t n = p.keys; n < keys; ++n) s.k_transposed[d * keys + n] = 0;
+  for (int64_t n = p.keys; n < keys; ++n) store_column(nullptr, dims, n, s.k_transposed);
 }
 
 INTERNVIT_INLINE float row_maximum(const float* scores, int64_t n) {
@@ -170,7 +198,7 @@ void attention_strip(const AttentionParams& p, const AttentionScratch<T>& s, int
                      int64_t rows) {
   const int64_t keys = round_up(p.keys, kLanes), dims = round_up(p.head_dim, kLanes), d = p.head_dim;
   for (int64_t i = 0; i < rows; ++i) load_query<T>(p, b, h, first + i, dims, s.queries + i * dims);
-  multiply(rows, keys, d, {s.queries, dims, 1}, s.k_transposed, keys, s.scores, keys, false);
+  multiply(rows, keys, d, {s.queries, dims, 1}, panels(s.k_transposed, dims), s.scores, keys, false);
   float sums[kStrip];
   for (int64_t i = 0; i < rows; ++i) {
     const float maximum = row_maximum(s.scores + i * keys, p.keys);
@@ -180,7 +208,7 @@ void attention_strip(const AttentionParams& p, const AttentionScratch<T>& s, int
     const double lse = double(maximum) * double(kLn2) + __builtin_log(double(sums[i]));
     p.lse[(b * p.heads + h) * p.row_stride + first + i] = float(lse);
   }
-  multiply(rows, dims, p.keys, {s.scores, keys, 1}, s.values, dims, s.out, dims, false);
+  multiply(rows, dims, p.keys, {s.scores, keys, 1}, row_major(s.values, dims), s.out, dims, false);
   for (int64_t i = 0; i < rows; ++i) {
     const Vec inverse = broadcast(1.0f / sums[i]);
     T* out = static_cast<T*>(p.out) + ((b * p.tokens + first + i) * p.heads + h) * d;

@@ -13,7 +13,8 @@
 
 namespace internvit::INTERNVIT_ISA {
 
-constexpr int64_t kGroups = 12;  // groups of a block
+constexpr int64_t kGroups = 12;     // groups of a block
+constexpr int64_t kTileStrip = 32;  // queries of two tiles
 
 struct AttentionAmxScratch : PackedHead {
   bf16* queries;               // A tiles [D / 32][2]
@@ -25,12 +26,12 @@ struct AttentionAmxScratch : PackedHead {
   int64_t bytes;
   AttentionAmxScratch(ScratchArena arena, int64_t n_keys, int64_t head_dim) : PackedHead(arena, n_keys, head_dim) {
     queries = arena.take<bf16>(depth * 2 * kTile);
-    for (int i = 0; i < 2; ++i) scores[i] = arena.take<float>(kGroups * kStrip * kGroup);
+    for (int i = 0; i < 2; ++i) scores[i] = arena.take<float>(kGroups * kTileStrip * kGroup);
     for (int i = 0; i < 2; ++i) probabilities[i] = arena.take<bf16>(kGroups * 2 * kTile);
     out = arena.take<float>(depth * 4 * 256);
-    sums = arena.take<float>(kStrip * kLanes);
-    rounded_sums = arena.take<float>(kStrip * kLanes);
-    shift = arena.take<float>(kStrip);
+    sums = arena.take<float>(kTileStrip * kLanes);
+    rounded_sums = arena.take<float>(kTileStrip * kLanes);
+    shift = arena.take<float>(kTileStrip);
     bytes = arena.used;
   }
 };
@@ -39,7 +40,7 @@ struct AttentionAmxScratch : PackedHead {
 inline bool attention_queries_amx(const AttentionParams& p, const AttentionAmxScratch& s, int64_t b, int64_t h,
                                   int64_t first, int64_t rows, float largest_key) {
   bool usable = true;
-  for (int64_t i = 0; i < kStrip; ++i) {
+  for (int64_t i = 0; i < kTileStrip; ++i) {
     bf16* row = s.queries + i / 16 * kTile + i % 16 * 32;
     float bound = 0;
     if (i < rows) {
@@ -181,8 +182,8 @@ inline void exact_shift(const AttentionParams& p, const AttentionAmxScratch& s, 
 template <bool kExact>
 void attention_pass(const AttentionParams& p, const AttentionAmxScratch& s, const AttentionTiles& tiles, int64_t rows) {
   const int64_t blocks = (s.groups + kGroups - 1) / kGroups;
-  __builtin_memset(s.sums, 0, sizeof(float) * kStrip * kLanes);
-  __builtin_memset(s.rounded_sums, 0, sizeof(float) * kStrip * kLanes);
+  __builtin_memset(s.sums, 0, sizeof(float) * kTileStrip * kLanes);
+  __builtin_memset(s.rounded_sums, 0, sizeof(float) * kTileStrip * kLanes);
   const int64_t reciprocal_rows = 65536 / rows;
   tiles.scores_of(0);
   for (int64_t block = 0; block <= blocks; ++block) {
@@ -242,17 +243,19 @@ inline void attention_strip_amx(const AttentionParams& p, const AttentionAmxScra
 void attention_amx(const AttentionParams& p, const Executor& executor) {
   if (p.dtype != kBFloat16) return attention(p, executor);
   const int64_t bytes = AttentionAmxScratch(ScratchArena{nullptr}, p.keys, p.head_dim).bytes;
-  for_images<kStrip>(p, executor, bytes, [](const AttentionParams& image, void* memory, int64_t begin, int64_t end) {
-    if (image.keys == 0) return attention_without_keys<bf16>(image, kStrip, begin, end);
-    const AttentionAmxScratch s(ScratchArena{static_cast<char*>(memory)}, image.keys, image.head_dim);
-    const TileScope tiles;
-    float largest_key = 0;
-    for_strips(
-        begin, end, image.heads, image.tokens, [&](int64_t b, int64_t h) { largest_key = pack_head(image, s, b, h); },
-        [&](int64_t b, int64_t h, int64_t first, int64_t rows) {
-          attention_strip_amx(image, s, b, h, first, rows, largest_key);
-        });
-  });
+  for_images<kTileStrip>(
+      p, executor, bytes, [](const AttentionParams& image, void* memory, int64_t begin, int64_t end) {
+        if (image.keys == 0) return attention_without_keys<bf16>(image, kTileStrip, begin, end);
+        const AttentionAmxScratch s(ScratchArena{static_cast<char*>(memory)}, image.keys, image.head_dim);
+        const TileScope tiles;
+        float largest_key = 0;
+        for_strips<kTileStrip>(
+            begin, end, image.heads, image.tokens,
+            [&](int64_t b, int64_t h) { largest_key = pack_head(image, s, b, h); },
+            [&](int64_t b, int64_t h, int64_t first, int64_t rows) {
+              attention_strip_amx(image, s, b, h, first, rows, largest_key);
+            });
+      });
 }
 
 }  // namespace internvit::INTERNVIT_ISA

@@ -16,7 +16,7 @@
 namespace internvit::INTERNVIT_ISA {
 
 struct AttentionBackwardScratch {
-  float *k_transposed, *v_transposed, *keys, *grad_keys, *grad_values;  // [D, N], [N, D]
+  float *k_transposed, *v_transposed, *keys, *grad_keys, *grad_values;  // panels of [D, N], [N, D]
   float *queries, *grads, *probabilities, *grad_scores, *grad_queries;  // [strip, D], [strip, N]
   float* row;                                                           // [D]
   int64_t columns, dims, bytes;
@@ -24,7 +24,9 @@ struct AttentionBackwardScratch {
     columns = round_up(n_keys, kLanes);
     dims = round_up(head_dim, kLanes);
     ScratchArena arena{static_cast<char*>(memory)};
-    float** by_token[] = {&k_transposed, &v_transposed, &keys, &grad_keys, &grad_values};
+    float** by_column[] = {&k_transposed, &v_transposed};
+    for (float** p : by_column) *p = arena.take<float>(round_up(columns, kPanelColumns) * dims);
+    float** by_token[] = {&keys, &grad_keys, &grad_values};
     for (float** p : by_token) *p = arena.take<float>(columns * dims);
     float** by_query[] = {&queries, &grads, &grad_queries};
     for (float** p : by_query) *p = arena.take<float>(kStrip * dims);
@@ -58,10 +60,6 @@ INTERNVIT_INLINE float store_normed_grad(const float* grad_hat, const T* x, cons
 template <class T>
 INTERNVIT_INLINE void store_grad(const float* grad_hat, int64_t head_dim, T* grad) {
   for_lanes(head_dim, INTERNVIT_BODY(d, lanes, u) { store(grad + d, load(grad_hat + d, lanes), lanes); });
-}
-
-INTERNVIT_INLINE void transpose_token(const float* row, int64_t dims, float* columns, int64_t stride) {
-  for (int64_t d = 0; d < dims; ++d) columns[d * stride] = row[d];
 }
 
 // One row: q_hat k_hat^T to P, and dP to dS, in place.
@@ -98,9 +96,9 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
     const float rstd = there && q_weight ? p.rstd_k[key_statistics + n] : 1.0f;
     float* key = s.keys + n * dims;
     load_token(token<T>(p.k, b, there ? n : 0, h), k_weight, rstd, there ? d : 0, dims, key);
-    transpose_token(key, dims, s.k_transposed + n, columns);
+    store_column(key, dims, n, s.k_transposed);
     load_token(token<T>(p.v, b, there ? n : 0, h), nullptr, 1.0f, there ? d : 0, dims, s.row);
-    transpose_token(s.row, dims, s.v_transposed + n, columns);
+    store_column(s.row, dims, n, s.v_transposed);
   }
   __builtin_memset(s.grad_keys, 0, uint64_t(columns * dims) * sizeof(float));
   __builtin_memset(s.grad_values, 0, uint64_t(columns * dims) * sizeof(float));
@@ -116,16 +114,16 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
       load_token(token<T>(p.q, b, n, h), q_weight, rstd, d, dims, s.queries + i * dims);
       load_token(token<T>(p.grad_out, b, n, h), nullptr, 1.0f, d, dims, s.grads + i * dims);
     }
-    multiply(rows, columns, d, {s.queries, dims, 1}, s.k_transposed, columns, s.probabilities, columns, false);
-    multiply(rows, columns, d, {s.grads, dims, 1}, s.v_transposed, columns, s.grad_scores, columns, false);
+    multiply(rows, columns, d, {s.queries, dims, 1}, panels(s.k_transposed, dims), s.probabilities, columns, false);
+    multiply(rows, columns, d, {s.grads, dims, 1}, panels(s.v_transposed, dims), s.grad_scores, columns, false);
     for (int64_t i = 0; i < rows; ++i) {
       float* probability = s.probabilities + i * columns;
       float* grad_score = s.grad_scores + i * columns;
       softmax_and_grad(probability, grad_score, n_keys, p.scale);
     }
-    multiply(n_keys, dims, rows, {s.probabilities, 1, columns}, s.grads, dims, s.grad_values, dims, true);
-    multiply(n_keys, dims, rows, {s.grad_scores, 1, columns}, s.queries, dims, s.grad_keys, dims, true);
-    multiply(rows, dims, n_keys, {s.grad_scores, columns, 1}, s.keys, dims, s.grad_queries, dims, false);
+    multiply(n_keys, dims, rows, {s.probabilities, 1, columns}, row_major(s.grads, dims), s.grad_values, dims, true);
+    multiply(n_keys, dims, rows, {s.grad_scores, 1, columns}, row_major(s.queries, dims), s.grad_keys, dims, true);
+    multiply(rows, dims, n_keys, {s.grad_scores, columns, 1}, row_major(s.keys, dims), s.grad_queries, dims, false);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t n = first + i;
       const float* grad_hat = s.grad_queries + i * dims;

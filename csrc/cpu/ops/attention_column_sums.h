@@ -34,7 +34,7 @@ struct ColumnSumsScratch {
   ColumnSumsScratch(void* memory, int64_t tokens, int64_t head_dim) {
     const int64_t columns = round_up(tokens, kLanes), dims = round_up(head_dim, kLanes);
     ScratchArena arena{static_cast<char*>(memory)};
-    queries = arena.take<float>(dims * columns);
+    queries = arena.take<float>(dims * round_up(columns, kPanelColumns));
     shift = arena.take<float>(columns);
     keys = arena.take<float>(kStrip * dims);
     scores = arena.take<float>(kStrip * columns);
@@ -45,15 +45,14 @@ struct ColumnSumsScratch {
 
 template <class T>
 void column_sums_pack_queries(const AttentionColumnSumsParams& p, const ColumnSumsScratch& s, int64_t b, int64_t h) {
-  const int64_t columns = round_up(p.tokens, kLanes), dims = round_up(p.head_dim, kLanes), d = p.head_dim;
+  const int64_t columns = round_up(p.tokens, kLanes), dims = round_up(p.head_dim, kLanes);
   const float* lse = p.lse + (b * p.heads + h) * p.row_stride;
   for (int64_t n = 0; n < p.tokens; ++n) {
     load_query<T>(p, b, h, n, dims, s.query);
-    for (int64_t c = 0; c < d; ++c) s.queries[c * columns + n] = s.query[c];
+    store_column(s.query, dims, n, s.queries);
     s.shift[n] = lse[n] * kLog2E;
   }
-  for (int64_t c = 0; c < d; ++c)
-    for (int64_t n = p.tokens; n < columns; ++n) s.queries[c * columns + n] = 0;
+  for (int64_t n = p.tokens; n < columns; ++n) store_column(nullptr, dims, n, s.queries);
 }
 
 template <class T>
@@ -64,7 +63,7 @@ void column_sums_strip(const AttentionColumnSumsParams& p, const ColumnSumsScrat
     const float rstd = p.rstd_k ? p.rstd_k[b * p.tokens + first + i] : 1.0f;
     load_token(token<T>(p.k, b, first + i, h), nullptr, rstd, p.head_dim, dims, s.keys + i * dims);
   }
-  multiply(rows, columns, p.head_dim, {s.keys, dims, 1}, s.queries, columns, s.scores, columns, false);
+  multiply(rows, columns, p.head_dim, {s.keys, dims, 1}, panels(s.queries, dims), s.scores, columns, false);
   float* sums = p.sums + (b * p.heads + h) * p.row_stride + first;
   for (int64_t i = 0; i < rows; ++i) {
     float* scores = s.scores + i * columns;
