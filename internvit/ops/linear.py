@@ -7,12 +7,11 @@ elements differ in bfloat16), and MKL's order of summation depends on where a ro
 
 x86 CPUs without products of a 16-bit dtype emulate them. There operands are widened to float32, in which each product
 is exact, and the float32 sums rounded once: the 300M block's four Linears at 1025 tokens take 238 ms so, of float32's
-222, where PyTorch takes 1008 in bfloat16 and 2584 in float16 (one Cascade Lake core).
+222, where PyTorch takes 1008 in bfloat16 and 2584 in float16 (one core of a busy Cascade Lake).
 """
 
 import functools
 import platform
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,11 +38,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if whole and not emulated(x):
         return F.linear(x, weight, bias)
     x, weight, bias = _autocast(x, weight, bias)
-    product = F.linear if whole else _per_image
     if not widens(x, weight, bias):
-        return product(x, weight, bias)
+        return F.linear(x, weight, bias) if whole else _per_image(x, weight, bias, x.dtype)
     with torch.autocast("cpu", enabled=False):
-        return _widened(product, x, weight, bias)
+        return _widened(x, weight, bias) if whole else _per_image(x, *_float32(weight, bias), torch.float32)
 
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,7 +98,7 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _widened(F.linear, x, weight, bias)
+        return _widened(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,8 +110,12 @@ class _Widened(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(0) if needs_bias else None
 
 
-def _widened(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.float(), *_float32(weight, bias)).to(x.dtype)
+
+
+def _float32(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.float(), None if bias is None else bias.float()
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -124,13 +126,14 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     return cast(x, dtype), cast(weight, dtype), cast(bias, dtype)  # type: ignore[return-value]
 
 
-def _per_image(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _per_image(x: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    """The product in `wide`, the dtype of weight and bias, rounded to x's: one image at a time is held in it."""
     shape = (*x.shape[1:-1], weight.shape[0])
     if x.shape[0] == 1:
-        return F.linear(_rows(x), weight, bias).view(1, *shape)
+        return F.linear(_rows(x).to(wide), weight, bias).to(x.dtype).view(1, *shape)
     out = x.new_empty((x.shape[0], *shape))
     for image, destination in zip(x.split(1), out, strict=True):
-        destination.copy_(F.linear(_rows(image), weight, bias).view(shape))
+        destination.copy_(F.linear(_rows(image).to(wide), weight, bias).view(shape))
     return out
 
 

@@ -36,6 +36,15 @@ def test_emulated_products_are_rounded_once(emulating, dtype, rows, generator) -
     assert relative_error(product, true_product) <= 1.01 * relative_error(true_product.to(dtype), true_product)
 
 
+def test_one_image_at_a_time_is_held_in_float32(emulating, monkeypatch) -> None:
+    """A batch's float32 copy took twice its memory, beside its output's."""
+    x, weight = torch.ones(8, 32, 40, dtype=torch.bfloat16), torch.ones(24, 40, dtype=torch.bfloat16)
+    plain, rows = F.linear, []
+    monkeypatch.setattr(module.F, "linear", lambda x, *others: rows.append(x.shape) or plain(x, *others))
+    linear(x, weight, None)
+    assert rows == [(32, 40)] * 8
+
+
 @sixteen_bits
 def test_emulated_gradients_are_those_of_float64(emulating, dtype, generator) -> None:
     shapes = ((2, 65, 40), (24, 40), (24,))
