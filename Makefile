@@ -17,6 +17,11 @@ requirements = $(BIN)/python -c "import importlib, sys; toml = importlib.import_
 SOURCES := setup.py $(shell find csrc -type f) internvit/ops/backends/native.py
 say = @echo "$(1)"
 
+# Containers often set PYTHONDONTWRITEBYTECODE: each of the tests' few hundred processes would compile the modules that it
+# imports again, transformers' for 8 s. The bytecode lies in .venv, none beside anybody's sources.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
+
 # A torch that PYTHON has and that fits is used as it is; otherwise `TORCH` is installed, 0.2 to 6 GB. The compiled
 # libraries are built against the torch that will load them, which later installs keep.
 $(VENV)/.torch:
