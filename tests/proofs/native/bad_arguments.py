@@ -159,13 +159,17 @@ def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(n), n) for n in (-1, *large))
 
 
+def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    names = ("q", "k", "v", "scale", "q_weight", "k_weight", "rstd_q", "rstd_k")
+    return call("attention", "reference", *(arguments[n] for n in names))
+
+
 def with_forward(made: Made, arguments: Arguments, wrong: str = "") -> Arguments:
     """attention_backward's arguments with the out and lse of its forward, where these arguments have one."""
     if made.op != "attention_backward" or wrong in ("out", "lse"):
         return arguments
-    names = ("q", "k", "v", "scale", "q_weight", "k_weight", "rstd_q", "rstd_k")
     try:
-        out, lse = call("attention", "reference", *(arguments[n] for n in names))
+        out, lse = forward(arguments)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return arguments
     same = out.device.type == "cpu" and out.dtype == made.dtype and out.shape == made.arguments["out"].shape
@@ -213,6 +217,9 @@ def expected(made: Made, arguments: Arguments) -> list[Tensor]:
         if not torch.equal(arguments["packed_weight"], made.arguments["packed_weight"]):
             raise ValueError("another weight")
         return [y if wide["residual"] is None else y + wide["residual"]]
+    if made.op == "attention_backward":  # of a rounded out, delta alone moves gradients by 0.05, those that cancel
+        saved = zip(("out", "lse"), forward(wide), strict=True)
+        wide |= {name: t for name, t in saved if t.shape == wide[name].shape}
     outputs = call(made.op, "reference", *wide.values())
     outputs = () if outputs is None else outputs if isinstance(outputs, tuple) else (outputs,)
     return [*outputs, *(wide[n] for n in written_names(made))]
@@ -304,7 +311,7 @@ def complaint(made: Made, name: str, arguments: Arguments) -> str | None:
             continue
         if actual.shape != right.shape:
             return f"returns shape {list(actual.shape)}, expected {list(right.shape)}"
-        # lse in bfloat16 alone is off by 0.02; a wrong read by 1.
+        # A row rounded to bfloat16 and then to int8 is off by 0.026; a wrong read by 1.
         if right.numel() and not relative_error(actual, right) < 0.05:
             return f"returns another result: off by {relative_error(actual, right)}"
     return None
