@@ -7,9 +7,15 @@ from torch import Tensor
 from internvit.config import VARIANTS
 from internvit.kernels.common.target import TARGETS
 from internvit.kernels.tools import roofline
-from internvit.kernels.tools.compile_only import Specialization, WithoutComputing, gpu_target
+from internvit.kernels.tools.compile_only import (
+    Specialization,
+    WithoutComputing,
+    gpu_target,
+    triton_takes_cpu_tensors,
+)
 from internvit.kernels.tools.model_launches import MODES, architectures
 from internvit.kernels.tools.static_profile import failures, occupancy
+from internvit.ops import linear
 from tests.proofs.triton.test_models_compile import profile, pytestmark  # noqa: F401 (pytest reads it)
 
 
@@ -52,6 +58,17 @@ def test_failures_name_the_kernel(change, says):
     found = list(failures(row | change))
     assert len(found) == (says is not None)
     assert all(says in failure for failure in found)
+
+
+def test_linears_are_a_gpus_on_every_cpu(monkeypatch):
+    """A CPU without bfloat16 products widens their operands; the tensors of a static profile stand for a GPU's."""
+    monkeypatch.setattr(linear, "cpu_multiplies", lambda dtype: False)
+    x = torch.empty(16, 8, dtype=torch.bfloat16)
+    assert linear.emulated(x)
+    with triton_takes_cpu_tensors():
+        assert not linear.emulated(x)
+        assert not linear.widens(x, x)
+    assert linear.emulated(x)
 
 
 def test_nothing_is_computed_and_shapes_are_right(monkeypatch):
