@@ -63,15 +63,19 @@ def products_of_the_dtype(monkeypatch) -> None:
     monkeypatch.setattr(linear, "cpu_multiplies", lambda dtype: True)
 
 
-def network(name: str, layers: int) -> tuple[InternViT, Tensor]:
-    config = CONFIGS[name].replace(num_hidden_layers=layers)
+sizes = pytest.mark.parametrize("size", [224, pytest.param(448, marks=pytest.mark.slow)])
+
+
+def network(name: str, layers: int, size: int) -> tuple[InternViT, Tensor]:
+    config = CONFIGS[name].replace(num_hidden_layers=layers, image_size=size)
     return InternViT(config, dtype=torch.bfloat16), torch.randn(1, 3, *config.image_hw).bfloat16()
 
 
+@sizes
 @pytest.mark.parametrize("name", ["300m-2-layers", "6b-2-layers"])
-def test_bytes_for_backward_agree_with_a_run(name) -> None:
+def test_bytes_for_backward_agree_with_a_run(name, size) -> None:
     layers = 4 if name.startswith("300m") else 1
-    model, pixels = network(name, layers)
+    model, pixels = network(name, layers, size)
     model.train()
     with Peak() as peak:
         out = model(pixels).last_hidden_state
@@ -83,6 +87,7 @@ def test_bytes_for_backward_agree_with_a_run(name) -> None:
     assert out.requires_grad
 
 
+@sizes
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize(
@@ -94,9 +99,9 @@ def test_bytes_for_backward_agree_with_a_run(name) -> None:
         ("block", False, "checkpointing"),
     ],
 )
-def test_the_peak_of_training_agrees_with_a_run(mode, folded, field, layers) -> None:
+def test_the_peak_of_training_agrees_with_a_run(mode, folded, field, layers, size) -> None:
     """Of activations and their gradients: those of the parameters count among the optimizer's bytes."""
-    model, pixels = network("300m-2-layers", layers)
+    model, pixels = network("300m-2-layers", layers, size)
     model.train().set_gradient_checkpointing(mode)
     model.set_layer_scale_folding(folded)
     with Peak(model.config.num_tokens) as peak:
@@ -106,13 +111,14 @@ def test_the_peak_of_training_agrees_with_a_run(mode, folded, field, layers) -> 
     assert peak.peak == pytest.approx(expected, rel=0.05)
 
 
-def test_bytes_of_inference_agree_with_a_run() -> None:
+@sizes
+def test_bytes_of_inference_agree_with_a_run(size) -> None:
     """In a process of its own: after a torch.compile that failed, PyTorch 2.14 keeps a later model's tensor alive."""
-    code = """
+    code = f"""
 from tests.test_cost import *
 linear.cpu_multiplies = lambda dtype: True
 for name in ("300m-2-layers", "6b-2-layers"):
-    model, pixels = network(name, 2)
+    model, pixels = network(name, 2, {size})
     with torch.no_grad(), Peak() as peak:
         model.eval()(pixels)
     expected = cost(model.config, model.config.image_hw, 1, torch.bfloat16).inference
