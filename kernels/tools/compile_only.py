@@ -211,10 +211,11 @@ def specializing(target: Target, receive: Callable[[Launch, Specialization], Non
 def _linears_of_a_gpu() -> Iterator[None]:
     """Inside, Linears take CPU tensors as they are: a CPU without bfloat16 products would widen them to float32 first,
     and the launches of a static profile there took 60 s of CPU time and not 19."""
-    from internvit.ops import linear
+    import internvit
 
+    linear: Any = internvit.ops.linear
     before = linear.cpu_multiplies
-    linear.cpu_multiplies = lambda dtype: True  # type: ignore[assignment]
+    linear.cpu_multiplies = lambda dtype: True
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ blocks = pytest.mark.parametrize("name", ["300m-2-layers", "6b-2-layers"])
 def block(name: str, tokens: int | None = None) -> tuple[InternViTLayer, Tensor]:
     """A bfloat16 block, and an input of the model's own number of tokens."""
     config = CONFIGS[name]
-    layer = InternViTLayer(config, dtype=torch.bfloat16)
+    layer = InternViTLayer(config, device="meta", dtype=torch.bfloat16).to_empty(device="cpu")
     random_weights(layer)
     x = torch.randn(1, tokens or config.num_tokens, config.hidden_size, dtype=torch.bfloat16)
     return layer, x.requires_grad_()

@@ -153,8 +153,11 @@ def replicate(model: nn.Module, change: float) -> nn.Module:
 def pair(name: str, **changes: Any) -> tuple[InternViT, reference.InternViT]:
     """The model and the reference in eval mode, of one configuration and the same random weights."""
     config = CONFIGS[name].replace(**changes)
-    plain = reference.InternViT(config).eval()
+    # Made on the meta device: drawing weights that are replaced takes longer than a forward.
+    with torch.device("meta"):
+        plain = reference.InternViT(config)
+    plain = plain.to_empty(device="cpu").eval()
     random_weights(plain)
-    model = InternViT(config).eval()
+    model = InternViT(config, device="meta").to_empty(device="cpu").eval()
     model.load_state_dict(plain.state_dict())
     return model, plain
