@@ -17,10 +17,12 @@ requirements = $(BIN)/python -c "import importlib, sys; toml = importlib.import_
 SOURCES := setup.py $(shell find csrc -type f) internvit/ops/backends/native.py
 say = @echo "$(1)"
 
-# Containers often set PYTHONDONTWRITEBYTECODE: each of the tests' few hundred processes would compile the modules that it
-# imports again, transformers' for 8 s. The bytecode lies in .venv, none beside anybody's sources.
+# Where the environment forbids bytecode, as in many containers, it lies in .venv and not beside the sources: otherwise each
+# process of the tests compiles the modules that it imports again, transformers' for 8 s.
+ifdef PYTHONDONTWRITEBYTECODE
 unexport PYTHONDONTWRITEBYTECODE
-export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
+export PYTHONPYCACHEPREFIX ?= $(abspath $(VENV))/pycache
+endif
 
 # A torch that PYTHON has and that fits is used as it is; otherwise `TORCH` is installed, 0.2 to 6 GB. The compiled
 # libraries are built against the torch that will load them, which later installs keep.

@@ -1,6 +1,8 @@
 """What a user gets who installs or imports the package."""
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +39,24 @@ extras = ("transformers", "timm", "huggingface_hub", "PIL", "tqdm", "rich", "mat
 print([m for m in extras if m in set(sys.modules) - before])
 """
     assert python(code).strip() == "[]"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("forbidden", ["", "1"])
+def test_bytecode_is_kept_in_the_environment_where_it_is_forbidden_elsewhere(forbidden: str, tmp_path: Path) -> None:
+    (tmp_path / "show.mk").write_text(f"include {ROOT}/Makefile\nshow:\n\t@env\n")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MAKE"))}
+    done = subprocess.run(
+        ["make", "-s", "-f", str(tmp_path / "show.mk"), "show"],
+        cwd=ROOT,
+        env={**kept, "PYTHONDONTWRITEBYTECODE": forbidden},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seen = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    assert not seen.get("PYTHONDONTWRITEBYTECODE")
+    assert seen.get("PYTHONPYCACHEPREFIX") == (f"{ROOT}/.venv/pycache" if forbidden else None)
 
 
 def test_kernels_folder_shadows_no_other_package() -> None:
