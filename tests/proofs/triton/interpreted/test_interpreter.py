@@ -5,6 +5,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as triton_interpreter
 
 from tests.support import interpreter
@@ -31,6 +32,17 @@ def twice(x):
 def calling_kernel(p_y, n):
     for i in range(n):
         tl.store(p_y + i, twice(i))
+
+
+@triton.jit
+def square_kernel(p_y, n):
+    tl.store(p_y, n * n)
+
+
+def square(n: int) -> int:
+    y = torch.zeros(1, dtype=torch.int32)
+    square_kernel[(1,)](y, n)
+    return y.item()
 
 
 @pytest.fixture
@@ -78,6 +90,27 @@ def test_language_is_replaced_once_a_launch(replacements):
         assert y.tolist() == [0, 2, 4, 6]
         assert len(replacements) == launches
         assert tl.core.is_builtin(tl.load), "the launch did not restore triton.language"
+
+
+def test_an_overflow_of_int32_is_an_error():
+    assert square(46340) == 46340**2
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="mul of int32: 2147488281"):
+        square(46341)
+
+
+def test_triton_still_lets_integers_overflow(monkeypatch):
+    monkeypatch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", interpreter.triton_refuse_overflow)
+    assert square(46341) < 0, "Triton refuses this now: drop _refuse_overflow from tests/support/interpreter.py"
+
+
+def test_types_of_blocks_are_told_apart():
+    shapes = [[16, 32], [32, 16], [16], (tl.constexpr(16), 32)]
+    types = [tl.block_type(dtype, shape) for dtype in (tl.float32, tl.int32) for shape in shapes for _ in range(2)]
+    sizes = [(16, 32), (32, 16), (16,), (16, 32)]
+    assert [(t.scalar, *t.shape) for t in types] == [
+        (dtype, *size) for dtype in (tl.float32, tl.int32) for size in sizes for _ in range(2)
+    ]
+    assert {(t.scalar, t.numel) for t in types} == {(d, n) for d in (tl.float32, tl.int32) for n in (16, 512)}
 
 
 def test_triton_still_replaces_its_language_at_each_call(replacements, monkeypatch):
