@@ -47,3 +47,10 @@ def test_every_python_and_the_oldest_torch_are_tested() -> None:
     assert pythons == list(range(int(oldest[0][1]), pythons[-1] + 1))
     torches = sorted({int(row["torch"].removeprefix("2.")) for row in tested})
     assert torches == list(range(int(oldest[1][1].removeprefix("2.")), torches[-1] + 1))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_actions_are_pinned(path: Path) -> None:
+    """By the hash of a release, which a tag beside it names; PyPA asks for the branch of its own."""
+    for line in re.findall(r"uses: (.*)", path.read_text()):
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+|pypa/gh-action-pypi-publish@release/v1", line)
