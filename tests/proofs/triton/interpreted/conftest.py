@@ -2,8 +2,8 @@
 
 TRITON_INTERPRET=1 pytest tests/proofs/triton/interpreted
 
-The whole product took an hour of one core (AVX-512 server CPU) while each integer sum was checked by ten ops, two fifths
-of it float32 attention over 1025 tokens; without slow tests it takes four and a half minutes of a slower one.
+The whole product took an hour of one core (AVX-512 server CPU) while each integer sum was checked by ten ops, two
+fifths of it float32 attention over 1025 tokens; without slow tests it takes four and a half minutes of a slower core.
 """
 
 import os
