@@ -287,6 +287,54 @@ INTERNVIT_INLINE float max_lane(Vec x) {
 
 #endif
 
+#if defined(__AVX512F__)
+// Transposes 16 x 16 words of 32 bits held in 16 registers.
+INTERNVIT_INLINE void transpose_words(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+#endif
+
+// out [columns, rows] = in^T, both multiples of 16.
+INTERNVIT_INLINE void transpose(int64_t rows, int64_t columns, const float* in, int64_t in_row, float* out,
+                                int64_t out_row) {
+  for (int64_t i = 0; i < rows; i += 16) {
+    for (int64_t j = 0; j < columns; j += 16) {
+      const float* from = in + i * in_row + j;
+      float* to = out + j * out_row + i;
+#if defined(__AVX512F__)
+      __m512i r[16];
+      for (int64_t n = 0; n < 16; ++n) r[n] = _mm512_loadu_si512(from + n * in_row);
+      transpose_words(r);
+      for (int64_t n = 0; n < 16; ++n) _mm512_storeu_si512(to + n * out_row, r[n]);
+#else
+      for (int64_t n = 0; n < 16; ++n)
+        for (int64_t m = 0; m < 16; ++m) to[m * out_row + n] = from[n * in_row + m];
+#endif
+    }
+  }
+}
+
 // x as the storage type T would keep it.
 template <class T>
 INTERNVIT_INLINE Vec rounded(Vec x) {
