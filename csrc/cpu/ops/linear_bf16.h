@@ -86,6 +86,7 @@ struct Bf16Operands {
 
   int64_t depth_block() const { return kDepthBlock / 32; }
   Epilogue epilogue(int64_t panel) const { return {p, panel}; }
+  void start_step(int64_t, int64_t, int64_t, const Epilogue&) const {}
   const bf16* weight(int64_t panel, int64_t d) const { return p.packed_weight + (panel * depth + d) * 2 * kTile; }
 };
 

@@ -241,6 +241,7 @@ struct Int8Product {
     return block > 1 ? block : 1;
   }
   Int8Epilogue<T, G> epilogue(int64_t panel) const { return {p, panel, columns}; }
+  void start_step(int64_t, int64_t, int64_t, const Int8Epilogue<T, G>&) const {}
 
   void pack_rows(int64_t strip) const {
     for (int64_t row = strip * kRows; row < min_of(p.rows, (strip + 1) * kRows); ++row) {

@@ -7,8 +7,8 @@
 //
 // `Product` is the share of a dtype and an instruction set: kRows of a strip and kStep tiles of a step; `Sum`; `Scope`,
 // held by a task; the extents of the product in strips, panels and tiles of depth; row_block() strips and depth_block()
-// tiles of a block; pack_rows(strip); epilogue(panel); and the product of one strip with one panel's step, whose last
-// step runs the epilogue.
+// tiles of a block; pack_rows(strip); epilogue(panel), what it keeps of a panel; start_step(panel, ...), before the
+// strips pass by a step; and the product of one strip with one panel's step, whose last step runs the epilogue.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -21,9 +21,10 @@ constexpr int64_t kPanel = 32;
 // next step.
 template <class Product, class Epilogue>
 INTERNVIT_INLINE void multiply_panel(const Product& product, int64_t panel, int64_t first, int64_t last, int64_t from,
-                                     int64_t to, typename Product::Sum* sums, const Epilogue& epilogue) {
+                                     int64_t to, typename Product::Sum* sums, Epilogue&& epilogue) {
   for (int64_t d = from; d < to; d += Product::kStep) {
     const int64_t step = min_of(Product::kStep, to - d);
+    product.start_step(panel, d, step, epilogue);
     for (int64_t strip = first; strip < last; ++strip) {
       const int64_t next = strip + 1 < last ? strip + 1 : strip;
       product.multiply(panel, strip, next, d, step, sums + (strip - first) * Product::kRows * kPanel, epilogue);
