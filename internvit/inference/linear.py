@@ -73,7 +73,7 @@ def packed_linear_class(weight: Tensor) -> type[PackedLinear] | type[PrepackedLi
     bfloat16 at 1025 rows, the four Linears of a 300M block with their epilogues. One core of a busy EPYC (Zen 4),
     VDPBF16PS, CPU time, medians of 15 interleaved: own 119.5 ms, oneDNN prepacked 121.8. One Xeon core with AMX:
     oneDNN prepacked 30.5 ms, PyTorch 35.3, own tiles 37.5. One Xeon core without bfloat16 products (Cascade Lake): own
-    238 ms, oneDNN prepacked 999, `internvit.ops.linear` 238 as well.
+    210 ms, oneDNN prepacked 998, `internvit.ops.linear` 227.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.numel() == 0:
         return None

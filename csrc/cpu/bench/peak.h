@@ -61,17 +61,17 @@ int64_t peak_of_thread(DType dtype, int64_t rounds, const Executor& executor) {
 #endif
 #if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
   if (dtype == kInt8) {
-    constexpr int64_t kBytes = 1024;
+    constexpr int64_t kBytes = 512;
     ScratchArena arena{static_cast<char*>(executor.scratch((kVnniRows + 32) * kBytes + kVnniRows * 32 * 4))};
     uint8_t* a = arena.take<uint8_t>(kVnniRows * kBytes);
     int8_t* b = arena.take<int8_t>(32 * kBytes);
     int32_t* sums = arena.take<int32_t>(kVnniRows * 32);
     __builtin_memset(a, 0, uint64_t(arena.used));
-    for (int64_t i = 0; i < rounds; ++i) vnni_block<kBytes>(a, b, kBytes / 4, sums, 32, sums);
+    for (int64_t i = 0; i < rounds; ++i) vnni_block(a, b, kBytes / 4, sums, 32, sums);
     return rounds * kVnniRows * 32 * kBytes * 2;
   }
 #endif
-  constexpr int64_t kDepth = 256, kColumns = kBlockVectors * kLanes;
+  constexpr int64_t kDepth = 128, kColumns = kBlockVectors * kLanes;
   ScratchArena arena{
       static_cast<char*>(executor.scratch((kBlockRows * kDepth + kColumns * kDepth + kBlockRows * kColumns) * 4))};
   float *a = arena.take<float>(kBlockRows * kDepth), *b = arena.take<float>(kColumns * kDepth);

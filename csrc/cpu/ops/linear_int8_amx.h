@@ -10,12 +10,16 @@
 namespace internvit::INTERNVIT_ISA {
 
 struct AmxInt8Layout {  // x_q + 128 as A tiles [strip][K / 64][2][16][64]
-  static constexpr int64_t kRows = 32, kBlockBytes = 1024 * 1024, kTileBytes = 1024;
+  static constexpr int64_t kRows = 32, kPackedRows = 1, kStep = 16, kBlockBytes = 1024 * 1024, kTileBytes = 1024;
   using Scope = TileScope;
 
   static constexpr int64_t strip_bytes(int64_t depth) { return depth * 2 * kTileBytes; }
   INTERNVIT_INLINE static int64_t offset(int64_t, int64_t depth, int64_t strip, int64_t i, int64_t d) {
     return ((strip * depth + d) * 2 + i / 16) * kTileBytes + i % 16 * 64;
+  }
+
+  INTERNVIT_INLINE static void store_rows(uint8_t* tile, const uint8_t (&bytes)[kPackedRows][kInt8Depth]) {
+    _mm512_store_si512(tile, _mm512_load_si512(bytes[0]));
   }
 
   INTERNVIT_INLINE static void multiply(const uint8_t* a, const uint8_t* next, const int8_t* b, int64_t step,

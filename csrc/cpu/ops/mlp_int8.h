@@ -51,7 +51,11 @@ int64_t mlp_block_int8(LinearInt8Params fc1, LinearInt8Params fc2, void* memory)
   if (!memory) return arena.used;
   for (int64_t strip = 0; strip < first.strips; ++strip) first.pack_rows(strip);
   multiply_rows(first, sums);
-  for (int64_t row = 0; row < fc1.rows; ++row) hidden.quantize(row, values + row * fc1.out_features, fc1.out_features);
+  for (int64_t strip = 0; strip < first.strips; ++strip) {
+    hidden.for_packed(strip, fc1.rows, [&](int64_t row, int64_t rows) {
+      hidden.quantize(row, rows, values + row * fc1.out_features, fc1.out_features, fc1.out_features);
+    });
+  }
   multiply_rows(second, sums);
   return arena.used;
 }

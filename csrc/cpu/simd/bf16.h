@@ -45,6 +45,12 @@ INTERNVIT_INLINE __m512i narrow_pair(Vec low, Vec high) {
 #endif
 }
 
+INTERNVIT_INLINE void store_pair(bf16* p, Vec low, Vec high) { _mm512_storeu_si512(p, narrow_pair(low, high)); }
+INTERNVIT_INLINE void store_pair(float* p, Vec low, Vec high) {
+  store(p, low);
+  store(p + 16, high);
+}
+
 // Two rows of 32 as 32 pairs: low holds columns 0 to 15, high the rest.
 INTERNVIT_INLINE void interleave(__m512i even, __m512i odd, __m512i* low, __m512i* high) {
   alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,

@@ -19,7 +19,9 @@ namespace internvit::INTERNVIT_ISA {
 constexpr int64_t kLanes = 16;
 
 INTERNVIT_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-INTERNVIT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+INTERNVIT_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 INTERNVIT_INLINE float bits_to_float(uint32_t bits) {
   float x;

@@ -11,11 +11,10 @@ INTERNVIT_INLINE void dpbusd(__m512i& acc, __m512i a, __m512i b) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 }
 
-// Adds `words` times four of depth of 12 rows by two vectors of 16 columns, in 24 registers, as Vdpbf16Block; row i of
-// A is at a + i * kRow. Out of line: GCC kept constants of the epilogue in registers and accumulators in memory.
-constexpr int64_t kVnniRows = 12, kVnniColumns = 32;
+// Adds `words` times four of depth of 12 rows by two vectors of 16 columns, in 24 registers, as Vdpbf16Block; A is
+// [words][12][4]. Out of line: GCC kept constants of the epilogue in registers and accumulators in memory.
+constexpr int64_t kVnniRows = 12, kVnniColumns = 32, kVnniWord = kVnniRows * 4;
 
-template <int64_t kRow>
 __attribute__((noinline)) void vnni_block(const uint8_t* a, const int8_t* b, int64_t words, const int32_t* from,
                                           int64_t from_row, int32_t* sums) {
   __m512i acc[kVnniRows][2];
@@ -25,11 +24,12 @@ __attribute__((noinline)) void vnni_block(const uint8_t* a, const int8_t* b, int
     acc[i][1] = _mm512_load_si512(from + i * from_row + 16);
   }
   for (int64_t k = 0; k < words; ++k) {
+    __builtin_prefetch(a + (k + 16) * kVnniWord);  // A comes from L2
     const __m512i left = _mm512_load_si512(b + k * 128), right = _mm512_load_si512(b + k * 128 + 64);
 #pragma GCC unroll 12
     for (int i = 0; i < kVnniRows; ++i) {
       int32_t four;
-      __builtin_memcpy(&four, a + i * kRow + k * 4, 4);
+      __builtin_memcpy(&four, a + k * kVnniWord + i * 4, 4);
       const __m512i row = _mm512_set1_epi32(four);
       dpbusd(acc[i][0], row, left);
       dpbusd(acc[i][1], row, right);
@@ -43,8 +43,8 @@ __attribute__((noinline)) void vnni_block(const uint8_t* a, const int8_t* b, int
 }
 
 // Adds ratio * (start + products) of each group of up to `group` words to float sums, six rows at a time: products and
-// sums of more rows do not fit in the registers, and sums in L1 cost 8 % where these cost 2 (groups of 32 words).
-template <int64_t kRow>
+// sums of more rows do not fit in the registers, and sums in L1 cost 8 % where these cost 2 (groups of 32 words). A is
+// the first or the last six rows of [words][12][4].
 __attribute__((noinline)) void vnni_grouped_block(const uint8_t* a, const int8_t* b, int64_t words, int64_t group,
                                                   const int32_t* start, const float* ratio, bool first, float* sums) {
   constexpr int kRows = kVnniRows / 2;
@@ -67,7 +67,7 @@ __attribute__((noinline)) void vnni_grouped_block(const uint8_t* a, const int8_t
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
         int32_t four;
-        __builtin_memcpy(&four, a + i * kRow + k * 4, 4);
+        __builtin_memcpy(&four, a + k * kVnniWord + i * 4, 4);
         const __m512i row = _mm512_set1_epi32(four);
         dpbusd(acc[i][0], row, left);
         dpbusd(acc[i][1], row, right);

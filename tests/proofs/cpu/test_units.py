@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from internvit.numerics import norm_violations, product_violations, relative_error, sample
 from internvit.ops.backends import native
+from internvit.ops.backends.registry import has_implementation
 from internvit.ops.core.norm_math import statistics
 from internvit.ops.core.registration import OPS
 from internvit.ops.core.spec import INFERENCE_SPECS, SPECS, Inputs, OpSpec, Size, as_tuple
@@ -29,6 +30,8 @@ MISSING = native.unavailable_reason("internvit_cpu")
 EMULATED = () if MISSING else tuple(unit for unit in cpu.instruction_sets().split() if unit.endswith("emulated"))
 UNITS = (*CPU_UNITS, *EMULATED)
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+if MISSING is None:
+    has_implementation("linear_int8", "cpu")  # asked once, of the machine's best unit, before another takes its turn
 
 
 @pytest.fixture(params=UNITS)
