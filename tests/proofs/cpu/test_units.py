@@ -299,7 +299,9 @@ def check_attention_backward(q, k, v, grad_out, scale: float, dtype: torch.dtype
         assert (actual.double() - right).abs().max() < tolerance * size, name
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 32, 32), (33, 40, 56), (70, 1056, 17), (545, 64, 96)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 32, 32), (33, 40, 56), (70, 1056, 17), (545, 64, 96), (300, 1056, 64)]
+)
 @pytest.mark.parametrize("epilogue", ["none", "gelu", "residual"])
 def test_packed_linear(unit: str, rows: int, inputs: int, outputs: int, epilogue: str, generator) -> None:
     if not cpu.packs_linear(torch.bfloat16):
