@@ -67,8 +67,7 @@ INTERNVIT_INLINE void store_int8(int8_t* p, Vec x, int32_t zero, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 #else
-// Out of line, as the conversions of f16: scalar code, expanded for each tail, takes long to compile.
-__attribute__((noinline)) void store_int8(int8_t* p, Vec x, int32_t zero, int64_t n) {
+INTERNVIT_INLINE_LONG void store_int8(int8_t* p, Vec x, int32_t zero, int64_t n) {
   float lanes[kLanes];
   store(lanes, x);
   for (int64_t i = 0; i < n; ++i) {
