@@ -15,7 +15,7 @@ constexpr int kFmaRows = 12;
 // Adds `depth` of products: A is [depth][12], B [depth][32].
 struct FmaBlock : RegisterBlock<kFmaRows, 2> {
   INTERNVIT_INLINE void add(const float* a, const float* b, int64_t depth) {
-    constexpr int64_t kAhead = 16 * kFmaRows;  // of A, which comes from L2
+    constexpr int64_t kAhead = 16 * kFmaRows;  // of A, a stream from L2 or beyond
     for (int64_t k = 0; k < depth; ++k, a += kFmaRows, b += kPanel) {
       __builtin_prefetch(a + kAhead);
       const __m512 left = _mm512_load_ps(b), right = _mm512_load_ps(b + 16);
@@ -34,13 +34,14 @@ struct FmaProduct : Bf16Operands<float, 128> {
   static constexpr int64_t kRows = kFmaRows;
   struct Scope {};
   struct Panel : Epilogue {
+    using Epilogue::Epilogue;  // which leaves the step to start_step
     alignas(64) float weight[kDepthStep * kPanel];  // [depth][32]
   };
 
   // Widening pays when many strips pass by, and units are enough for many threads (12 strips: 6 % slower, 36: 1 %
   // faster).
   int64_t row_block() const { return 24; }
-  Panel epilogue(int64_t panel) const { return {{p, panel}}; }
+  Panel epilogue(int64_t panel) const { return Panel(p, panel); }
 
   // packed_x is [step of depth][strip][128][12].
   float* step_of(int64_t strip, int64_t d) const {

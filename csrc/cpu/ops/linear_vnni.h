@@ -11,7 +11,6 @@ namespace internvit::INTERNVIT_ISA {
 struct VnniLayout {
   static constexpr int64_t kRows = kVnniRows, kPackedRows = kRows, kStep = 8, kBlockBytes = 360 * 1024;
   static constexpr int64_t kTileBytes = kRows * kInt8Depth;
-  static_assert(kStep % kInt8Group == 0, "");
   struct Scope {};
 
   static constexpr int64_t strip_bytes(int64_t depth) { return round_up(depth, kStep) * kTileBytes; }
