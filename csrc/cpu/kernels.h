@@ -173,7 +173,8 @@ extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAmxKernels;
 #endif
 
-// The units this machine can run, worst first, ended by null; asked of CPUID, XCR0 and (AMX) the kernel's permission.
+// The units that this library has and this machine can run, worst first, ended by null; asked of CPUID, XCR0 and (AMX)
+// the kernel's permission.
 const Kernels* const* supported_kernels();
 
 int64_t norm_backward_chunks(int64_t rows);

@@ -1,4 +1,4 @@
-// Which of the compiled units this machine can run, and what does not depend on the instruction set.
+// Which of the units in this library this machine can run, and what does not depend on the instruction set.
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__)
@@ -10,6 +10,16 @@
 #endif
 
 namespace internvit {
+
+#if defined(__x86_64__)
+// A library may be built without some of them (INTERNVIT_CPU_UNITS): their addresses are null.
+extern const Kernels kAvx2Kernels __attribute__((weak));
+extern const Kernels kAvx512Kernels __attribute__((weak));
+extern const Kernels kAvx512VnniKernels __attribute__((weak));
+extern const Kernels kAvx512Bf16Kernels __attribute__((weak));
+extern const Kernels kAmxKernels __attribute__((weak));
+#endif
+
 namespace {
 
 #if defined(__x86_64__)
@@ -37,24 +47,28 @@ struct Supported {
   const Kernels* list[7] = {};
   int count = 0;
 
+  void add(const Kernels* unit) {
+    if (unit) list[count++] = unit;
+  }
+
   Supported() {
-    list[count++] = &kGenericKernels;
+    add(&kGenericKernels);
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
     const bool fma = bit(c, 12), os_saves = bit(c, 27), avx = bit(c, 28), f16c = bit(c, 29);
     if (!os_saves || !avx || !fma || !f16c || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     const uint64_t state = saved_state();
     if ((state & 0x6) != 0x6 || !bit(b, 5)) return;  // xmm, ymm; AVX2
-    list[count++] = &kAvx2Kernels;
+    add(&kAvx2Kernels);
     const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
     if ((state & 0xe0) != 0xe0 || !avx512) return;                             // opmask, zmm
-    list[count++] = &kAvx512Kernels;
+    add(&kAvx512Kernels);
     if (!bit(c, 11)) return;  // AVX512-VNNI
-    list[count++] = &kAvx512VnniKernels;
+    add(&kAvx512VnniKernels);
     const bool amx = bit(d, 22) && bit(d, 24) && bit(d, 25);             // AMX-BF16, -TILE, -INT8
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return;  // AVX512-BF16
-    list[count++] = &kAvx512Bf16Kernels;
-    if ((state & 0x60000) == 0x60000 && amx && tiles_permitted()) list[count++] = &kAmxKernels;
+    add(&kAvx512Bf16Kernels);
+    if ((state & 0x60000) == 0x60000 && amx && tiles_permitted()) add(&kAmxKernels);
   }
 };
 
