@@ -39,19 +39,23 @@ class Rematerialization:
             return self.compute().view(shape)
 
 
+def _storage_of(tensor: Tensor) -> int:
+    """Tells live storages apart, those of fake and meta tensors too, which have no memory."""
+    return tensor.untyped_storage()._cdata
+
+
 class _Scope:
-    """How to compute live tensors again, by the address of their storage."""
+    """How to compute live tensors again, by their storage."""
 
     def __init__(self) -> None:
         self.entries: dict[int, tuple[weakref.ref[Tensor], int, Rematerialization]] = {}
 
     def register(self, tensor: Tensor, rematerialization: Rematerialization) -> None:
-        address = tensor.untyped_storage().data_ptr()
-        # An address is reused once its tensor dies: the weak reference tells the tensor meant from a later one.
-        self.entries[address] = (weakref.ref(tensor), tensor._version, rematerialization)
+        # A number is reused once its storage dies: the weak reference tells the tensor meant from a later one.
+        self.entries[_storage_of(tensor)] = (weakref.ref(tensor), tensor._version, rematerialization)
 
     def pack(self, saved: Tensor) -> Tensor | tuple[Rematerialization, torch.Size]:
-        entry = self.entries.get(saved.untyped_storage().data_ptr())
+        entry = self.entries.get(_storage_of(saved))
         if entry is None:
             return saved
         meant, version, rematerialization = entry[0](), *entry[1:]
@@ -140,5 +144,5 @@ def rematerialize(tensor: Tensor, compute: Callable[[], Tensor], *inputs: Tensor
 def keep(tensor: Tensor) -> Tensor:
     """Returns `tensor`, which autograd saves as usual from here on."""
     if active():
-        _active.stack[-1].entries.pop(tensor.untyped_storage().data_ptr(), None)
+        _active.stack[-1].entries.pop(_storage_of(tensor), None)
     return tensor
