@@ -1,6 +1,7 @@
 """Compiles every kernel that the models launch, without a GPU, and reports what the compiler made of it.
 
-    python -m internvit.kernels.tools.static_profile [--arch sm_90 ...] [--dtype bfloat16 ...] [--quick] [--json FILE]
+    python -m internvit.kernels.tools.static_profile [--arch sm_90 ...] [--dtype bfloat16 ...] [--quick] [--part I/N]
+        [--json FILE]
 
 The launches are those of whole models, specialised by Triton's own JIT. A row: kernel, config (dtypes and constants),
 arch, registers and spills (bytes stored to the stack) of a thread, stack_bytes, shared_bytes, occupancy (resident
@@ -140,18 +141,23 @@ def config_of(one: Specialization) -> str:
     return " ".join([*parts, f"warps={one.num_warps}", f"stages={one.num_stages}"])
 
 
+def _name(use: KernelUse, target: Target) -> Row:
+    """The row of a kernel that is not compiled."""
+    one = use.specialization
+    return {"kernel": one.function, "config": config_of(one), "arch": target.name, "modes": use.modes}
+
+
 def profile(use: KernelUse, target: Target, quick: bool = False) -> Row:
     """One row. A kernel that does not compile has `error` instead of what was read from its code.
 
     `quick` disassembles only kernels with matrix products, and those that keep a stack: others spill nothing, and have
     no `global_16_byte_share`.
     """
-    one = use.specialization
-    row: Row = {"kernel": one.function, "config": config_of(one), "arch": target.name}
+    one, row = use.specialization, _name(use, target)
     try:
         compiled = one.compile(target)
     except Exception as error:
-        return row | {"error": reason(error), "modes": use.modes}
+        return row | {"error": reason(error)}
     if target.is_amd:
         code = _read_amd(compiled)
     else:
@@ -167,7 +173,6 @@ def profile(use: KernelUse, target: Target, quick: bool = False) -> Row:
         "global_16_byte_share": round(sum(code["wide"]) / len(code["wide"]), 3) if code["wide"] else None,
         "loop": _loop(code.get("sass", ""), one, target),
         "ceiling_us": round(1e6 * roofline.seconds(target.name, use.bytes_moved, use.flops), 3),
-        "modes": use.modes,
         "source": asdict(one) | {"target": target.name},
     }
 
@@ -203,14 +208,21 @@ def failures(row: Row) -> Iterator[str]:
 
 
 def profile_uses(
-    uses: Iterable[tuple[KernelUse, Target]], processes: int | None = None, quick: bool = False
+    uses: Iterable[tuple[KernelUse, Target]],
+    processes: int | None = None,
+    quick: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Row]:
-    """A row for each, compiled in `processes` processes, by default one for each core."""
+    """A row for each, compiled in `processes` processes, by default one for each core; of part (i, n) every n-th from
+    the i-th on is compiled, and the others are named alone."""
     processes = processes or len(os.sched_getaffinity(0))
     pairs = list(uses)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
         read = functools.partial(profile, quick=quick)
-        yield from pool.map(read, [use for use, _ in pairs], [target for _, target in pairs])
+        mine = pairs[part[0] :: part[1]]
+        rows = pool.map(read, [use for use, _ in mine], [target for _, target in mine])
+        for i, pair in enumerate(pairs):
+            yield next(rows) if i % part[1] == part[0] else _name(*pair)
 
 
 def profile_all(
@@ -219,11 +231,20 @@ def profile_all(
     only: str = "",
     processes: int | None = None,
     quick: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Row]:
     """A row per distinct kernel and target; `only` keeps the modes whose name that pattern is found in."""
     dtypes = tuple(dtypes)
     pairs = [(use, TARGETS[arch]) for arch in archs for use in kernel_uses(TARGETS[arch], dtypes, only=only)]
-    return profile_uses(pairs, processes, quick)
+    return profile_uses(pairs, processes, quick, part)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """"I/N" as numbers."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def main() -> None:
@@ -233,14 +254,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only modes whose name this pattern is found in, as '6b.*train'")
     parser.add_argument("--processes", type=int, help="that compile; one for each core by default")
     parser.add_argument("--quick", action="store_true", help="disassemble only where products or a stack are")
+    parser.add_argument("--part", type=_part, default=(0, 1), help="I/N: every N-th kernel from I on; names the others")
     parser.add_argument("--json", type=Path, help="writes the rows here")
     args = parser.parse_args()
     rows = []
     titles = f"{'regs':>4} {'spills':>6} {'shared':>7} {'occ':>5} {'16B':>5} {'least us':>8} issue/tensor/exp products"
     print(f"{'arch':7} {'kernel':32} {titles} matrix / config")
     dtypes = [getattr(torch, name) for name in args.dtype]
-    for row in profile_all(args.arch, dtypes, args.only, args.processes, args.quick):
+    for row in profile_all(args.arch, dtypes, args.only, args.processes, args.quick, args.part):
         rows.append(row)
+        if "registers" not in row and "error" not in row:
+            continue
         if "error" in row:
             print(f"{row['arch']:7} {row['kernel']:32} {row['error']} {row['config']}", flush=True)
             continue
