@@ -38,9 +38,13 @@ def build(folder: BuildFolder) -> Path:
 
 
 def build_emulated(folder: BuildFolder) -> Path:
-    """The driver with the AMX unit on emulated tiles in place of the AVX512-BF16 unit."""
-    sources = [EMULATED if path == AS[EMULATED] else path for path in (*INSTRUMENTED, *VECTOR_UNITS)]
-    return folder.once("cpu/driver_emulated", lambda target: link(target, compile_all(folder, sources)))
+    """The driver with the AMX unit on emulated tiles in place of the AVX512-BF16 unit; -O1 takes half the time."""
+    others = [path for path in (*INSTRUMENTED, *VECTOR_UNITS) if path != AS[EMULATED]]
+
+    def build(target: Path) -> None:
+        link(target, [*compile_all(folder, [EMULATED], "-O1"), *compile_all(folder, others)])
+
+    return folder.once("cpu/driver_emulated", build)
 
 
 def build_sanitized(folder: BuildFolder, sanitizer: str) -> Path:
