@@ -81,6 +81,7 @@ def close(actual: list[Tensor], expected: object, bound: float = 2e-6) -> bool:
     return len(actual) == len(wanted) and all(relative_error(a, e) < bound for a, e in zip(actual, wanted, strict=True))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "config_name"), DOORS)
 def test_exported_programs_decompose(name: str, config_name: str) -> None:
     module, pixels = make(name, config_name)
@@ -115,6 +116,7 @@ def run_onnx(file: bytes, pixels: Tensor) -> list[Tensor]:
     return [torch.from_numpy(out) for out in session.run(None, {session.get_inputs()[0].name: pixels.numpy()})]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "config_name"), DOORS)
 def test_onnx(name: str, config_name: str) -> None:
     pytest.importorskip("onnxscript")

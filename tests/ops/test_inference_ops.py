@@ -79,7 +79,7 @@ def test_dtypes_layouts_and_batches(spec: OpSpec, variant: str, backend: str, ge
         assert equal(fewer, tuple(t[..., :tokens] if packed else t[:images] for t in outputs))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @each_case
 def test_opcheck_and_compile(spec: OpSpec, variant: str, backend: str, generator: torch.Generator) -> None:
     arguments = spec.examples[variant](Inputs(TINY, generator))

@@ -28,7 +28,7 @@ CASES = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case):
     backend, spec, example = CASES[case]

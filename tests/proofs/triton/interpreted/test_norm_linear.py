@@ -124,6 +124,7 @@ def launched(monkeypatch):
     return names
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("qk_normalization", [True, False])
 @pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
 def test_a_model_has_its_norms_inside_its_gemms(norm_type, qk_normalization, monkeypatch):
