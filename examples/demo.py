@@ -18,10 +18,10 @@ from internvit.ops.core.select import resolve
 from internvit.ops.linear import cpu_multiplies
 
 
-def fused_beside_reference(budget: float = 30.0) -> None:
+def fused_beside_reference(budget: float = 20.0) -> None:
     """InternViT-300M at 448 px in bfloat16: error against float32, and time, interleaved in one process.
 
-    It is timed in 3 to 5 rounds, as fit `budget` seconds. Where a CPU emulates bfloat16 the reference is timed in
+    It is timed in 2 to 5 rounds, as fit `budget` seconds. Where a CPU emulates bfloat16 the reference is timed in
     float32, which takes it a quarter of the time.
     """
     config = internvit.InternViTConfig.from_name("internvit-300m-448px-v2.5")
@@ -33,15 +33,19 @@ def fused_beside_reference(budget: float = 30.0) -> None:
         truth = reference(pixels).last_hidden_state
         dtype = torch.bfloat16 if cpu_multiplies(torch.bfloat16) else torch.float32
         reference.to(dtype)
-        model = internvit.InternViT(config, dtype=torch.bfloat16).eval()
+        model = internvit.InternViT(config, dtype=torch.bfloat16, device="meta").to_empty(device="cpu").eval()
         model.load_state_dict(reference.state_dict())
         optimized = internvit.optimize_for_inference(model)
         label = "plain PyTorch" if dtype == torch.bfloat16 else "PyTorch, float32"
         networks = {f"reference ({label})": reference, "internvit": model, "optimize_for_inference": optimized}
         inputs = {name: pixels.to(dtype if m is reference else torch.bfloat16) for name, m in networks.items()}
         start = time.perf_counter()
-        errors = {name: relative_error(m(inputs[name]).last_hidden_state, truth) for name, m in networks.items()}
-        rounds = min(5, max(3, int(budget / (time.perf_counter() - start))))
+        known = {reference: truth} if dtype == torch.float32 else {}
+        errors = {
+            name: relative_error(known[m] if m in known else m(inputs[name]).last_hidden_state, truth)
+            for name, m in networks.items()
+        }
+        rounds = min(5, max(2, int(budget / (time.perf_counter() - start))))
         seconds: dict[str, list[float]] = {name: [] for name in networks}
         for _ in range(rounds):
             for name, m in networks.items():
