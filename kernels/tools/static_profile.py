@@ -240,7 +240,7 @@ def profile_all(
 
 
 def _part(text: str) -> tuple[int, int]:
-    """"I/N" as numbers."""
+    """ "I/N" as numbers."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text!r}")

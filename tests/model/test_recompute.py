@@ -60,6 +60,17 @@ def test_units_of_each_mode(name) -> None:
 
 
 @blocks
+def test_tensors_without_memory_are_told_apart(name) -> None:
+    """Where memory is planned on the meta device; all their addresses are 0."""
+    config = CONFIGS[name]
+    layer = InternViTLayer(config, device="meta", dtype=torch.bfloat16)
+    x = torch.empty(1, config.num_tokens, config.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    assert 11.9 < saved_units(layer, x) < 12.1
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+@blocks
 def test_flops_of_each_mode(name) -> None:
     """Of the GEMMs and attention, backward over forward; of fewer tokens for time."""
     layer, x = block(name, 65 if name.startswith("6b") else 257)
