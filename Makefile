@@ -71,11 +71,19 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal --benchmark-disable
 ifdef ONE
 pytest = $(if $(findstring $(INTERPRETED),$(ONE)),TRITON_INTERPRET=1) $(BIN)/python -m pytest $(1) $(SEEDED) $(ONE)
 else
+# At once, so that no core waits for the last test of either: a minute of twelve. The second's output comes at the end.
 define pytest
-	$(BIN)/python -m pytest $(PARALLEL) $(1) $(SEEDED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(1) $(SEEDED) $(INTERPRETED)
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going compiled interpreted SELECT='$(1)'; \
+	status=$$?; cat $(VENV)/interpreted.log; exit $$status
 endef
 endif
+
+.PHONY: compiled interpreted
+compiled:
+	$(BIN)/python -m pytest $(PARALLEL) $(SELECT) $(SEEDED)
+
+interpreted:
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 1 --benchmark-disable $(SELECT) $(SEEDED) $(INTERPRETED) > $(VENV)/interpreted.log 2>&1
 
 test: setup ## everything that is not slow, in minutes; ONE=PATH for a part of it
 	$(call pytest,-m "not slow")

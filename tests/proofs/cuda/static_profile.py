@@ -43,6 +43,11 @@ def cuobjdump(*arguments: str) -> str:
     return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def architectures(library: Path) -> list[str]:
+    """Those that a library has machine code for, as sm_90."""
+    return sorted(set(re.findall(r"\.(sm_\d+\w?)\.cubin", cuobjdump("--list-elf", str(library)))))
+
+
 def toolkit() -> str:
     """The nvcc release that the budget belongs to: another one allocates registers its own way."""
     nvcc = shutil.which("nvcc")

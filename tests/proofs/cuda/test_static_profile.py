@@ -12,6 +12,7 @@ from tests.proofs.cuda.static_profile import (
     LIBRARY,
     LIMITS,
     SOURCES,
+    architectures,
     key,
     profile,
     toolkit,
@@ -23,14 +24,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-one_architecture = pytest.mark.sampled(3)
-"""Disassembling one takes 11 s of a core."""
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=["one", *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES)])
 def rows(request):
+    """Of one architecture, by the run's seed: disassembling it takes 11 s of a core."""
     assert LIBRARY.exists(), "nvcc is here but internvit_cuda is not: its build failed; `make setup` says why"
-    return unique(profile(request.param))
+    there = architectures(LIBRARY)
+    if request.param in ARCHITECTURES and request.param not in there:
+        pytest.skip(f"internvit_cuda is built for {', '.join(there)}")
+    known = [arch for arch in ARCHITECTURES if arch in there]
+    if not known:
+        pytest.skip(f"internvit_cuda is built for {', '.join(there)}, whose figures nobody committed")
+    one = known[request.config.option.seed % len(known)]
+    return unique(profile(one if request.param == "one" else request.param))
 
 
 def test_the_library_is_that_of_the_sources() -> None:
@@ -38,7 +43,6 @@ def test_the_library_is_that_of_the_sources() -> None:
     assert LIBRARY.stat().st_mtime > newest.stat().st_mtime, f"{newest.name} is newer than the library: make setup"
 
 
-@one_architecture
 def test_every_instantiation_is_there(rows) -> None:
     """Three vector counts for five pairs of dtypes: forward aligned and scalar; backward twice aligned, once scalar.
 
@@ -60,7 +64,6 @@ def test_every_instantiation_is_there(rows) -> None:
     assert len(rows) == sum(count.values())
 
 
-@one_architecture
 def test_within_budget(rows) -> None:
     committed = json.loads(BUDGET.read_text())
     same = committed["nvcc"] == toolkit()  # another nvcc allocates registers its own way
@@ -79,7 +82,6 @@ def test_within_budget(rows) -> None:
     assert not failures, "\n".join(failures)
 
 
-@one_architecture
 def test_hot_loops_move_16_bytes(rows) -> None:
     """Where an aligned kernel still loads, only statistics and row scales are narrower; a scalar one moves elements.
 
