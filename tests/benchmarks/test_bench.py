@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 
@@ -374,6 +375,15 @@ def test_the_training_page_says_what_the_results_say() -> None:
 
 def test_readme_says_what_the_results_say() -> None:
     assert report.main(["--check"]) == 0
+
+
+def test_results_name_no_folder_of_the_machine(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/internvit/__main__.py", "bench", "--out", "/home/me/run1"])
+    assert results.machine("cpu")["command"] == "internvit bench --out run1"
+    files = list((ROOT / "benchmarks/results").rglob("*.json"))
+    assert files
+    for path in files:
+        assert not re.search(r'(^|[ "=])/\w+/', path.read_text(), re.MULTILINE), path
 
 
 def test_the_cpus_name_has_its_generation() -> None:
