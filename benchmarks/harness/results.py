@@ -205,7 +205,7 @@ def machine(device: str) -> dict[str, Any]:
     """Which machine, versions, commit and command."""
     program = Path(sys.argv[0])
     command = [program.parent.name if program.stem == "__main__" else program.stem]
-    command += [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]  # results are published
+    command += [re.sub(r"(^|=)/.*/", r"\1", word) for word in sys.argv[1:]]  # results are published: no folder of mine
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),

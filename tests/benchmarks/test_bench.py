@@ -380,6 +380,8 @@ def test_readme_says_what_the_results_say() -> None:
 def test_results_name_no_folder_of_the_machine(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/lib/internvit/__main__.py", "bench", "--out", "/home/me/run1"])
     assert results.machine("cpu")["command"] == "internvit bench --out run1"
+    monkeypatch.setattr(sys, "argv", ["bench_model.py", "--out=/home/me/run1"])
+    assert results.machine("cpu")["command"] == "bench_model --out=run1"
     files = list((ROOT / "benchmarks/results").rglob("*.json"))
     assert files
     for path in files:

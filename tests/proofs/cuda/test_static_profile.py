@@ -29,6 +29,7 @@ def rows(request):
     """Of one architecture, by the run's seed: disassembling it takes 11 s of a core."""
     assert LIBRARY.exists(), "nvcc is here but internvit_cuda is not: its build failed; `make setup` says why"
     there = architectures(LIBRARY)
+    assert there, "cuobjdump lists no machine code"
     if request.param in ARCHITECTURES and request.param not in there:
         pytest.skip(f"internvit_cuda is built for {', '.join(there)}")
     known = [arch for arch in ARCHITECTURES if arch in there]
