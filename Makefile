@@ -72,7 +72,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal --benchmark-disable
 ifdef ONE
 pytest = $(if $(findstring $(INTERPRETED),$(ONE)),TRITON_INTERPRET=1) $(BIN)/python -m pytest $(1) $(SEEDED) $(ONE)
 else
-# At once, so that no core waits for the last test of either: a minute of twelve. The second's output comes at the end.
+# At once, so that no core waits for the last test of either. The second's output comes at the end.
 define pytest
 	@rm -f $(VENV)/interpreted.log
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going compiled interpreted SELECT='$(1)'; \
