@@ -66,8 +66,8 @@ $(VENV)/.ready: $(VENV)/.packages $(SOURCES)
 # Random data are fresh unless SEED=N names a run's (pytest prints it).
 SEEDED := $(if $(SEED),--seed $(SEED) --hypothesis-seed $(SEED))
 INTERPRETED := tests/proofs/triton/interpreted
-# A process a core, up to four, and one for four cores that interprets: each takes 2 GiB. They cannot time benchmarks,
-# which pytest-benchmark warns of.
+# A process a core, up to four, and one for four cores that interprets: each takes 2 GiB. The latter yields, so that it
+# lasts as long as the others and works where they wait. They cannot time benchmarks, which pytest-benchmark warns of.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal --benchmark-disable
 ifdef ONE
 pytest = $(if $(findstring $(INTERPRETED),$(ONE)),TRITON_INTERPRET=1) $(BIN)/python -m pytest $(1) $(SEEDED) $(ONE)
@@ -85,7 +85,7 @@ compiled:
 	$(BIN)/python -m pytest $(PARALLEL) $(SELECT) $(SEEDED)
 
 interpreted:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --numprocesses $$((($$(getconf _NPROCESSORS_ONLN) + 3) / 4)) \
+	TRITON_INTERPRET=1 nice -n 5 $(BIN)/python -m pytest $(PARALLEL) --numprocesses $$((($$(getconf _NPROCESSORS_ONLN) + 3) / 4)) \
 	  $(SELECT) $(SEEDED) $(INTERPRETED) > $(VENV)/interpreted.log 2>&1
 
 test: setup ## everything that is not slow, in minutes; ONE=PATH for a part of it

@@ -123,6 +123,8 @@ def cpu_plan() -> Plan:
     cpp_extension = torch_cpp_extension()
     cxx = cpp_extension.get_cxx_compiler()
     units = {f"{name}.cpp": UNIT_FLAGS[f"{name}.cpp"] for name in chosen_units(cxx)}
+    if len(units) > 1 and os.environ.get("INTERNVIT_CPU_UNITS", "").strip() == "native":
+        units["generic.cpp"] = [*UNIT_FLAGS["generic.cpp"], "-O1"]  # this machine takes another
     compiler = [cxx, *COMMON_FLAGS, "-fPIC", *INCLUDES]
     torch_flags = [STABLE_ABI, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
     compiles = {

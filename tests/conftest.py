@@ -39,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     elif getattr(config.option, "numprocesses", None):  # the workers inherit it
         # A thread that waits by spinning takes another worker's core: tests of several threads took 4 times the time.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        # numpy's BLAS reads it when it is imported, which is before a worker comes here. Triton's interpreter uses it
+        # for small tiles: two threads a process took 75 times the time where every core was busy.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if getattr(config.option, "hypothesis_seed", "") is None:
         config.option.hypothesis_seed = str(config.option.seed)  # before hypothesis reads it: conftest's hooks go first
     with contextlib.suppress(ImportError):  # a GPU machine has its own packages, and may lack this one
@@ -61,10 +64,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN (torch.utils.deterministic)
+    # Fills torch.empty with NaN (torch.utils.deterministic); use_deterministic_algorithms would import torch._inductor.
+    torch._C._set_deterministic_algorithms(True)
     torch.manual_seed(0)
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -140,6 +140,7 @@ def test_a_run_leaves_what_it_says(whole) -> None:
     assert Image.open(whole / "predictions.png").size[0] > 300
 
 
+@pytest.mark.sampled(3)  # processes that train
 def test_killed_while_writing_a_checkpoint(place, whole, caplog) -> None:
     assert start(command(place, "writing"), DIES_WRITING.format(n=3)) == -signal.SIGKILL
     assert list((place / "writing").glob(".*.writing")), "it died half-way"
@@ -281,6 +282,7 @@ def test_two_trainings_into_one_folder(place) -> None:
     assert list((place / "shared").iterdir()) == []
 
 
+@pytest.mark.sampled(3)  # processes that train
 def test_a_full_disk_is_one_line(place) -> None:
     import resource
 
@@ -319,6 +321,7 @@ def frozen(stopped, tmp_path) -> Iterator[tuple[Path, list[str]]]:
     shutil.copytree(tmp_path / "kept", stopped)
 
 
+@pytest.mark.sampled(3)  # processes that train
 def test_a_resumed_run_refuses_other_data_classes_and_weights(frozen) -> None:
     place, changes = frozen
     mask = place / "data" / "annotations" / "training" / "0.png"

@@ -156,7 +156,7 @@ def learns(losses: Tensor) -> bool:
     return bool(losses[-10:].mean() < 0.5 * losses[:10].mean())
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @each_kind
 def test_100_steps_stay_as_near_the_reference_as_another_order_of_summation(kind) -> None:
     losses, parameters, loss_drift, parameter_drift = the_reference(kind)
@@ -191,7 +191,7 @@ modes = pytest.mark.parametrize(("mode", "folded"), [("none", False), ("selectiv
 two_kinds = pytest.mark.parametrize("kind", ["layer_norm, drop path", "rms_norm, QK-norm, drop path"])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @two_kinds
 @modes
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -212,7 +212,7 @@ def test_autocast(kind, mode, folded, dtype) -> None:
     assert seen == {dtype, (torch.float32, torch.float32)}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @two_kinds
 @modes
 @pytest.mark.parametrize("residual_dtype", [None, torch.float32], ids=str)

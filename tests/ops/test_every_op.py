@@ -149,7 +149,7 @@ def test_frozen_inputs_get_no_gradient(case: Case, backend: str, generator: torc
         torch.testing.assert_close(torch.autograd.grad(loss, arguments[name])[0], everything[index])
 
 
-@pytest.mark.sampled(3)  # of each op some backends
+@pytest.mark.sampled(4)  # of each op some backends
 @each_backend
 def test_compiles_whole_with_the_same_result(case: Case, backend: str, generator: torch.Generator) -> None:
     arguments = leaves(case, case.make(generator), torch.float32)
@@ -224,7 +224,7 @@ def recorded_calls(case: Case, backend: str, generator: torch.Generator) -> list
     return calls
 
 
-@pytest.mark.sampled(3)  # of each op some backends
+@pytest.mark.sampled(4)  # of each op some backends
 @each_backend
 def test_opcheck(case: Case, backend: str, generator: torch.Generator) -> None:
     calls = recorded_calls(case, backend, generator)

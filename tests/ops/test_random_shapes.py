@@ -60,6 +60,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert relative_error(actual, expected) < 2 * bound
 
 
+@pytest.mark.sampled(2)
 @each_backend
 @examples(12)
 @PROBLEMS
@@ -90,6 +91,7 @@ def forward_and_backward(case: Case, arguments: Arguments, backend: str) -> tupl
     return [o.detach() for o in outputs], list(gradients)
 
 
+@pytest.mark.sampled(2)
 @each_backend
 @examples(6)
 @PROBLEMS
@@ -120,6 +122,7 @@ def gradient_tolerance(case: Case, dtype: torch.dtype, layout: str, **_: int) ->
     return 1e-3 if case.variant == "cu_seqlens" and layout == "expanded" else 4e-6
 
 
+@pytest.mark.sampled(2)
 @each_backend
 @examples(6)
 @PROBLEMS

@@ -7,12 +7,14 @@
 * Each call of a device function replaces `triton.language` anew, as its launch did before: half of all time.
 * Whether a sum, difference or product of integers overflows is computed by ten ops in int64, 40 % of all time, and then
   told nobody unless the launch has `debug`. Here it is an error.
-* The shape of each block's type is validated and printed anew for every op, a fifth of what is left.
+* The shape of each block's type is validated and printed anew for every op, a fifth of what is left; so are the
+  sizes of each tensor, and shapes are compared where they are equal, together a quarter of what is left then.
 
 `test_interpreter.py` fails on the day Triton mends any of these, and then this file goes.
 """
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ triton_create_rsqrt = interpreter.InterpreterBuilder.create_rsqrt
 triton_patch_lang = interpreter._patch_lang
 triton_get_np_dtype = interpreter._get_np_dtype
 triton_init_block_type = tl.block_type.__init__
+triton_broadcast = TritonSemantic.broadcast_impl_value
 triton_refuse_overflow = TritonSemantic.binary_op_sanitize_overflow_impl
 _scalar_np_dtype = functools.cache(triton_get_np_dtype)  # Triton builds a table of all dtypes at each call
 _block_types: dict[Any, dict[str, Any]] = {}  # the attributes of each
@@ -83,14 +86,30 @@ def _get_np_dtype(dtype):
 
 
 def _init_block_type(self, element_ty, shape):
-    if type(element_ty) is not tl.dtype:  # pointers have no hash
-        return triton_init_block_type(self, element_ty, shape)
-    shape = tuple([s.value if isinstance(s, tl.constexpr) else s for s in shape])
-    if (known := _block_types.get((element_ty, shape))) is None:
+    key: Any = element_ty
+    if type(element_ty) is tl.pointer_type:  # pointers have no hash
+        key = element_ty.element_ty, element_ty.address_space, element_ty.const
+    shape = tuple([s.value if isinstance(s, tl.constexpr) else s for s in getattr(shape, "values", shape)])
+    if (known := _block_types.get((key, shape))) is None:
         triton_init_block_type(self, element_ty, list(shape))
-        _block_types[element_ty, shape] = dict(vars(self))
+        _block_types[key, shape] = dict(vars(self))
     else:
         vars(self).update(known)
+
+
+@functools.cache
+def _sizes(shape: tuple[int, ...]) -> tuple[tuple[tl.constexpr, ...], tl.constexpr]:
+    return tuple(tl.constexpr(size) for size in shape), tl.constexpr(math.prod(shape))
+
+
+def _init_tensor(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _sizes(tuple(type.shape.values) if type.is_block() else ())
+
+
+def _broadcast(self, lhs, rhs):
+    left, right = (x.type.shape.values if x.type.is_block() else None for x in (lhs, rhs))
+    return (lhs, rhs) if left == right else triton_broadcast(self, lhs, rhs)
 
 
 _WIDE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
@@ -107,7 +126,9 @@ def _refuse_overflow(self, lhs, rhs, binary_op):
 def mend() -> None:
     """Replaces the functions for this process."""
     TritonSemantic.binary_op_sanitize_overflow_impl = _refuse_overflow
+    TritonSemantic.broadcast_impl_value = _broadcast
     tl.block_type.__init__ = _init_block_type
+    tl.tensor.__init__ = _init_tensor
     interpreter._get_np_dtype = _get_np_dtype
     interpreter._patch_lang = _patch_lang
     interpreter.GridExecutor._restore_args_dev = _restore_args_dev

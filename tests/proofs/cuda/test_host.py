@@ -120,6 +120,7 @@ def test_every_width(on_host, kind, channels, generator) -> None:
 PAIRS = [(t, r) for t in DTYPES for r in dict.fromkeys((t, torch.float32))]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("dtype", "residual_dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("channels", [40, 384, 1024, 1028, 3200])
 @pytest.mark.parametrize("kind", KINDS)

@@ -34,7 +34,7 @@ def test_no_kernel_takes_more_instructions(budget, driver, tmp_path) -> None:
     assert not instructions.risen(budget, counts)
 
 
-@pytest.mark.sampled(3)  # 16 s, half of it compiling
+@pytest.mark.sampled(6)  # 16 s, half of it compiling
 def test_a_wasted_pass_is_caught(budget, build_folder, tmp_path) -> None:
     """A row's statistics taken twice: the norm's count rises, and no other kernel's.
 
