@@ -19,6 +19,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.sampled(2)
 def test_rows_of_a_norm_and_of_attention(tmp_path):
     out = tmp_path / "host.json"
     done = run("--only", "layer_norm,qk_norm_attention", "--rounds", "1", "--calls", "3", "--json", str(out))

@@ -14,7 +14,7 @@ from tests.support import ROOT
 LIBRARIES = ("internvit_cpu", "internvit_cuda")
 
 
-def attack(namespace: str, library: Path, seed: int, parts: int = 3) -> None:
+def attack(namespace: str, library: Path, seed: int, parts: int = 5) -> None:
     """One wrong call in `parts`, in a process of its own: a crash is a failure that names the call."""
     command = [
         sys.executable,
@@ -37,7 +37,7 @@ def attack(namespace: str, library: Path, seed: int, parts: int = 3) -> None:
 @pytest.mark.skipif(
     native.unavailable_reason("internvit_cpu") is not None, reason=str(native.unavailable_reason("internvit_cpu"))
 )
-@pytest.mark.parametrize("parts", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_cpu_library_survives_bad_arguments(parts: int, seed: int) -> None:
     attack("internvit_cpu", native.FOLDER / "internvit_cpu.so", seed, parts)
 

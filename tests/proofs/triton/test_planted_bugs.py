@@ -140,6 +140,7 @@ def test_planted_bug_is_caught(bug, copy):
     assert "1 failed" in result.stdout, output
 
 
+@pytest.mark.sampled(4)  # all launches of the models, 8 s
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted, not compiled")
 def test_planted_early_return_does_not_compile(copy, tmp_path):
     """Triton compiles what follows a `return` inside a static `if`, with a pointer that is None: only models that leave
