@@ -75,6 +75,7 @@ class OptimizedInternViT(nn.Module):
         self._guard: CaptureGuard | None = None
         self._packed: dict[int, PackedBlock] = {}
         self._packed_blocks()
+        self.register_load_state_dict_pre_hook(_as_the_models)
 
     def _packed_blocks(self) -> list[PackedBlock | None]:
         """Each layer's packed Linears, packed again where its weights have changed; None where the layer is called."""
@@ -242,6 +243,16 @@ class OptimizedInternViT(nn.Module):
         """The model's."""
         return self.model.state_dict(*args, **kwargs)
 
+    @property
+    def embeddings(self) -> nn.Module:
+        """The model's, where keys of `state_dict()` say that it is."""
+        return self.model.embeddings
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The model's."""
+        return self.model.encoder
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads weights into the model; the next forward computes with them."""
         return self.model.load_state_dict(state_dict, strict, assign)
@@ -270,6 +281,13 @@ class OptimizedInternViT(nn.Module):
         )
         graphs = "" if self._graphs is None else ", CUDA graph by shape"
         return f"{packed} of {len(layers)} layers packed{quantised}{graphs}"
+
+
+def _as_the_models(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Where a module around it loads: `state_dict()` has the model's keys, and PyTorch looks for those of a child."""
+    child = f"{prefix}model."
+    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(child)]:
+        state_dict[child + key[len(prefix) :]] = state_dict.pop(key)
 
 
 def _of_layer(index: int, names: Collection[str]) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ from internvit.model.attention_summary import AttentionSummary
 from internvit.model.block import InternViTLayer, is_unmodified
 from internvit.model.fused_block import BlockParts, BranchOutput, Function, Norm, attention_output, identity
 from internvit.model.hooks import is_plain_linear
-from internvit.model.layers import fusible
+from internvit.model.layers import norm_before
 from internvit.ops.core.sequences import Sequences
 
 Packed: TypeAlias = PackedLinear | PrepackedLinear | Int8Linear
@@ -92,10 +92,10 @@ class PackedBlock:
         if isinstance(self.fc1, Int8Linear) and isinstance(self.fc2, Int8Linear):
             fc1_gelu, fc2 = Int8MLP(self.fc1, self.fc2), BranchOutput(identity, None)
         return BlockParts(
-            _norm_before(self.qkv, fusible(layer.norm1)),
+            _quantized_for(self.qkv, norm_before(layer.attn.qkv, layer.norm1)),
             partial(attention_output, layer.attn.parts(sequences, summary)._replace(qkv=(self.qkv,))),
             self._branch_output(self.proj, layer.ls1),
-            _norm_before(self.fc1, fusible(layer.norm2)),
+            _quantized_for(self.fc1, norm_before(layer.mlp.fc1, layer.norm2)),
             fc1_gelu,
             fc2,
         )
@@ -108,7 +108,7 @@ class PackedBlock:
         return BranchOutput(linear, None, None, lambda hidden, residual: linear(hidden, residual=residual))
 
 
-def _norm_before(linear: Packed, norm: Norm | Function) -> Norm | Function:
+def _quantized_for(linear: Packed, norm: Norm | Function) -> Norm | Function:
     """The norm, writing int8 rows where `linear` takes them."""
     if isinstance(linear, Int8Linear) and isinstance(norm, Norm) and norm.rounding == "fused":
         return norm._replace(quantized=True)

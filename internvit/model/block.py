@@ -28,7 +28,7 @@ from internvit.model.fused_block import (
     run_block,
 )
 from internvit.model.hooks import has_hooks, is_plain_linear, is_unhooked_linear
-from internvit.model.layers import MLP, Attention, fusible, is_plain_norm, make_norm
+from internvit.model.layers import MLP, Attention, is_plain_norm, make_norm, norm_before
 from internvit.model.packed import one_by_one, per_token
 from internvit.ops.core.sequences import Sequences
 from internvit.reference import drop_path_scale
@@ -137,11 +137,15 @@ class InternViTLayer(nn.Module):
         if type(mlp) is MLP and not has_hooks(mlp):
             hidden = partial(fc1_gelu, mlp.fc1)
             fc2 = linear_or_folded(mlp.fc2, self.ls2, fold, row_scale)
-        return BlockParts(fusible(self.norm1), attention, proj, fusible(self.norm2), hidden, fc2)
+        norm1, norm2 = self._first_norm(), norm_before(getattr(mlp, "fc1", None), self.norm2)
+        return BlockParts(norm1, attention, proj, norm2, hidden, fc2)
+
+    def _first_norm(self) -> Norm | nn.Module:
+        return norm_before(getattr(self.attn, "qkv", None), self.norm1)
 
     def first_norm(self) -> Norm | None:
         """The norm that the block begins with, where the pass before it may compute it."""
-        norm = fusible(self.norm1)
+        norm = self._first_norm()
         return norm if isinstance(norm, Norm) else None
 
     def attention_map(self, hidden_states: Tensor, kind: str = "maps") -> Tensor:

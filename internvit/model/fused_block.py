@@ -72,6 +72,7 @@ class Norm(NamedTuple):
     Attributes:
         quantized: whether it writes `QuantizedRows`, for int8 Linears; with rounding "fused", without gradients.
         folded: whether it is in the weights of the Linears behind it, which take `FoldedRows`; alike.
+        linear_dtype: of the weights behind it; None where it is the norm's own.
     """
 
     norm_type: str
@@ -81,6 +82,7 @@ class Norm(NamedTuple):
     rounding: str = "fused"
     quantized: bool = False
     folded: bool = False
+    linear_dtype: torch.dtype | None = None
 
     def compute(self, x: Tensor) -> Any:
         """norm(x), in the dtype that the Linears behind it take."""
@@ -91,9 +93,10 @@ class Norm(NamedTuple):
             return QuantizedRows(*rms_norm_quant(x, self.weight, eps=self.eps, symmetric=False))
         if self.quantized:
             return QuantizedRows(*layer_norm_quant(x, self.weight, self.bias, eps=self.eps, symmetric=False))
+        dtype = self.linear_dtype or self.weight.dtype
         if self.norm_type == "rms_norm":
-            return cast_for_linear(rms_norm(x, self.weight, eps=self.eps, rounding=self.rounding), self.weight)
-        return cast_for_linear(layer_norm(x, self.weight, self.bias, eps=self.eps), self.weight)
+            return cast_for_linear(rms_norm(x, self.weight, eps=self.eps, rounding=self.rounding), dtype)
+        return cast_for_linear(layer_norm(x, self.weight, self.bias, eps=self.eps), dtype)
 
     def __call__(self, x: Tensor) -> Any:
         """norm(x), recomputed in backward."""
@@ -307,9 +310,9 @@ def norm_heads(q_norm: Any, k_norm: Any, q: Tensor, k: Tensor, v: Tensor) -> tup
     return q_normed, k_normed, v
 
 
-def cast_for_linear(y: Tensor, weight: Tensor) -> Tensor:
-    """A normed float32 stream in the dtype of 16-bit weights, which the Linears behind the norm have too."""
-    return y.to(weight.dtype) if y.dtype == torch.float32 and weight.dtype.itemsize == 2 else y
+def cast_for_linear(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """A normed float32 stream in the dtype of the Linears behind the norm, where that has 16 bits."""
+    return y.to(dtype) if y.dtype == torch.float32 and dtype.itemsize == 2 else y
 
 
 def call_module(module: nn.Module, x: Tensor, *others: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -13,6 +14,16 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether the calls of all modules do more than their classes' forward."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
     )
 
 

@@ -91,6 +91,15 @@ def fusible(module: nn.Module) -> Norm | nn.Module:
     return _as_norm(module) if is_plain_norm(module) else module
 
 
+def norm_before(linear: Any, module: nn.Module) -> Norm | nn.Module:
+    """`fusible` of the norm before `linear`: a norm kept in float32 writes the dtype of 16-bit weights behind it."""
+    norm, weight = fusible(module), getattr(linear, "weight", None)
+    if not isinstance(norm, Norm) or not isinstance(weight, Tensor) or weight.dtype == norm.weight.dtype:
+        return norm
+    wide = weight.is_floating_point() and weight.dtype.itemsize >= 2
+    return norm._replace(linear_dtype=weight.dtype) if wide else norm
+
+
 class Attention(nn.Module):
     """Multi-head attention with optional QK-norm over all heads together; see `internvit.ops.qk_norm_attention`."""
 

@@ -24,7 +24,7 @@ def run_sequential(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
             layers.pop(0)
             x = fc1_gelu(layer, x)
         elif isinstance(layer, nn.LayerNorm) and is_plain(layer, nn.LayerNorm):
-            x = cast_for_linear(layer_norm(x, layer.weight, layer.bias, eps=layer.eps), layer.weight)
+            x = cast_for_linear(layer_norm(x, layer.weight, layer.bias, eps=layer.eps), layer.weight.dtype)
         elif isinstance(layer, nn.Linear):
             x = linear_per_image(layer, x)
         else:

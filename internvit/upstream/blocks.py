@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from internvit.model.fused_block import Norm
-from internvit.model.hooks import is_plain_linear
+from internvit.model.hooks import has_global_hooks, is_plain_linear
 from internvit.upstream.layouts import Layout, known_layouts, part
 
 _PARAMETERS = (nn.Parameter, FakeTensor)  # torch.export traces with fake parameters
@@ -33,10 +33,24 @@ _RMS_NORMS = (
 )
 
 
+def _owner(module: Any) -> type:
+    """The class whose forward runs."""
+    return next((c for c in type(module).__mro__ if "forward" in c.__dict__), type(module))
+
+
 def _working_class(module: Any) -> str:
     """The name of the class whose forward runs; FSDP2 puts one of its own in front."""
-    owner = next((c for c in type(module).__mro__ if "forward" in c.__dict__), type(module))
-    return owner.__name__.removeprefix("FSDP")
+    return _owner(module).__name__.removeprefix("FSDP")
+
+
+def _has_another_forward(module: nn.Module) -> bool:
+    """Whether somebody has given the class a forward that was not written in it: then its name says nothing."""
+    owner = _owner(module)
+    forward = owner.__dict__.get("forward")
+    if forward is None:
+        return False
+    found = forward.__module__, forward.__qualname__
+    return all(found != (c.__module__, f"{c.__qualname__}.forward") for c in owner.__mro__)
 
 
 def norm_of(module: Any) -> Norm | None:
@@ -101,6 +115,10 @@ def why_unsupported(block: nn.Module, layout: Layout) -> str | None:
             if path not in layout.names and part(block, path) is not None:
                 return f"it has a part that is not known here, {path}"
     attention = part(block, layout.attention)
+    for name in ("", *layout.names):
+        module = part(block, name) if name else block
+        if isinstance(module, nn.Module) and _has_another_forward(module):
+            return f"{name or 'it'} is a {type(module).__name__} with another forward"
     foreign = [name for name in _FOREIGN if getattr(attention, name, None)]
     if foreign:
         return f"{layout.attention} has {foreign[0]}"
@@ -148,21 +166,24 @@ class Inner(NamedTuple):
 
     Attributes:
         path: the parts of its dotted name.
+        forward: its class's.
     """
 
     name: str
     path: tuple[str, ...]
     module_class: type
+    forward: Any
 
 
 def inner_modules(block: nn.Module, layout: Layout) -> tuple[Inner, ...]:
     """The modules that a block has; a Linear may be of another class now, and plain again later."""
     modules = {name: part(block, name) for name in layout.names}
-    return tuple(
-        Inner(name, tuple(name.split(".")), nn.Linear if name in layout.linears else type(module))
+    classes = {
+        name: nn.Linear if name in layout.linears else type(module)
         for name, module in modules.items()
         if isinstance(module, nn.Module)
-    )
+    }
+    return tuple(Inner(name, tuple(name.split(".")), found, found.forward) for name, found in classes.items())
 
 
 def why_not_now(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> str | None:
@@ -171,7 +192,11 @@ def why_not_now(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> s
     It runs at each call of each block, so it reads the modules' dictionaries (17 us a block on one Xeon core;
     through nn.Module's __getattr__ it was 147).
     """
-    for name, path, module_class in inner:
+    if has_global_hooks():
+        return "all modules have a hook"
+    if (why := _why_other_attention(part(block, layout.attention))) is not None:
+        return f"{layout.attention} has {why}"
+    for name, path, module_class, forward in inner:
         module: Any = block
         for child in path:
             module = module._modules.get(child)
@@ -180,6 +205,8 @@ def why_not_now(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> s
         present = type(module)
         if present is not module_class:
             return f"{name} is a {present.__module__}.{present.__qualname__}"
+        if present.forward is not forward:
+            return f"{name} is a {present.__qualname__} with another forward"
         if _is_hooked(module):
             return f"{name} has a hook, or attention maps are asked for"
         is_parameter = module_class is not nn.Linear or type(module._parameters.get("weight")) in _PARAMETERS
@@ -194,6 +221,17 @@ def why_not_now(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> s
             if probability and owner.training:
                 return f"{name} is {probability} in training"
     return None
+
+
+def _why_other_attention(attention: Any) -> str | None:
+    """What transformers would call in place of softmax(q k^T) v; anybody may register a function for a name."""
+    name = getattr(attention.__dict__.get("config"), "_attn_implementation", None)
+    registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
+    if name is None or name == "eager" or registry is None:
+        return None
+    function = registry.get(name)
+    owner = getattr(getattr(function, "func", function), "__module__", "") or ""
+    return None if owner.split(".")[0] in ("transformers", "internvit") else f"the attention implementation {name!r}"
 
 
 def keeps_by_rounding(drop_path: Any) -> bool:

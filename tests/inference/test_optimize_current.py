@@ -221,3 +221,31 @@ def test_eight_threads_find_changed_weights() -> None:
         expected = internvit.optimize_for_inference(model)(pixels).last_hidden_state
         assert len(results) == 8
         assert all(torch.equal(result, expected) for result in results)
+
+
+def test_modules_around_it_load_what_they_save() -> None:
+    """Keys are the model's: a parent found none of them, and with strict=False loaded nothing."""
+    config = internvit.InternViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=56
+    )
+
+    def classifier() -> nn.Module:
+        tower = internvit.optimize_for_inference(internvit.InternViT(config, dtype=torch.bfloat16).eval())
+        return nn.ModuleDict({"tower": tower, "head": nn.Linear(64, 2)})
+
+    saved, other, third = classifier(), classifier(), classifier()
+    state = saved.state_dict()
+    assert "tower.embeddings.class_embedding" in state
+    other.load_state_dict(state)
+    third.load_state_dict({name: tensor for name, tensor in state.items() if "head" not in name}, strict=False)
+    named = dict(saved.named_parameters())
+    classifier().load_state_dict(named)
+    pixels = torch.randn(1, 3, 56, 56).bfloat16()
+    expected = saved["tower"](pixels).last_hidden_state
+    for loaded in (other, third):
+        assert torch.equal(loaded["tower"](pixels).last_hidden_state, expected)
+    del state["tower.encoder.layers.1.ls1"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*encoder\.layers\.1\.ls1"):
+        other.load_state_dict(state)
+    called = torch.func.functional_call(other["tower"], saved["tower"].state_dict(), (pixels,))
+    assert torch.equal(called.last_hidden_state, expected)

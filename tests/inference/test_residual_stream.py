@@ -131,3 +131,22 @@ def test_wrong_dtypes_are_clear_errors() -> None:
         internvit.optimize_for_inference(model, residual_dtype=torch.float16)
     with pytest.raises(ValueError, match="out_dtype must be a floating dtype or None, got 'float32'"):
         internvit.optimize_for_inference(model, out_dtype="float32")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("options", [{}, {"precision": "int8"}, {"pack": False}, {"residual_dtype": None}], ids=str)
+def test_float32_norms_beside_16_bit_linears(variant: str, options: dict, seed: int) -> None:
+    """As many trainers keep them: a float32 stream left such a norm in float32, which no Linear behind it takes."""
+    model = small_model(variant, torch.bfloat16, seed)
+    pixels = torch.randn(1, 3, 112, 112).bfloat16()
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+        for layer in model.encoder.layers:
+            layer.norm1.float()
+            layer.norm2.float()
+        for residual_dtype in (None, torch.float32):
+            model.residual_dtype = residual_dtype
+            assert relative_error(model(pixels).last_hidden_state, expected) < 0.02
+    model.residual_dtype = None
+    optimized = internvit.optimize_for_inference(model, **options)
+    assert relative_error(optimized(pixels).last_hidden_state, expected) < 0.05

@@ -139,3 +139,52 @@ def test_sixteen_threads(name) -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_a_forward_that_a_class_gets_before_or_after_runs(monkeypatch) -> None:
+    """Its name is the class's still: the fused ops computed what the class had been written to compute."""
+    from timm.models.vision_transformer import Attention
+
+    def values_alone(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return self.proj(self.qkv(x).chunk(3, -1)[2])
+
+    model, pixels = patched("timm")
+    plain = features(model, pixels)
+    with monkeypatch.context() as other:
+        other.setattr(Attention, "forward", values_alone)
+        ours = features(model, pixels)
+        fresh = timm_judge(config := CONFIGS["tiny-layer_norm"], internvit.reference.InternViT(config).state_dict())
+        with pytest.raises(ValueError, match="Attention with another forward"):
+            internvit.patch(fresh)
+    assert relative_error(ours, plain) > 1e-3
+    assert torch.equal(features(model, pixels), plain)
+
+
+def test_another_attention_implementation_is_called() -> None:
+    from transformers import AttentionInterface
+
+    def of_mean_values(module, q, k, v, mask, **_):  # type: ignore[no-untyped-def]
+        return v.mean(2, keepdim=True).expand_as(v).transpose(1, 2), None
+
+    AttentionInterface.register("mean_values", of_mean_values)
+    model, pixels = patched("transformers")
+    fused = features(model, pixels)
+    model.set_attn_implementation("mean_values")
+    with counted() as ran:
+        ours = features(model, pixels)
+    assert not ran
+    assert relative_error(ours, fused) > 1e-3
+    model.set_attn_implementation("eager")
+    assert torch.equal(features(model, pixels), fused)
+
+
+@each_judge
+def test_hooks_of_all_modules_see_the_modules_inside(name) -> None:
+    model, pixels = patched(name)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    try:
+        features(model, pixels)
+    finally:
+        hook.remove()
+    assert seen.count(nn.Linear) >= 4 * 3
