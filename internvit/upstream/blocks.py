@@ -225,7 +225,7 @@ def why_not_now(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> s
 
 def _why_other_attention(attention: Any) -> str | None:
     """What transformers would call in place of softmax(q k^T) v; anybody may register a function for a name."""
-    name = getattr(attention.__dict__.get("config"), "_attn_implementation", None)
+    name = getattr(getattr(attention, "config", None), "_attn_implementation", None)
     registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
     if name is None or name == "eager" or registry is None:
         return None

@@ -178,6 +178,15 @@ def test_another_attention_implementation_is_called() -> None:
     assert torch.equal(features(model, pixels), fused)
 
 
+def test_a_block_without_its_attention_says_so() -> None:
+    model, pixels = patched("timm")
+    del model.blocks[1].attn
+    with pytest.raises(AttributeError, match="'Block' object has no attribute 'attn'"):
+        features(model, pixels)
+    (why,) = internvit.PatchHandle.of(model).left.values()
+    assert why == "attn is a NoneType and mlp a Mlp, expected Attention and Mlp"
+
+
 @each_judge
 def test_hooks_of_all_modules_see_the_modules_inside(name) -> None:
     model, pixels = patched(name)
