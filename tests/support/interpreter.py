@@ -8,7 +8,7 @@
 * Whether a sum, difference or product of integers overflows is computed by ten ops in int64, 40 % of all time, and then
   told nobody unless the launch has `debug`. Here it is an error.
 * The shape of each block's type is validated and printed anew for every op, a fifth of what is left; so are the
-  sizes of each tensor, and shapes are compared where they are equal, together a quarter of what is left then.
+  sizes of each tensor, and equal shapes are compared one size at a time, together a tenth of what is left then.
 
 `test_interpreter.py` fails on the day Triton mends any of these, and then this file goes.
 """

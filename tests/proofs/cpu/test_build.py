@@ -50,6 +50,15 @@ def test_native_is_what_this_machine_would_choose(build, monkeypatch) -> None:
     assert len(found) <= 2 + ("amx" in found)
 
 
+def test_the_unit_that_a_native_library_never_uses_compiles_at_o1_there_alone(build, monkeypatch) -> None:
+    generic = build.CSRC / "cpu/isa/generic.cpp"
+    assert "-O1" not in build.cpu_plan().compiles[generic]
+    monkeypatch.setenv("INTERNVIT_CPU_UNITS", "native")
+    compiles = build.cpu_plan().compiles
+    units = [path for path in compiles if path.parent == generic.parent and path.stem != "dispatch"]
+    assert [path for path in units if "-O1" in compiles[path]] == ([generic] if len(units) > 1 else [])
+
+
 def test_a_library_of_some_units_runs_the_best_of_them(build, build_folder: BuildFolder, monkeypatch, tmp_path) -> None:
     if reason := native.unavailable_reason("internvit_cpu"):
         pytest.skip(reason)
