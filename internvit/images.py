@@ -151,7 +151,7 @@ def resize_photo(image: "Image.Image", size: tuple[int, int]) -> np.ndarray:
 def normalize(pixels: Tensor) -> Tensor:
     """8-bit pixels [..., height, width, 3] as float32 [..., 3, height, width] by ImageNet's mean and deviation."""
     scaled = pixels.movedim(-1, -3).float() / 255
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=pixels.device).view(3, 1, 1) for v in (MEAN, STD))
     return ((scaled - mean) / std).contiguous()
 
 

@@ -31,6 +31,8 @@ _FOLDER_ONLY = {  # and their defaults
     **dict(engine="local", address=None, workers=None, format="parquet", pooling=None, connector=None, tiles=0),
     **dict(keep_size=False, out_dtype="float32", shard=None, column=None, retry_failed=False),
 }
+# Names that somebody gives to a file, of formats that are not written.
+_OTHER_FILES = (".npz", ".npy", ".pt", ".pth", ".pkl", ".bin", ".h5", ".hdf5", ".csv", ".json", ".tar", ".zip")
 
 
 def _folder_options(command: Callable) -> Callable:
@@ -118,6 +120,8 @@ def features(
         load = partial(load_in_precision, precision, skip, dtype, network)
         _write_features(images, load, size, target, pca, how)
         return
+    if out.lower().endswith(_OTHER_FILES) and not Path(out).is_dir():
+        raise click.UsageError(f"--out: expected a .safetensors file or a folder, got {out}; a folder may end with /")
     if pca or overwrite:
         raise click.UsageError("--pca, --overwrite: for a .safetensors file as --out; a folder is never replaced")
     if folder["keep_size"] and size:

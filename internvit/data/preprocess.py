@@ -35,7 +35,8 @@ class Preprocessor:
 
         Args:
             value: encoded bytes; a path or URL; {"bytes": ..., "path": ...} as Hugging Face's datasets have it; 8-bit
-                pixels [height, width], [height, width, 3] or [height, width, 4]; or a PIL image.
+                pixels [height, width], [height, width, 3] or [height, width, 4]; or a PIL image. Paths and bytes are
+                turned upright by their EXIF; a PIL image is taken as it is, as torchvision and transformers do.
             name: of the image, for messages.
 
         Returns:
@@ -62,7 +63,7 @@ class Preprocessor:
 
 
 def _photo(value: Any, name: str) -> Any:
-    """An upright RGB PIL image."""
+    """An RGB PIL image; of a path and bytes upright."""
     from PIL import Image
 
     if isinstance(value, Mapping):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internvit.model.hooks import has_hooks
+from internvit.model.hooks import has_global_hooks, has_own_hooks
 
 Tensors = tuple[Tensor, ...]
 
@@ -142,7 +142,9 @@ class CaptureGuard:
 
     def holds(self) -> bool:
         """Whether modules, hooks, settings and addresses are those of the capture."""
-        if any(has_hooks(child) or _settings(child) != settings for child, settings in self._modules):
+        if has_global_hooks():
+            return False
+        if any(has_own_hooks(child) or _settings(child) != settings for child, settings in self._modules):
             return False
         if any(children != captured for children, captured in self._parents):
             return False

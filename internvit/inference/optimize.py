@@ -37,6 +37,7 @@ from internvit.model.fused_block import run_block
 from internvit.model.hooks import has_hooks
 from internvit.model.packed import PackedTokens, packed_output
 from internvit.model.vit import InternViT
+from internvit.ops.core.autocast import autocast_dtype
 from internvit.ops.core.select import requested
 from internvit.ops.core.sequences import Sequences
 from internvit.output import InternViTOutput, attention_kind
@@ -140,9 +141,12 @@ class OptimizedInternViT(nn.Module):
     def _replaces_forward(self) -> bool:
         """Whether the forward here may stand for the model's own now.
 
-        Not in a program that is traced, which would keep packed weights for good, nor for derivatives.
+        Not in a program that is traced, which would keep packed weights for good, nor for derivatives, nor where
+        autocast wants another 16-bit dtype than the weights'.
         """
         model, encoder = self.model, self.model.encoder
+        if model.dtype.itemsize == 2 and autocast_dtype(model.device.type) not in (None, model.dtype):
+            return False
         if recompute.is_transformed() or has_hooks(model) or has_hooks(encoder):
             return False
         return type(model).forward is InternViT.forward and type(encoder) is InternViTEncoder

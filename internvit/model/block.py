@@ -27,7 +27,7 @@ from internvit.model.fused_block import (
     run_after_attention,
     run_block,
 )
-from internvit.model.hooks import has_hooks, is_plain_linear, is_unhooked_linear
+from internvit.model.hooks import has_global_hooks, has_hooks, is_plain_linear, is_unhooked_linear
 from internvit.model.layers import MLP, Attention, is_plain_norm, make_norm, norm_before
 from internvit.model.packed import one_by_one, per_token
 from internvit.ops.core.sequences import Sequences
@@ -185,15 +185,23 @@ def _call_attention(attn: nn.Module, sequences: Sequences | None, x: Tensor) -> 
 
 
 def is_plain_layer(layer: nn.Module) -> TypeGuard[InternViTLayer]:
-    """Whether the encoder may run `layer` between its neighbours instead of calling it."""
+    """Whether calling `layer` is nothing but its own forward, which may be run in parts instead."""
     if not isinstance(layer, InternViTLayer) or has_hooks(layer):
         return False
     return type(layer) is InternViTLayer or layer.shares_heads
 
 
+def runs_between_neighbours(layer: nn.Module) -> TypeGuard[InternViTLayer]:
+    """Whether the encoder may run `layer` between its neighbours instead of calling it; one that `layer.compile()`
+    has compiled, as PyTorch's regional compilation does, is called."""
+    return is_plain_layer(layer) and layer._compiled_call_impl is None
+
+
 def passes_branch(layer: nn.Module) -> TypeGuard[InternViTLayer]:
     """Whether `layer` is wrapped, has no hooks but the wrapper's, and takes and gives a `PendingBranch`."""
     if not isinstance(layer, InternViTLayer) or not layer.wrapping_hooks or "forward" in layer.__dict__:
+        return False
+    if has_global_hooks():
         return False
     hooks = {*layer._forward_hooks, *layer._forward_pre_hooks}
     return hooks == layer.wrapping_hooks and not (layer._backward_hooks or layer._backward_pre_hooks)

@@ -1,8 +1,8 @@
 """The stack of blocks.
 
-The encoder carries the normed tensor over a layer boundary only where neither side has hooks, is checkpointed, wrapped
-or patched; otherwise it calls the layer. Layers wrapped by `internvit.parallel.shard_blocks` are called, and pass on
-their last branch. All give the same bits.
+The encoder carries the normed tensor over a layer boundary only where neither side has hooks, is checkpointed, wrapped,
+compiled by itself or patched; otherwise it calls the layer. Layers wrapped by `internvit.parallel.shard_blocks` are
+called, and pass on their last branch. All but compiled ones give the same bits.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from internvit.config import InternViTConfig
 from internvit.model import recompute
 from internvit.model.attention_summary import AttentionSummary
-from internvit.model.block import InternViTLayer, TrainingOptions, is_plain_layer, passes_branch
+from internvit.model.block import InternViTLayer, TrainingOptions, passes_branch, runs_between_neighbours
 from internvit.model.fused_block import Norm
 from internvit.model.packed import one_by_one, runs_alone, split
 from internvit.ops.core.sequences import Sequences
@@ -131,7 +131,7 @@ class InternViTEncoder(nn.Module):
                     defer = not asked and passes_branch(layers[index + 1])
                     result = layer(hidden_states, pending, defer, **packed)
                     (hidden_states, pending), normed = result if defer else (result, None), None
-                elif not is_plain_layer(layer):
+                elif not runs_between_neighbours(layer):
                     hidden_states, normed = layer(hidden_states, **packed), None
                 else:
                     next_norm = _first_norm(layers[index + 1]) if index + 1 < len(layers) else None
@@ -170,10 +170,10 @@ def attention_maps(layer: Any, hidden_states: Tensor, kind: str, sequences: Sequ
 
 def _summary(layer: Any, kind: str) -> AttentionSummary | None:
     """What a layer that runs between its neighbours fills; None where maps come from its input."""
-    if kind == "maps" or not is_plain_layer(layer) or passes_branch(layer) or not layer.summarizes_attention():
+    if kind == "maps" or not runs_between_neighbours(layer) or passes_branch(layer) or not layer.summarizes_attention():
         return None
     return AttentionSummary(kind)
 
 
 def _first_norm(layer: Any) -> Norm | None:
-    return layer.first_norm() if is_plain_layer(layer) else None
+    return layer.first_norm() if runs_between_neighbours(layer) else None

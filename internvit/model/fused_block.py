@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from internvit.model import recompute
 from internvit.model.attention_summary import AttentionSummary, Folded
-from internvit.model.hooks import is_plain_linear
+from internvit.model.hooks import has_global_hooks, is_plain_linear
 from internvit.ops import (
     attention,
     gelu,
@@ -317,7 +317,7 @@ def cast_for_linear(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 def call_module(module: nn.Module, x: Tensor, *others: Any) -> Tensor:
     """module(x, ...); a pre-hook may edit x, so that backward must not compute it again."""
-    return module(recompute.keep(x) if module._forward_pre_hooks else x, *others)
+    return module(recompute.keep(x) if module._forward_pre_hooks or has_global_hooks() else x, *others)
 
 
 def linear_per_image(module: nn.Module, x: Tensor) -> Tensor:

@@ -1,13 +1,22 @@
 """Whether a fused op may stand for a module: only while calling the module does nothing but its class's forward."""
 
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+# They follow which module runs, as FlopCounterMode's and CommDebugMode's do, and read no tensor's value.
+_TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class's forward."""
+    return has_own_hooks(module) or has_global_hooks()
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """`has_hooks`, of hooks that were registered with `module` itself."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -18,13 +27,18 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether the calls of all modules do more than their classes' forward."""
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
+    """Whether hooks of all modules are registered that want to see each call; `_TRACKERS`' do not."""
+    registered: tuple[Mapping[int, Any], ...] = (
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_backward_hooks,
+        nn_module._global_backward_pre_hooks,
     )
+    return any(hooks and any(map(_sees_calls, hooks.values())) for hooks in registered)
+
+
+def _sees_calls(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) not in _TRACKERS
 
 
 def is_plain(module: nn.Module, module_class: type) -> bool:

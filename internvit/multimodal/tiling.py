@@ -66,8 +66,8 @@ def tile_image(
     """The tiles of an image as one batch for the vision tower.
 
     Args:
-        image: the path of an image file, a PIL image, or 8-bit RGB as a numpy array [height, width, 3] or a tensor
-            [3, height, width]; any strides.
+        image: the path of an image file, which its EXIF turns upright; a PIL image, taken as it is; or 8-bit RGB as a
+            numpy array [height, width, 3] or a tensor [3, height, width]; any strides.
         image_size: side of a tile.
         min_tiles, max_tiles: bounds on the number of tiles, the thumbnail not counted.
         thumbnail: append the whole image as one more tile, if there are several.
@@ -90,8 +90,8 @@ def tile_image(
         tiles = torch.cat([tiles, _resize(pixels, image_size, image_size)[None]])
     if not normalize:
         return tiles.contiguous()
-    mean, std = (torch.tensor(values, device=tiles.device).view(3, 1, 1) for values in (MEAN, STD))
-    return ((tiles / 255 - mean) / std).contiguous()
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=tiles.device).view(3, 1, 1) for values in (MEAN, STD))
+    return ((tiles.float() / 255 - mean) / std).contiguous()
 
 
 def _rgb(image: Any) -> Tensor:

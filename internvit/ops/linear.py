@@ -103,7 +103,7 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, (x, weight) = grads[0], ctx.saved_tensors
-        rows = grad.flatten(0, -2)
+        rows = grad.reshape(-1, grad.shape[-1])  # batched gradients cannot be flattened
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = matmul(grad, weight) if needs_x else None
         grad_weight = matmul(rows.t(), x.flatten(0, -2)) if needs_weight else None

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from internvit.model.block import InternViTLayer
-from internvit.model.hooks import has_hooks
+from internvit.model.hooks import has_own_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,7 +48,7 @@ def shard_blocks(model: Model, mesh: DeviceMesh, **settings: Any) -> Model:
         return Shard(divides[-1]) if stacked else None
 
     for block in blocks:
-        unwrapped = not has_hooks(block)
+        unwrapped = not has_own_hooks(block)
         fully_shard(block, mesh=mesh, shard_placement_fn=placement, **settings)
         if unwrapped:
             block.wrapping_hooks = frozenset({*block._forward_hooks, *block._forward_pre_hooks})

@@ -15,7 +15,7 @@ from internvit.model.attention_summary import AttentionSummary
 from internvit.model.block import InternViTLayer, is_plain_layer
 from internvit.model.embeddings import Embeddings
 from internvit.model.fused_block import BlockParts, BranchOutput, Norm, gelu_recomputed
-from internvit.model.hooks import has_hooks
+from internvit.model.hooks import has_own_hooks
 from internvit.model.layers import MLP, Attention
 from internvit.ops import linear_gelu, qk_norm_attention_qkvpacked
 from internvit.ops.core.sequences import Sequences
@@ -136,7 +136,7 @@ class TensorParallelLayer(InternViTLayer):
 
     def parts(self, sequences: Sequences | None = None, summary: AttentionSummary | None = None) -> BlockParts:
         _refuse_packed(sequences)
-        inside = next((name for name, module in self.named_modules() if name and has_hooks(module)), None)
+        inside = next((name for name, module in self.named_modules() if name and has_own_hooks(module)), None)
         if inside is not None:
             raise RuntimeError(f"{inside} has hooks, which a tensor-parallel block does not run: remove them")
         attn, mlp = self.attn, self.mlp
@@ -157,7 +157,7 @@ class TensorParallelLayer(InternViTLayer):
         return self.attn.attention_map(x, kind)
 
     def has_plain_parts(self, quantised: bool = False) -> bool:
-        return is_plain_layer(self) and not any(has_hooks(module) for module in self.modules())
+        return is_plain_layer(self) and not any(has_own_hooks(module) for module in self.modules())
 
     def _shared_row_scale(self, branch: Tensor) -> Tensor:
         """Each rank draws, so that their generators stay alike, and all take the first rank's."""

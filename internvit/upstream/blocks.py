@@ -43,7 +43,7 @@ def _working_class(module: Any) -> str:
     return _owner(module).__name__.removeprefix("FSDP")
 
 
-def _has_another_forward(module: nn.Module) -> bool:
+def has_another_forward(module: nn.Module) -> bool:
     """Whether somebody has given the class a forward that was not written in it: then its name says nothing."""
     owner = _owner(module)
     forward = owner.__dict__.get("forward")
@@ -117,7 +117,7 @@ def why_unsupported(block: nn.Module, layout: Layout) -> str | None:
     attention = part(block, layout.attention)
     for name in ("", *layout.names):
         module = part(block, name) if name else block
-        if isinstance(module, nn.Module) and _has_another_forward(module):
+        if isinstance(module, nn.Module) and has_another_forward(module):
             return f"{name or 'it'} is a {type(module).__name__} with another forward"
     foreign = [name for name in _FOREIGN if getattr(attention, name, None)]
     if foreign:
@@ -136,8 +136,7 @@ def _why_parts_unsupported(block: nn.Module, layout: Layout) -> str | None:
         if norm_of(part(block, name)) is None:
             return f"{name} is a {type(part(block, name)).__name__}, not a LayerNorm or RMSNorm known here"
     activation = part(block, layout.activation)
-    exact = getattr(activation, "approximate", "none") == "none"
-    if _working_class(activation) not in ("GELU", "GELUActivation") or not exact:
+    if _working_class(activation) not in ("GELU", "GELUActivation") or _approximates(activation):
         return f"{layout.activation} is {activation}, not the exact (erf) GELU"
     qk_norms = [part(block, name) for name in layout.qk_norms]
     if not all(map(_is_absent, qk_norms)):
@@ -159,6 +158,10 @@ def _why_parts_unsupported(block: nn.Module, layout: Layout) -> str | None:
         if not _is_absent(part(block, name)):
             return f"it has {name}"
     return None
+
+
+def _approximates(activation: Any) -> bool:
+    return getattr(activation, "approximate", "none") != "none"
 
 
 class Inner(NamedTuple):
@@ -212,6 +215,8 @@ def why_not_now(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> s
         is_parameter = module_class is not nn.Linear or type(module._parameters.get("weight")) in _PARAMETERS
         if not is_parameter and not is_plain_linear(module):
             return f"{name}.weight is a {type(module.weight).__name__}"
+    if _approximates(part(block, layout.activation)):
+        return f"{layout.activation} is {part(block, layout.activation)}, not the exact (erf) GELU"
     if block.training:
         for name in layout.dropouts:
             dropout = part(block, name)

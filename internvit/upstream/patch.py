@@ -30,6 +30,7 @@ from internvit.model.fused_block import (
 from internvit.numerics import relative_error
 from internvit.upstream.blocks import (
     gamma_of,
+    has_another_forward,
     has_own_forward,
     inner_modules,
     keeps_by_rounding,
@@ -50,6 +51,19 @@ class FusedBlock:
         self.layout = layout
         self.inner = inner_modules(block, layout)
         self.active = False
+        self._remember_forward()
+
+    def _remember_forward(self) -> None:
+        """What the block's own forward is; None where the class was given another one before."""
+        self.class_forward = None if has_another_forward(self.block) else type(self.block).forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        # transformers 5 wraps forwards of subclasses: a function that pickle does not find by its name.
+        return {name: value for name, value in self.__dict__.items() if name != "class_forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember_forward()
 
     def install(self) -> None:
         self.before = self.block.__dict__.get("forward")
@@ -77,20 +91,20 @@ class FusedBlock:
 
     def why_not(self) -> str | None:
         """Why the block would run its own forward if it were called now; None when it would run fused."""
-        return why_unsupported(self.block, self.layout) or why_not_now(self.block, self.layout, self.inner)
+        return why_unsupported(self.block, self.layout) or self._why_not_now()
+
+    def _why_not_now(self) -> str | None:
+        # The class itself may change: fully_shard puts one of its own in front.
+        if type(self.block).forward is not self.class_forward:
+            return f"it is a {type(self.block).__name__} with another forward"
+        return why_not_now(self.block, self.layout, self.inner)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output of hidden states [B, N, C]; any further argument, as a mask, is for its own forward."""
         block: Any = self.block
         layout = self.layout
         more = any(value is not None and value is not False for value in (*args[1:], *kwargs.values()))
-        fits = (
-            self.active
-            and args
-            and not more
-            and not recompute.in_forward_ad()
-            and not why_not_now(block, layout, self.inner)
-        )
+        fits = self.active and args and not more and not recompute.in_forward_ad() and not self._why_not_now()
         if not fits or mixed(block, layout, args[0]):
             return type(block).forward(block, *args, **kwargs)
         hidden_states = args[0]

@@ -166,6 +166,7 @@ def test_nothing_is_overwritten_silently(weights, photos, tmp_path, capsys) -> N
             ["features", "x.png", "--weights", "w", "--out", "o", "--layers", "a"],
             "expected numbers of blocks",
         ),
+        (["features", "x.png", "--weights", "w", "--out", "o.npz"], ".safetensors file or a folder, got o.npz"),
         (["plan", "--memory", "much"], "expected a size such as 24GB"),
         (["plan", "--size", "450"], "expected multiples of 14, got 450x450"),
         (["plan", "--devices", "8"], "--devices needs --memory, of each device"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from internvit import tile_image
 from internvit.images import MEAN, STD, find_images, load_pixels, open_photo, to_pixels
 
 RAMP = np.linspace(0, 255, 24 * 36).reshape(24, 36)
@@ -157,6 +158,22 @@ def test_pixels_are_normalised_and_resized(tmp_path) -> None:
     for channel, value in enumerate((1.0, 0.0, 128 / 255)):
         torch.testing.assert_close(pixels[channel], torch.full((28, 42), (value - MEAN[channel]) / STD[channel]))
     assert torch.equal(to_pixels(open_photo(path), (28, 42)), pixels)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_pixels_do_not_depend_on_the_default_dtype(default) -> None:
+    """In bfloat16 the mean and the deviation would be rounded by up to 0.4 %."""
+    image = Image.fromarray(COLOUR)
+    expected = to_pixels(image, (28, 42)), tile_image(image, 56)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = to_pixels(image, (28, 42)), tile_image(image, 56)
+    finally:
+        torch.set_default_dtype(before)
+    for ours, wanted in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, wanted)
 
 
 def test_files_folders_and_globs(tmp_path, monkeypatch) -> None:

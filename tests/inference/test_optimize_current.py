@@ -121,6 +121,18 @@ def test_inference_tensors_edited_in_place() -> None:
         check(model, fast, pixels)
 
 
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_around_it(dtype, autocast) -> None:
+    """Packed weights are of the model's dtype: in float16, its own forward runs."""
+    model, fast, pixels = optimized(dtype)
+    with torch.autocast("cpu", autocast):
+        check(model, fast, pixels)
+        with torch.no_grad():
+            assert fast(pixels).last_hidden_state.dtype == model(pixels).last_hidden_state.dtype
+    check(model, fast, pixels)
+
+
 @pytest.mark.parametrize("name", ["", "encoder", "embeddings", "encoder.layers.1", "encoder.layers.0.mlp.fc1"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -51,6 +51,30 @@ def test_functional_gradients(norm_type, mode) -> None:
 
 
 @both_norms
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["none", "selective", "block", "patched"])
+def test_gradients_in_a_batch(norm_type, dtype, mode) -> None:
+    """As the Jacobian of `torch.autograd.functional`: a backward gets all gradients at once."""
+    model, reference = pair(norm_type)
+    if mode == "patched":
+        model = transformers_judge(model.config, reference.state_dict())  # type: ignore[assignment]
+        internvit.patch(model)
+    else:
+        model.train().set_gradient_checkpointing(mode)
+    model.to(dtype)
+    pixels = images(reference.config, 2).to(dtype).requires_grad_()
+    inputs = [pixels, *model.parameters()]
+    output = model(pixels).last_hidden_state
+    wanted = torch.randn(3, *output.shape, dtype=dtype)
+    together = torch.autograd.grad(output, inputs, wanted, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    apart = [torch.autograd.grad(output, inputs, one, retain_graph=True, allow_unused=True) for one in wanted]
+    for ours, expected in zip(together, zip(*apart, strict=True), strict=True):
+        assert (ours is None) == (expected[0] is None)
+        if ours is not None:
+            assert relative_error(ours, torch.stack(expected)) < (1e-9 if dtype is torch.float64 else 0.01)
+
+
+@both_norms
 def test_gradients_of_each_image_and_of_parameters(norm_type) -> None:
     model, reference = pair(norm_type)
     pixels = pixels_for(model)

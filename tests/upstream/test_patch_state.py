@@ -141,23 +141,41 @@ def test_sixteen_threads(name) -> None:
     assert not failures
 
 
-def test_a_forward_that_a_class_gets_before_or_after_runs(monkeypatch) -> None:
+@pytest.mark.parametrize("changed", ["Attention", "Block"])
+def test_a_forward_that_a_class_gets_before_or_after_runs(changed, monkeypatch) -> None:
     """Its name is the class's still: the fused ops computed what the class had been written to compute."""
-    from timm.models.vision_transformer import Attention
+    from timm.models import vision_transformer
 
     def values_alone(self, x: Tensor, *_: object, **__: object) -> Tensor:
         return self.proj(self.qkv(x).chunk(3, -1)[2])
 
+    def mlp_alone(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+    module_class = getattr(vision_transformer, changed)
     model, pixels = patched("timm")
     plain = features(model, pixels)
     with monkeypatch.context() as other:
-        other.setattr(Attention, "forward", values_alone)
+        other.setattr(module_class, "forward", {"Attention": values_alone, "Block": mlp_alone}[changed])
         ours = features(model, pixels)
+        assert torch.equal(features(copy.deepcopy(model), pixels), ours)
         fresh = timm_judge(config := CONFIGS["tiny-layer_norm"], internvit.reference.InternViT(config).state_dict())
-        with pytest.raises(ValueError, match="Attention with another forward"):
+        with pytest.raises(ValueError, match=f"{changed} with another forward"):
             internvit.patch(fresh)
     assert relative_error(ours, plain) > 1e-3
     assert torch.equal(features(model, pixels), plain)
+
+
+def test_a_gelu_that_is_approximate_later_runs() -> None:
+    model, pixels = patched("timm")
+    exact = features(model, pixels)
+    for block in model.blocks:
+        block.mlp.act.approximate = "tanh"
+    with counted() as ran:
+        ours = features(model, pixels)
+    assert not ran
+    assert not torch.equal(ours, exact)
+    assert all("not the exact (erf) GELU" in why for why in PatchHandle.of(model).left.values())
 
 
 def test_another_attention_implementation_is_called() -> None:

@@ -55,7 +55,7 @@ class Augmentation:
             mask = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.jitter:
             photo = jittered(photo, rng)
-        pixels = torch.zeros(3, self.crop, self.crop)
+        pixels = torch.zeros(3, self.crop, self.crop, dtype=torch.float32)
         labels = torch.full((self.crop, self.crop), IGNORE, dtype=torch.int64)
         width, height = photo.size
         pixels[:, :height, :width] = to_pixels(photo, (height, width))

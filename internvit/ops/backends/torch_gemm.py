@@ -49,7 +49,7 @@ def float8_sums(x_q: Tensor, weight_q: Tensor) -> Tensor:
         return rows.float() @ weight_q.float().t()
     if float8_unavailable_reason(x_q) is not None:
         return torch.mm(rows.bfloat16(), weight_q.bfloat16().t(), out_dtype=torch.float32)
-    one = torch.ones((), device=x_q.device)
+    one = torch.ones((), dtype=torch.float32, device=x_q.device)
     weight = padded(weight_q, 16, weight_q.shape[0] + -weight_q.shape[0] % 16)
     sums = torch._scaled_mm(padded(rows, 16), weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
     return sums[:, : weight_q.shape[0]].contiguous()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
 
 from internvit.ops.core.direct import nothing_watches, plain
@@ -138,7 +139,10 @@ def derive_function(op: Any, overload: Callable, backward: Any, plan: Plan) -> t
                 results[plan.passes_through] = grads[0]
             needs = [asked[i] for i in plan.grads_of]
             if True in needs:
-                outputs = _as_tuple(backward(*plan.restore(ctx, grads, needs)))
+                # Of gradients that is_grads_batched=True hands over, the dispatcher runs the op once for each.
+                batched = any(g is not None and is_legacy_batchedtensor(g) for g in grads)
+                run = backward.through_dispatcher if batched else backward
+                outputs = _as_tuple(run(*plan.restore(ctx, grads, needs)))
                 for i, needed, grad in zip(plan.grads_of, needs, outputs, strict=True):
                     results[i] = grad if needed else None
             return tuple(results)

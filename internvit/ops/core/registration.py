@@ -105,6 +105,9 @@ class Op:
         through_dispatcher = not (nothing_watches() and plain(args)) or torch.is_grad_enabled()
         return self.run_or_fall_back(self.overload if through_dispatcher else self.run, args)
 
+    def through_dispatcher(self, *args: Any) -> Any:
+        return self.run_or_fall_back(self.overload, args)
+
     def run_or_fall_back(self, call: Callable, args: tuple[Any, ...]) -> Any:
         """`call(*args)`; where `auto` chose args[-1] and its kernel does not start, the next backend's."""
         if any_failure() and isinstance(args[-1], AutoBackend):

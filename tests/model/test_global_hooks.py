@@ -1,0 +1,93 @@
+"""Hooks of all modules, and layers compiled one by one, in models that do not call their modules otherwise."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils.flop_counter import FlopCounterMode
+
+import internvit
+from internvit.numerics import relative_error
+from tests.support.models import images, pair
+
+REGISTER = {
+    "forward": nn_module.register_module_forward_hook,
+    "pre-forward": nn_module.register_module_forward_pre_hook,
+    "backward": nn_module.register_module_full_backward_hook,
+    "pre-backward": nn_module.register_module_full_backward_pre_hook,
+}
+
+
+@contextlib.contextmanager
+def called(kind: str) -> Iterator[list[nn.Module]]:
+    seen: list[nn.Module] = []
+    handle = REGISTER[kind](lambda module, *_: seen.append(module))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def names(model: nn.Module, seen: list[nn.Module]) -> set[str]:
+    return {name for name, module in model.named_modules() if any(module is one for one in seen)}
+
+
+def doors(name: str) -> tuple[nn.Module, dict[str, nn.Module], Tensor]:
+    model, reference = pair(name)
+    pixels = images(model.config, 2).requires_grad_()
+    return reference, {"internvit": model, "optimised": internvit.optimize_for_inference(model)}, pixels
+
+
+@pytest.mark.parametrize("kind", REGISTER)
+@pytest.mark.parametrize("name", ["tiny-layer_norm", "tiny-rms_norm"])
+def test_they_see_every_module_that_the_reference_calls(name, kind) -> None:
+    reference, models, pixels = doors(name)
+    backward = "backward" in kind
+    with called(kind) as seen:
+        out = reference(pixels).last_hidden_state
+        if backward:
+            out.square().mean().backward()
+    expected = names(reference, seen)
+    assert {"encoder.layers.1.attn.qkv", "encoder.layers.2.norm2"} < expected
+    for door, model in models.items():
+        if backward and door == "optimised":
+            continue  # it has no gradients
+        inner = getattr(model, "model", model)
+        before = model(pixels).last_hidden_state
+        with called(kind) as seen:
+            during = model(pixels).last_hidden_state
+            if backward:
+                during.square().mean().backward()
+        assert expected <= names(inner, seen), door
+        assert relative_error(during, before) < 1e-6, door  # QK-norm is part of attention, and rounds otherwise there
+        assert torch.equal(model(pixels).last_hidden_state, before), door
+
+
+def test_counting_flops_does_not_change_what_runs() -> None:
+    """Its hooks follow modules and read nothing; the fused ops have formulas of their own."""
+    _, models, pixels = doors("tiny-layer_norm")
+    for door, model in models.items():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(pixels)
+        assert counter.get_total_flops() > 0
+        assert not [name for name in counter.get_flop_counts() if name.endswith(("qkv", "fc1"))], door
+
+
+def test_layers_that_were_compiled_one_by_one_run_compiled() -> None:
+    _, models, pixels = doors("tiny-layer_norm")
+    model = models["internvit"]
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):  # type: ignore[no-untyped-def]
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+        for layer in model.encoder.layers:
+            layer.compile(backend=backend)
+        torch.testing.assert_close(model(pixels).last_hidden_state, expected)
+    assert graphs
