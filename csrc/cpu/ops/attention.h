@@ -8,7 +8,7 @@
 // left one is a stream, softmax has no sum across lanes, and a query's bits do not depend on its neighbours.
 #pragma once
 
-#include "cpu/simd/simd.h"
+#include "cpu/simd/loops.h"
 
 namespace internvit::INTERNVIT_ISA {
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/gelu_fit.h"
-#include "cpu/simd/simd.h"
+#include "cpu/simd/loops.h"
 
 namespace internvit::INTERNVIT_ISA {
 

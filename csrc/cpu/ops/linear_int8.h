@@ -252,9 +252,9 @@ struct Int8Rows {
   }
 };
 
-// A Linear's product by `Layout`, which has a strip's kRows, of which kPackedRows are packed at once, a step's kStep tiles
-// and the kBlockBytes of an x block; `Scope`, held by a task; where x lies, strip_bytes(depth) and offset(strips, depth,
-// strip, row, d); store_rows(tile, bytes), which writes the packed rows' tile; and
+// A Linear's product by `Layout`, which has a strip's kRows, of which kPackedRows are packed at once, a step's kStep
+// tiles and the kBlockBytes of an x block; `Scope`, held by a task; where x lies, strip_bytes(depth) and offset(strips,
+// depth, strip, row, d); store_rows(tile, bytes), which writes the packed rows' tile; and
 //
 //   multiply(a, next, b, step, from, from_row, sums): sums = from + A B over `step` tiles; `next` is what A comes next
 //   multiply_grouped(a, next, b, step, start, ratio, first, sums): sums += ratio * (start + A B) of each group, in

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "cpu/ops/quantize_rows.h"
-#include "cpu/simd/simd.h"
+#include "cpu/simd/loops.h"
 
 namespace internvit::INTERNVIT_ISA {
 

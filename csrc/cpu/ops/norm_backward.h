@@ -10,7 +10,7 @@
 // chunks are added in order: the same bits for any number of threads.
 #pragma once
 
-#include "cpu/simd/simd.h"
+#include "cpu/simd/loops.h"
 
 namespace internvit::INTERNVIT_ISA {
 

@@ -11,7 +11,7 @@
 // strips pass by a step; and the product of one strip with one panel's step, whose last step runs the epilogue.
 #pragma once
 
-#include "cpu/simd/simd.h"
+#include "cpu/simd/loops.h"
 
 namespace internvit::INTERNVIT_ISA {
 

@@ -3,7 +3,7 @@
 //   grad_x -= grad_rstd * rstd^3 / C * x
 #pragma once
 
-#include "cpu/simd/simd.h"
+#include "cpu/simd/loops.h"
 
 namespace internvit::INTERNVIT_ISA {
 
