@@ -57,8 +57,8 @@ def save_pretrained(
     Raises:
         ValueError: a layout that cannot hold this model, weights that are not those of its configuration, are
             quantised, sharded or on the meta device, a bad size.
-        FileExistsError: weights are there and `overwrite` is False, or they hold more than an InternViT, such as the
-            rest of an InternVL.
+        FileExistsError: weights, or a config.json of other settings, are there and `overwrite` is False; or the
+            weights hold more than an InternViT, such as the rest of an InternVL.
         OSError: the disk is full, or the folder cannot be written.
     """
     tensors, fields = contents(model, layout)
@@ -76,14 +76,14 @@ def write_checkpoint(
     limit = _bytes(max_shard_size)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_to_replace(folder, overwrite)
+    refuse_to_replace(folder, overwrite, fields)
     shards = _shards(tensors, limit)
     with staging(folder, "checkpoint") as stage:
         for number, shard in enumerate(shards):
             _write_shard(stage.path(f"{number}{_STAGED}"), _plain(tensors, shard))
         stage.flush()
         with locked(folder):
-            refuse_to_replace(folder, overwrite)  # another process may have saved meanwhile
+            refuse_to_replace(folder, overwrite, fields)  # another process may have saved meanwhile
             _publish(stage, folder, tensors, shards, fields)
     return folder
 
@@ -122,8 +122,8 @@ def _refuse_unplain(name: str, tensor: Any) -> None:
         raise ValueError("model: expected weights, got parameters on the meta device")
 
 
-def refuse_to_replace(folder: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where a save into the folder would lose something."""
+def refuse_to_replace(folder: Path, overwrite: bool, fields: Mapping[str, Any] | None = None) -> None:
+    """Raises FileExistsError where a save into the folder, of config.json's `fields`, would lose something."""
     present = [entry.name for entry in folder.iterdir()]
     if not overwrite and any(_WEIGHTS.fullmatch(name) for name in present):
         raise FileExistsError(f"{folder}: holds weights; pass overwrite=True to replace them")
@@ -142,6 +142,22 @@ def refuse_to_replace(folder: Path, overwrite: bool) -> None:
             )
     if _is_of_another_model(folder / CONFIG):
         raise FileExistsError(f"{folder}: {CONFIG} is that of another model; save to another folder")
+    if fields is not None and not overwrite and (differing := _differing_fields(folder / CONFIG, fields)):
+        # Weights of any name beside it, as a .pth, would be read with the new one.
+        raise FileExistsError(
+            f"{folder}: {CONFIG} has another {listed(differing)}; pass overwrite=True to replace it, or save to "
+            f"another folder"
+        )
+
+
+def _differing_fields(path: Path, fields: Mapping[str, Any]) -> list[str]:
+    """The settings in which a config.json differs from `fields`; none if it is not there, or broken."""
+    try:
+        present = InternViTConfig.from_dict(read_json(path)).to_dict()
+    except (ValueError, OSError):
+        return []
+    new = InternViTConfig.from_dict(fields).to_dict()
+    return [name for name in new if name != "name" and present.get(name) != new[name]]
 
 
 def _is_of_another_model(path: Path) -> bool:

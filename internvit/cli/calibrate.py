@@ -74,6 +74,11 @@ def calibrate(
         not no_smooth,
         progress,
     )
+    if len(result.skipped) == len(result.alone):  # nothing in such a checkpoint would say so
+        raise click.ClickException(
+            f"--target: no Linear can be int8 within {target:g} %, bfloat16 alone is off by "
+            f"{max(result.bfloat16):.2%}; nothing is written"
+        )
     fast = optimize_for_inference(result.model, precision="int8", skip=result.skipped)
     fast.save_pretrained(folder, overwrite=overwrite)
     if as_json:

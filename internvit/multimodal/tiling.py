@@ -67,7 +67,8 @@ def tile_image(
 
     Args:
         image: the path of an image file, which its EXIF turns upright; a PIL image, taken as it is; or 8-bit RGB as a
-            numpy array [height, width, 3] or a tensor [3, height, width]; any strides.
+            numpy array [height, width, 3] or a tensor [3, height, width]; any strides. Transparency is laid over
+            white; InternVL's own loading, convert("RGB"), drops it and shows the colours behind.
         image_size: side of a tile.
         min_tiles, max_tiles: bounds on the number of tiles, the thumbnail not counted.
         thumbnail: append the whole image as one more tile, if there are several.
@@ -99,8 +100,7 @@ def _rgb(image: Any) -> Tensor:
     if isinstance(image, (str, os.PathLike)):
         image = open_photo(Path(image))
     if hasattr(image, "convert"):  # PIL
-        # Upstream drops transparency by convert("RGB"), which clips values wider than 8 bits.
-        image = to_rgb(image, "tile_image") if image.mode[0] in "IF" else image.convert("RGB")
+        image = to_rgb(image, "tile_image")
     if not isinstance(image, Tensor):
         array = np.array(image)  # a copy: PyTorch takes neither negative strides nor read-only memory
         if array.dtype != np.uint8:
@@ -116,5 +116,5 @@ def _rgb(image: Any) -> Tensor:
 
 
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialias in 8 bit: torchvision's to the bit, PIL's to two levels of 255."""
+    """Bicubic with antialias in 8 bit: torchvision's to the bit, PIL's to two levels of 255 (7 on noise)."""
     return F.interpolate(pixels[None], size=(height, width), mode="bicubic", antialias=True)[0]

@@ -136,7 +136,8 @@ def _why_parts_unsupported(block: nn.Module, layout: Layout) -> str | None:
         if norm_of(part(block, name)) is None:
             return f"{name} is a {type(part(block, name)).__name__}, not a LayerNorm or RMSNorm known here"
     activation = part(block, layout.activation)
-    if _working_class(activation) not in ("GELU", "GELUActivation") or _approximates(activation):
+    exact = getattr(activation, "approximate", "none") == "none"
+    if _working_class(activation) not in ("GELU", "GELUActivation") or not exact:
         return f"{layout.activation} is {activation}, not the exact (erf) GELU"
     qk_norms = [part(block, name) for name in layout.qk_norms]
     if not all(map(_is_absent, qk_norms)):
@@ -158,10 +159,6 @@ def _why_parts_unsupported(block: nn.Module, layout: Layout) -> str | None:
         if not _is_absent(part(block, name)):
             return f"it has {name}"
     return None
-
-
-def _approximates(activation: Any) -> bool:
-    return getattr(activation, "approximate", "none") != "none"
 
 
 class Inner(NamedTuple):
@@ -210,13 +207,13 @@ def why_not_now(block: nn.Module, layout: Layout, inner: tuple[Inner, ...]) -> s
             return f"{name} is a {present.__module__}.{present.__qualname__}"
         if present.forward is not forward:
             return f"{name} is a {present.__qualname__} with another forward"
+        if module.__dict__.get("approximate", "none") != "none":
+            return f"{name} is not the exact (erf) GELU"
         if _is_hooked(module):
             return f"{name} has a hook, or attention maps are asked for"
         is_parameter = module_class is not nn.Linear or type(module._parameters.get("weight")) in _PARAMETERS
         if not is_parameter and not is_plain_linear(module):
             return f"{name}.weight is a {type(module.weight).__name__}"
-    if _approximates(part(block, layout.activation)):
-        return f"{layout.activation} is {part(block, layout.activation)}, not the exact (erf) GELU"
     if block.training:
         for name in layout.dropouts:
             dropout = part(block, name)

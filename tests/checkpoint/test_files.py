@@ -298,6 +298,21 @@ def test_the_configuration_of_another_model_stays(tmp_path, fields: dict, overwr
         save_pretrained(make_model(PLAIN), tmp_path, overwrite=True)
 
 
+def test_a_configuration_of_other_settings_stays(tmp_path) -> None:
+    """With weights of another name beside it, which would be read with the new one."""
+    model = make_model(PLAIN)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    other = {**PLAIN.to_dict(), "layer_norm_eps": 1e-3, "pos_embed_mode": "antialias"}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"config\.json has another layer_norm_eps, pos_embed_mode; pass overwrite"):
+        save_pretrained(model, tmp_path)
+    assert contents(tmp_path) == before
+    save_pretrained(model, tmp_path, overwrite=True)
+    (tmp_path / "model.safetensors").unlink()
+    save_pretrained(model, tmp_path, layout="transformers")  # the same settings in another spelling
+
+
 @pytest.mark.parametrize("index", ["precious", "broken", "dots"])
 def test_overwriting_removes_only_shards_of_ours(tmp_path, index: str) -> None:
     (tmp_path / "precious.txt").write_text("mine")
