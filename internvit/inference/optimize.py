@@ -34,7 +34,7 @@ from internvit.model.block import is_unmodified
 from internvit.model.embeddings import embed
 from internvit.model.encoder import InternViTEncoder
 from internvit.model.fused_block import run_block
-from internvit.model.hooks import has_hooks
+from internvit.model.hooks import has_hooks, is_exactly, runs_as_written
 from internvit.model.packed import PackedTokens, packed_output
 from internvit.model.vit import InternViT
 from internvit.ops.core.autocast import autocast_dtype
@@ -147,9 +147,9 @@ class OptimizedInternViT(nn.Module):
         model, encoder = self.model, self.model.encoder
         if model.dtype.itemsize == 2 and autocast_dtype(model.device.type) not in (None, model.dtype):
             return False
-        if recompute.is_transformed() or has_hooks(model) or has_hooks(encoder):
+        if recompute.is_transformed() or has_hooks(model):
             return False
-        return type(model).forward is InternViT.forward and type(encoder) is InternViTEncoder
+        return runs_as_written(model, InternViT) and is_exactly(encoder, InternViTEncoder)
 
     def _encode(
         self, embedded: Tensor, output_hidden_states: bool, summaries: Sequence[AttentionSummary] = ()

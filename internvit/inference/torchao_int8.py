@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internvit.model.hooks import has_hooks
+from internvit.model.hooks import is_unhooked_linear
 
 
 def int8_values(weight: Any) -> tuple[Tensor, Tensor] | None:
@@ -35,4 +35,4 @@ def int8_values(weight: Any) -> tuple[Tensor, Tensor] | None:
 
 def int8_linear_values(linear: nn.Module) -> tuple[Tensor, Tensor] | None:
     """`int8_values` of an `nn.Linear`'s weight; None for other modules and those with hooks."""
-    return int8_values(linear.weight) if type(linear) is nn.Linear and not has_hooks(linear) else None
+    return int8_values(linear.weight) if is_unhooked_linear(linear) else None

@@ -27,7 +27,15 @@ from internvit.model.fused_block import (
     run_after_attention,
     run_block,
 )
-from internvit.model.hooks import has_global_hooks, has_hooks, is_plain_linear, is_unhooked_linear
+from internvit.model.hooks import (
+    fusible_class,
+    has_global_hooks,
+    has_hooks,
+    is_exactly,
+    is_plain_linear,
+    is_unhooked_linear,
+    runs_as_written,
+)
 from internvit.model.layers import MLP, Attention, is_plain_norm, make_norm, norm_before
 from internvit.model.packed import one_by_one, per_token
 from internvit.ops.core.sequences import Sequences
@@ -47,6 +55,7 @@ class TrainingOptions:
     fold_layer_scale: bool = False
 
 
+@fusible_class
 class InternViTLayer(nn.Module):
     """One pre-norm block with LayerScale and DropPath.
 
@@ -129,12 +138,12 @@ class InternViTLayer(nn.Module):
         attention: Function = partial(_call_attention, attn, sequences)
         hidden: Function = partial(call_module, mlp)
         proj, fc2 = (BranchOutput(identity, gamma, row_scale) for gamma in (self.ls1, self.ls2))
-        if type(attn) is Attention and not has_hooks(attn):
+        if is_exactly(attn, Attention):
             attention, proj = (
                 partial(attention_output, attn.parts(sequences, summary)),
                 linear_or_folded(attn.proj, self.ls1, fold, row_scale),
             )
-        if type(mlp) is MLP and not has_hooks(mlp):
+        if is_exactly(mlp, MLP):
             hidden = partial(fc1_gelu, mlp.fc1)
             fc2 = linear_or_folded(mlp.fc2, self.ls2, fold, row_scale)
         norm1, norm2 = self._first_norm(), norm_before(getattr(mlp, "fc1", None), self.norm2)
@@ -154,12 +163,12 @@ class InternViTLayer(nn.Module):
 
     def summarizes_attention(self) -> bool:
         """Whether the block's own attention reports an `AttentionSummary`: it is InternViT's, called by its parts."""
-        return type(self.attn) is Attention and not has_hooks(self.attn)
+        return is_exactly(self.attn, Attention)
 
     def has_plain_parts(self, quantised: bool = False) -> bool:
         """Whether nothing but InternViT's own forward happens in the block's parts; `quantised`: as `is_unmodified`."""
         attn, mlp = self.attn, self.mlp
-        if type(attn) is not Attention or type(mlp) is not MLP or has_hooks(attn) or has_hooks(mlp):
+        if not (is_exactly(attn, Attention) and is_exactly(mlp, MLP)):
             return False
         norms = [self.norm1, self.norm2, *((attn.q_norm, attn.k_norm) if attn.qk_normalization else ())]
         is_own = is_unhooked_linear if quantised else is_plain_linear
@@ -186,7 +195,7 @@ def _call_attention(attn: nn.Module, sequences: Sequences | None, x: Tensor) -> 
 
 def is_plain_layer(layer: nn.Module) -> TypeGuard[InternViTLayer]:
     """Whether calling `layer` is nothing but its own forward, which may be run in parts instead."""
-    if not isinstance(layer, InternViTLayer) or has_hooks(layer):
+    if not isinstance(layer, InternViTLayer) or has_hooks(layer) or not runs_as_written(layer, InternViTLayer):
         return False
     return type(layer) is InternViTLayer or layer.shares_heads
 

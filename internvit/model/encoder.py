@@ -17,6 +17,7 @@ from internvit.model import recompute
 from internvit.model.attention_summary import AttentionSummary
 from internvit.model.block import InternViTLayer, TrainingOptions, passes_branch, runs_between_neighbours
 from internvit.model.fused_block import Norm
+from internvit.model.hooks import fusible_class
 from internvit.model.packed import one_by_one, runs_alone, split
 from internvit.ops.core.sequences import Sequences
 from internvit.output import attention_kind
@@ -25,6 +26,7 @@ CHECKPOINTING = ("none", "selective", "block")
 CHECKPOINT_KWARGS = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
 
 
+@fusible_class
 class InternViTEncoder(nn.Module):
     """The stack of blocks.
 

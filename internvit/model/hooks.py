@@ -1,13 +1,36 @@
 """Whether a fused op may stand for a module: only while calling the module does nothing but its class's forward."""
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-# They follow which module runs, as FlopCounterMode's and CommDebugMode's do, and read no tensor's value.
+M = TypeVar("M", bound=nn.Module)
+
+# The hooks of FlopCounterMode and CommDebugMode follow which module runs, and read no tensor's value.
 _TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
+
+# The forwards of classes that fused ops stand for, as they were written: a program may give a class another one.
+_FORWARDS: dict[type, Any] = {
+    written: written.forward for written in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.MultiheadAttention)
+}
+
+
+def fusible_class(module_class: type[M]) -> type[M]:
+    """A class decorator: fused ops may stand for the forward that is written in the class."""
+    _FORWARDS[module_class] = module_class.forward
+    return module_class
+
+
+def runs_as_written(module: nn.Module, module_class: type[nn.Module]) -> bool:
+    """Whether the class of `module` has the forward that was written in `module_class`."""
+    return type(module).forward is _FORWARDS[module_class]
+
+
+def is_exactly(module: nn.Module, module_class: type[M]) -> TypeGuard[M]:
+    """Whether `module` is a `module_class`, of no subclass, and calling it is that class's forward and no more."""
+    return type(module) is module_class and runs_as_written(module, module_class) and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -43,7 +66,7 @@ def _sees_calls(hook: Any) -> bool:
 
 def is_plain(module: nn.Module, module_class: type) -> bool:
     """Whether `module` is exactly a `module_class`, without hooks or a tensor subclass as its weight."""
-    return type(module) is module_class and not has_hooks(module) and _is_plain_tensor(module.weight)
+    return is_exactly(module, module_class) and _is_plain_tensor(module.weight)
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -53,7 +76,7 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def is_unhooked_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `module` is an `nn.Linear` without hooks, adapters or parametrisation; its weight may be a subclass."""
-    return type(module) is nn.Linear and not has_hooks(module)
+    return is_exactly(module, nn.Linear)
 
 
 def _is_plain_tensor(t: Any) -> bool:

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from internvit.config import InternViTConfig
 from internvit.model.attention_summary import AttentionSummary
 from internvit.model.fused_block import AttentionParts, Norm, attention_output, fc1_gelu, linear_per_image, norm_heads
-from internvit.model.hooks import is_plain, is_plain_linear
+from internvit.model.hooks import fusible_class, is_plain, is_plain_linear
 from internvit.ops import attention_column_sums
 from internvit.ops.core.sequences import Sequences
 
 
+@fusible_class
 class RMSNorm(nn.Module):
     """RMSNorm over the last dimension; see `internvit.ops.rms_norm`."""
 
@@ -45,6 +46,7 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}, rounding={self.rounding!r}"
 
 
+@fusible_class
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension; see `internvit.ops.layer_norm`."""
 
@@ -100,6 +102,7 @@ def norm_before(linear: Any, module: nn.Module) -> Norm | nn.Module:
     return norm._replace(linear_dtype=weight.dtype) if wide else norm
 
 
+@fusible_class
 class Attention(nn.Module):
     """Multi-head attention with optional QK-norm over all heads together; see `internvit.ops.qk_norm_attention`."""
 
@@ -160,6 +163,7 @@ class Attention(nn.Module):
         return F.linear(x[:, :1], q_weight, q_bias), F.linear(x, k_weight, k_bias)
 
 
+@fusible_class
 class MLP(nn.Module):
     """fc2(gelu(fc1(x))) with the exact (erf) GELU; see `internvit.ops.linear_gelu`."""
 

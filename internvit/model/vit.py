@@ -13,12 +13,14 @@ from internvit.geometry import resize_position_embedding
 from internvit.model.embeddings import Embeddings, embed
 from internvit.model.encoder import InternViTEncoder
 from internvit.model.feature_maps import forward_intermediates
+from internvit.model.hooks import fusible_class
 from internvit.model.layers import Attention, RMSNorm
 from internvit.model.packed import PackedTokens, packed_output
 from internvit.ops.core.validation import ROUNDINGS
 from internvit.output import InternViTOutput
 
 
+@fusible_class
 class InternViT(nn.Module):
     """InternViT: pixels in, token features out; a drop-in for OpenGVLab's InternVisionModel.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from internvit.model.fused_block import cast_for_linear, fc1_gelu, linear_per_image
-from internvit.model.hooks import has_hooks, is_plain
+from internvit.model.hooks import has_hooks, is_exactly, is_plain
 from internvit.ops import layer_norm
 
 
@@ -33,4 +33,4 @@ def run_sequential(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def _is_exact_gelu(module: nn.Module) -> bool:
-    return type(module) is nn.GELU and module.approximate == "none" and not has_hooks(module)
+    return is_exactly(module, nn.GELU) and module.approximate == "none"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internvit.model.fused_block import linear_invariant
-from internvit.model.hooks import has_hooks
+from internvit.model.hooks import has_hooks, is_exactly
 from internvit.multimodal.fused_sequential import run_sequential
 
 _DROPOUT = 0.1
@@ -71,7 +71,7 @@ class CrossAttentionPooling(nn.Module):
 
 def _attend(attention: nn.MultiheadAttention, query: Tensor, tokens: Tensor) -> Tensor:
     """attention(query, tokens, tokens) [B, 1, C] of one query [B, 1, C] for each tile."""
-    if type(attention) is not nn.MultiheadAttention or has_hooks(attention) or has_hooks(attention.out_proj):
+    if not is_exactly(attention, nn.MultiheadAttention) or has_hooks(attention.out_proj):
         return attention(query, tokens, tokens, need_weights=False)[0]
     heads = attention.num_heads
     q_weight, k_weight, v_weight = attention.in_proj_weight.chunk(3)

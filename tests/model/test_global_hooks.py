@@ -1,4 +1,5 @@
-"""Hooks of all modules, and layers compiled one by one, in models that do not call their modules otherwise."""
+"""Hooks of all modules, forwards that classes get later, layers compiled one by one: they run, although modules are
+not called otherwise."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils.flop_counter import FlopCounterMode
 
 import internvit
+from internvit.model import hooks
 from internvit.numerics import relative_error
 from tests.support.models import images, pair
 
@@ -64,6 +66,31 @@ def test_they_see_every_module_that_the_reference_calls(name, kind) -> None:
         assert expected <= names(inner, seen), door
         assert relative_error(during, before) < 1e-6, door  # QK-norm is part of attention, and rounds otherwise there
         assert torch.equal(model(pixels).last_hidden_state, before), door
+
+
+@pytest.mark.parametrize("name", ["tiny-layer_norm", "tiny-rms_norm"])
+def test_a_forward_that_a_class_gets_later_runs(name, monkeypatch) -> None:
+    """Of every class in the model that a fused pass stands for."""
+    _, models, pixels = doors(name)
+    classes = {type(module) for module in models["internvit"].modules()} & hooks._FORWARDS.keys()
+    assert {nn.Linear, internvit.InternViT} < classes
+    assert len(classes) == 8
+    for door, model in models.items():
+        expected = model(pixels).last_hidden_state
+        for module_class in classes:
+            ran: list[type] = []
+            own = module_class.forward
+
+            def forward(self, *args, ran=ran, own=own, **kwargs):  # type: ignore[no-untyped-def]
+                ran.append(type(self))
+                return own(self, *args, **kwargs)
+
+            with monkeypatch.context() as other:
+                other.setattr(module_class, "forward", forward)
+                during = model(pixels).last_hidden_state
+            assert ran, (door, module_class)
+            assert relative_error(during, expected) < 1e-6
+        assert torch.equal(model(pixels).last_hidden_state, expected)
 
 
 def test_counting_flops_does_not_change_what_runs() -> None:
