@@ -3,8 +3,8 @@
 //
 //   internvit_features model.pt2 internvit_cpu.so HEIGHT WIDTH pixels.f32 features.f32
 //
-// pixels.f32 has float32 pixels [B, 3, HEIGHT, WIDTH], normalised as model.json says; features.f32 gets the model's
-// first output. internvit_cpu.so lies in the installed package, in internvit/lib.
+// pixels.f32 has float32 pixels [B, 3, HEIGHT, WIDTH], normalised as model.pt2.json says; features.f32 gets the
+// model's first output. internvit_cpu.so lies in the installed package, in internvit/lib.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
@@ -32,6 +32,9 @@ void run(const std::string& model, const std::string& library, int64_t height, i
   torch::inductor::AOTIModelPackageLoader loader(model);
   const auto metadata = loader.get_metadata();
   for (const auto& [key, value] : metadata) std::printf("%s: %s\n", key.c_str(), value.c_str());
+  const int64_t multiple = std::stoll(metadata.at("internvit.multiple"));
+  if (height % multiple || width % multiple)  // which the package does not see: it leaves out the rest
+    throw std::runtime_error("HEIGHT and WIDTH must be multiples of " + std::to_string(multiple));
   const c10::Device device(metadata.at("AOTI_DEVICE_KEY"));
 
   std::vector<char> bytes = read(in);

@@ -56,6 +56,15 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
     return state
 
 
+def check_picture(path: Path) -> None:
+    """Raises ValueError for a picture that no run has drawn: a run begins its log before, and writes checkpoints."""
+    written = path.exists() or path.is_symlink()
+    if written and not any((path.parent / name).exists() for name in ("log.csv", "checkpoint.pt")):
+        raise ValueError(
+            f"{path}: not a picture of this script, which has its log.csv beside it; move it, or give another --out"
+        )
+
+
 def rng_state() -> dict[str, Any]:
     """Of the generators that dropout and drop path draw from."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}

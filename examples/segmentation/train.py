@@ -4,9 +4,9 @@
     python train.py recipes/linear_probing.toml --data ADEChallengeData2016 --classes 150 --out runs/linear
 
 DATA holds images/training, images/validation, annotations/training and annotations/validation, as ADE20K does; a mask
-is an 8-bit PNG with its image's name. OUT gets checkpoint.pt, log.csv and predictions.png. After an interruption or a
-kill the same command continues from the last checkpoint, and ends with the same bits on the same machine. It does not
-continue with other images, masks, classes, settings or weights of a frozen tower.
+is a PNG of at most 8 bits with its image's name. OUT gets checkpoint.pt, log.csv and predictions.png. After an
+interruption or a kill the same command continues from the last checkpoint, and ends with the same bits on the same
+machine. It does not continue with other images, masks, classes, settings or weights of a frozen tower.
 
     torchrun --nproc-per-node 8 train.py ... --device cuda      by FSDP2; data.batch is that of all ranks together
 
@@ -25,7 +25,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from checkpoints import Log, read_checkpoint, write_checkpoint
+from checkpoints import Log, check_picture, read_checkpoint, write_checkpoint
 from ranks import Ranks
 from recipe import Recipe, build, optimizer_and_schedule, read_recipe
 from torch import Tensor
@@ -230,17 +230,17 @@ def class_names(value: str) -> list[str]:
     """Names of the classes: a number of them, or a text file with one a line.
 
     Raises:
-        ValueError: none, more than masks of 8 bits hold, or a name twice.
+        ValueError: one or none, among which there is nothing to learn; more than masks of 8 bits hold; a name twice.
     """
     if value.isdecimal():
-        check_num_classes(int(value))
+        check_num_classes(int(value), least=2)
         return [str(k) for k in range(int(value))]
     try:
         lines = Path(value).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--classes: {value} is not a text file in UTF-8") from error
     names = [line.strip() for line in lines if line.strip()]
-    check_num_classes(len(names))
+    check_num_classes(len(names), least=2)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"--classes: {value} has {', '.join(twice)} more than once")
@@ -268,7 +268,7 @@ def read_pairs(data: Path, num_classes: int, recipe: Recipe, broken: str) -> dic
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder as ADE20K's; see above.")
-@click.option("--classes", required=True, help="How many, or a text file with their names, one a line.")
+@click.option("--classes", required=True, help="How many, from 2 on, or a text file with their names, one a line.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
 @click.option("--weights", help="A checkpoint folder, file or hub id, instead of the recipe's.")
 @click.option("--set", "changes", multiple=True, help="TABLE.KEY=VALUE of the recipe, such as optim.steps=100.")
@@ -303,6 +303,8 @@ def main(
             raise ValueError(f"data.batch: expected a multiple of {micro}, got {chosen.data.batch}")
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, wait=False) if ranks.first else contextlib.nullcontext():
+            if ranks.first:
+                check_picture(out / "predictions.png")
             pairs = read_pairs(data, len(names), chosen, broken)
             scores = train(chosen, data, pairs, names, out, ranks, workers)
     except (ValueError, OSError, ImportError) as error:

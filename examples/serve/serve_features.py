@@ -10,8 +10,9 @@
     GET  /healthz, /metrics
 
 At most --queue requests are in the process at a time; one more is answered 503 with Retry-After, before its image is
-read. Larger uploads than --max-bytes and images of more than --max-pixels get 413, what is not an image 400. SIGTERM
-ends it: accepted requests are answered, new connections refused.
+read. Larger uploads than --max-bytes and images of more than --max-pixels get 413, what is not an image 400, an upload
+that takes longer than --upload-seconds 408. SIGTERM ends it: accepted requests are answered for --shutdown-seconds, new
+connections refused.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import contextlib
 import io
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,16 @@ class Limits:
     batch: images of a forward pass.
     max_bytes: of an upload.
     max_pixels: of an image, before it is resized.
+    upload_seconds: for a request's body.
+    shutdown_seconds: from SIGTERM until requests that are still there are given up.
     """
 
     queue: int = 64
     batch: int = 8
     max_bytes: int = 20 << 20
     max_pixels: int = 50_000_000
+    upload_seconds: int = 30
+    shutdown_seconds: int = 60
 
 
 class Metrics:
@@ -92,8 +97,10 @@ class Batcher:
                     continue
                 if isinstance(result, dict):
                     answer.set_result(result["features"])
+                elif isinstance(result, str):  # why this image has no features, such as values past float16's range
+                    answer.set_exception(HTTPException(500, f"image: {result}"))
                 else:
-                    answer.set_exception(result if isinstance(result, Exception) else ValueError(result))
+                    answer.set_exception(result)
 
 
 class Service:
@@ -128,13 +135,22 @@ class Service:
         """The body of a request.
 
         Raises:
-            HTTPException: 413, it is longer than `max_bytes`; 400, it is empty.
+            HTTPException: 413, it is longer than `max_bytes`; 400, it is empty; 408, it is not here in time.
         """
         data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > self.limits.max_bytes:
-                raise HTTPException(413, f"image: expected at most {self.limits.max_bytes} bytes, got more")
+
+        async def read() -> None:
+            async for chunk in request.stream():
+                data.extend(chunk)
+                if len(data) > self.limits.max_bytes:
+                    raise HTTPException(413, f"image: expected at most {self.limits.max_bytes} bytes, got more")
+
+        try:
+            await asyncio.wait_for(read(), self.limits.upload_seconds)
+        except asyncio.TimeoutError as error:
+            message = f"image: expected all bytes within {self.limits.upload_seconds} s, got {len(data)}"
+            # Closed, so that the rest of the body does not arrive as the connection's next request.
+            raise HTTPException(408, message, headers={"Connection": "close"}) from error
         if not data:
             raise HTTPException(400, "image: expected the bytes of an image file as the body, got none")
         return bytes(data)
@@ -227,7 +243,9 @@ def main() -> None:
     limits = Limits()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="a checkpoint: folder, file or hub id")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="float32 by default, bfloat16 with --precision"
+    )
     parser.add_argument("--precision", help="of the Linears, as optimize_for_inference takes it")
     parser.add_argument(
         "--size", default=None, metavar="PIXELS", help="side to resize to, or `image` for each one's own"
@@ -239,22 +257,35 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=limits.batch, help="images of a forward pass")
     parser.add_argument("--max-bytes", type=int, default=limits.max_bytes, help="of an upload")
     parser.add_argument("--max-pixels", type=int, default=limits.max_pixels, help="of an image")
+    parser.add_argument("--upload-seconds", type=int, default=limits.upload_seconds, help="for a request's body")
+    parser.add_argument(
+        "--shutdown-seconds", type=int, default=limits.shutdown_seconds, help="for requests that SIGTERM finds"
+    )
     asked = parser.parse_args()
-    for name in ("queue", "batch", "max_bytes", "max_pixels"):
-        if getattr(asked, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(asked, name)}")
+    limits = Limits(**{field.name: getattr(asked, field.name) for field in fields(Limits)})
+    for name, value in vars(limits).items():
+        if value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if asked.precision and asked.dtype not in (None, "bfloat16"):
+        parser.error(f"--precision {asked.precision} computes in bfloat16, got --dtype {asked.dtype}")
     size = int(asked.size) if asked.size is not None and asked.size.isdecimal() else asked.size
     embedder = Embedder(
         asked.weights,
-        dtype=asked.dtype,
+        dtype=asked.dtype or ("bfloat16" if asked.precision else "float32"),
         precision=asked.precision,
         size=size,
         device=asked.device,
         pooling="tokens",
         batch=asked.batch,
     )
-    limits = Limits(asked.queue, asked.batch, asked.max_bytes, asked.max_pixels)
-    uvicorn.run(application(embedder, limits), host=asked.host, port=asked.port, log_level="info", access_log=False)
+    uvicorn.run(
+        application(embedder, limits),
+        host=asked.host,
+        port=asked.port,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=limits.shutdown_seconds,
+    )
 
 
 if __name__ == "__main__":

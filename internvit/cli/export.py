@@ -35,12 +35,12 @@ class Batch(click.ParamType):
 @click.option("--size", type=SizeOrDynamic(), help="Height and width in pixels, or dynamic; native by default.")
 @click.option("--batch", type=Batch(), default="dynamic", show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
-@click.option("--opset", type=click.IntRange(18), default=18, show_default=True, help="Of ONNX.")
+@click.option("--opset", type=click.IntRange(18), help="Of ONNX; 18 by default.")
 @click.option("--precision", type=click.Choice(["int8"]), help="Linears in int8; ONNX from float32.")
 @click.option("--backend", type=click.Choice(["cpu", "cuda"]), help="Keep this library's kernels; AOTInductor.")
 @click.option("--image", "images", multiple=True, help="A photograph to compare on; may be given again.")
 @click.option("--prefix", help="Before the tower's names in MODEL, if it holds several towers.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT and the files beside it.")
 def export(
     model: str,
     out: Path,
@@ -50,7 +50,7 @@ def export(
     size: Any,
     batch: Any,
     dtype: str,
-    opset: int,
+    opset: int | None,
     precision: str | None,
     backend: str | None,
     images: tuple[str, ...],

@@ -43,7 +43,7 @@ def export_model(
     connector: InternVLConnector | None = None,
     size: tuple[int, int] | str | None = None,
     batch: int | str = "dynamic",
-    opset: int = 18,
+    opset: int | None = None,
     precision: str | None = None,
     backend: str | None = None,
     images: Sequence[Tensor | Path | str] = (),
@@ -51,7 +51,7 @@ def export_model(
 ) -> Export:
     """Writes a model for another runtime, runs the file in it, and compares the results with PyTorch's.
 
-    The file holds PyTorch's or the runtime's ops alone. Beside it, `STEM.json` describes the input: size, mean,
+    The file holds PyTorch's or the runtime's ops alone. Beside it, `PATH.json` describes the input: size, mean,
     standard deviation, outputs. Nothing is left behind where the results differ by more than 1e-4 in float32, 5e-3 in
     float16, 3e-2 in bfloat16 and 0.1 in int8.
 
@@ -60,9 +60,9 @@ def export_model(
         path: the file to write: `.onnx`, `.xml` with the weights beside it in `.bin` (openvino), or `.pt2`.
         to: "onnx" (needs onnxscript and onnxruntime), "openvino" (openvino), "aoti" (a C++ compiler) or "pt2".
         layers, connector: what it computes; see `ExportedModel`.
-        size: (height, width) in pixels, "dynamic" for any, or None for the native size.
+        size: (height, width) in pixels, "dynamic" for any on the patch grid, or None for the native size.
         batch: a number of images, or "dynamic".
-        opset: of ONNX; 23 and later hold its own Attention and RMSNormalization.
+        opset: of ONNX, 18 by default; 23 and later hold its own Attention and RMSNormalization.
         precision: "int8" for Linears in int8, of a float32 model in ONNX.
         backend: "cpu" or "cuda" for an AOTInductor package that calls this library's kernels; a process without Python
             loads `internvit_cpu.so` or `internvit_cuda.so` before it. No GPU has run a package of "cuda" yet.
@@ -108,10 +108,12 @@ def export_model(
     return Export(written, wrapped.output_names, errors)
 
 
-def _target(to: str, opset: int, precision: str | None, backend: str | None) -> Target:
+def _target(to: str, opset: int | None, precision: str | None, backend: str | None) -> Target:
     if to not in TARGETS:
         raise ValueError(f"export: to must be one of {', '.join(map(repr, TARGETS))}, got {to!r}")
-    if not isinstance(opset, int) or opset < 18:
+    if opset is not None and to != "onnx":
+        raise ValueError(f"export: opset={opset!r} is for onnx, got to={to!r}")
+    if opset is not None and (not isinstance(opset, int) or opset < 18):
         raise ValueError(f"export: opset must be at least 18, got {opset!r}")
     if precision not in (None, "int8"):
         raise ValueError(f"export: precision must be 'int8' or None, got {precision!r}")
@@ -123,7 +125,7 @@ def _target(to: str, opset: int, precision: str | None, backend: str | None) -> 
         raise ValueError(
             f"export: backend={backend!r} is for aoti, got to={to!r}: no other runtime has this library's ops"
         )
-    return ONNX(opset, precision == "int8") if to == "onnx" else TARGETS[to]
+    return ONNX(opset or 18, precision == "int8") if to == "onnx" else TARGETS[to]
 
 
 def _sidecar(path: Path, suffix: str) -> Path:
@@ -131,7 +133,7 @@ def _sidecar(path: Path, suffix: str) -> Path:
         raise ValueError(f"export: path must end in {suffix}, got {path.name!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"export: there is no folder {path.parent}")
-    return path.with_name(path.name.removesuffix(suffix) + ".json")
+    return path.with_name(path.name + ".json")  # model.onnx and model.pt2 have a description each
 
 
 def _check_free(files: Iterable[Path], overwrite: bool) -> None:

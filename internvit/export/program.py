@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from internvit.export.decompositions import decompositions
-from internvit.geometry import feature_map
+from internvit.geometry import check_pixels, feature_map
 from internvit.model.vit import InternViT
-from internvit.multimodal.connector import InternVLConnector
+from internvit.multimodal.connector import InternVLConnector, state_index
 
 
 class ExportedModel(nn.Module):
@@ -18,14 +18,14 @@ class ExportedModel(nn.Module):
     Args:
         model: an `InternViT` in eval mode.
         layers: blocks whose outputs are wanted as maps [B, C, rows, columns], 0 the first, negative ones from the end.
-        connector: InternVL's; the output is then what the language model gets.
+        connector: InternVL's; the output is then what the language model gets, from the hidden state `select_layer`.
 
     Outputs, in order of `output_names`:
         last_hidden_state [B, 1 + N, C] and pooler_output [B, C]; or feature_map_I [B, C, rows, columns] for each layer
         I; or image_tokens [B, N * downsample_ratio^2, llm_hidden_size].
 
     Raises:
-        ValueError: no InternViT, training mode, layers and a connector together, or no such layer.
+        ValueError: no InternViT, training mode, layers and a connector together, or no such layer or select_layer.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class ExportedModel(nn.Module):
             raise ValueError(f"export: layers must be numbers from {-depth} to {depth - 1}, got {list(layers or ())}")
         self.model, self.connector = model, connector
         self.layers = None if layers is None else tuple(layer % depth for layer in layers)
+        self.selected = depth if connector is None else state_index(connector.select_layer, depth)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -58,13 +59,27 @@ class ExportedModel(nn.Module):
         return self.model.config.patch_size * shuffle
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        patch = self.model.config.patch_size
-        grid = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+        grid = check_pixels(self.model.config, pixel_values)
+        pixel_values = _on_grid(pixel_values, grid)
         if self.layers is not None:
             hidden_states = self.model(pixel_values, output_hidden_states=True, return_dict=False)[2]
             return tuple(feature_map(hidden_states[layer + 1], grid) for layer in self.layers)
-        last, pooled = self.model(pixel_values, return_dict=False)[:2]
-        return (last, pooled) if self.connector is None else (self.connector(last, grid),)
+        if self.connector is None:
+            return self.model(pixel_values, return_dict=False)[:2]
+        if self.selected == self.model.config.num_hidden_layers:
+            return (self.connector(self.model(pixel_values, return_dict=False)[0], grid),)
+        hidden_states = self.model(pixel_values, output_hidden_states=True, return_dict=False)[2]
+        return (self.connector(hidden_states[self.selected], grid),)
+
+
+def _on_grid(pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The same pixels, by a view as patches that fails where a runtime is given a size off the patch grid.
+
+    No file holds Python's checks, and a convolution leaves out what is left over at the right and below.
+    """
+    (rows, columns), (batch, channels, height, width) = grid, pixel_values.shape
+    patches = pixel_values.reshape(batch, channels, rows, height // rows, columns, width // columns)
+    return patches.reshape(batch, channels, height, width)
 
 
 def check_shape(model: ExportedModel, size: tuple[int, int] | None, batch: int | None) -> None:

@@ -85,6 +85,25 @@ def test_loss_is_cross_entropy_of_resized_logits_with_the_auxiliary() -> None:
     assert upernet(auxiliary_weight=0).auxiliary is None
 
 
+@pytest.mark.parametrize(
+    ("channels", "settings", "message"),
+    [
+        ((64,), {}, "auxiliary_index: expected -1 to 0, as channels has 1, or auxiliary_weight=0, got 2"),
+        ((64,) * 4, {"auxiliary_index": -5}, r"auxiliary_index: expected -4 to 3, .* got -5"),
+        ((), {"auxiliary_weight": 0}, "channels: expected a number for each map, got none"),
+    ],
+)
+def test_upernet_names_maps_that_are_not_there(channels, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        UPerNetHead(channels, 5, **settings)
+
+
+def test_upernet_of_one_map_without_the_auxiliary() -> None:
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    head = UPerNetHead((8,), 5, hidden_size=16, auxiliary_weight=0).eval()
+    assert head([torch.randn(1, 8, 6, 6)]).shape == (1, 5, 6, 6)
+
+
 def mmsegs_loop(network, img: Tensor, crop: tuple[int, int], stride: tuple[int, int]) -> Tensor:
     """mmseg's slide_inference, restated after its loop over grid indices."""
     h_stride, w_stride = stride
@@ -222,3 +241,41 @@ def test_miou_is_that_of_a_loop_over_random_classes() -> None:
         for k in range(6)
     ]
     assert score(pairs, 6).iou == pytest.approx(expected)
+
+
+ONES = torch.ones(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "labels", "error", "message"),
+    [
+        (ONES * 3, ONES, ValueError, "predictions: pair 1: expected predicted classes from 0 to 2, got 3"),
+        (ONES * IGNORE, ONES, ValueError, "predictions: pair 1: expected predicted classes from 0 to 2, got 255"),
+        (ONES - 2, ONES, ValueError, "predictions: pair 1: expected predicted classes from 0 to 2, got -1"),
+        (ONES, ONES * 3, ValueError, "predictions: pair 1: expected true classes from 0 to 2 or 255, got 3"),
+        (ONES, ONES - 2, ValueError, "predictions: pair 1: expected true classes from 0 to 2 or 255, got -1"),
+        (ONES.T, ONES, ValueError, r"pair 1: expected .* classes of one shape, got \[3, 2\] and \[2, 3\]"),
+        (ONES[None], ONES, ValueError, r"of one shape, got \[1, 2, 3\] and \[2, 3\]"),
+        (ONES.float(), ONES, TypeError, r"expected predicted classes that are integers, got torch\.float32"),
+        (ONES, ONES.half(), TypeError, r"expected true classes that are integers, got torch\.float16"),
+    ],
+)
+def test_classes_that_cannot_be_scored_are_named(predicted, labels, error, message) -> None:
+    pytest.importorskip("torchmetrics", reason="the segmentation extra is not installed")
+    from internvit.dense.segmentation import score
+
+    with pytest.raises(error, match=message):
+        score([(ONES, ONES), (predicted, labels)], num_classes=3)
+
+
+def test_classes_of_any_integer_dtype_and_predictions_where_nothing_is_known() -> None:
+    pytest.importorskip("torchmetrics", reason="the segmentation extra is not installed")
+    from internvit.dense.segmentation import score
+
+    predicted, labels = torch.tensor([0, 1, 2, 200]), torch.tensor([0, 1, 1, IGNORE])
+    expected = score([(predicted, labels)], num_classes=3)
+    assert expected.iou == pytest.approx((1, 1 / 2, 0))
+    assert score([(predicted.byte(), labels.byte())], num_classes=3) == expected
+    assert score([(predicted[:2] == 1, labels[:2].char())], num_classes=2).iou == (1, 1)
+    with pytest.raises(ValueError, match=r"num_classes: expected 2 to 255, .* got 1; the background is a class too"):
+        score([(predicted, labels)], num_classes=1)

@@ -3,6 +3,8 @@
 import itertools
 import re
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -105,6 +107,34 @@ def test_palettes_and_ade20ks_zero(tmp_path) -> None:
     palette.save(tmp_path / "p.png")
     assert read_mask(tmp_path / "p.png", 3).tolist() == [[0, 1, 2, 255]]
     assert read_mask(tmp_path / "p.png", 2, reduce_zero_label=True).tolist() == [[255, 0, 1, 255]]
+
+
+@pytest.mark.parametrize("colour", [0, 3], ids=["grey", "palette"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_masks_of_few_bits_have_the_classes_that_are_stored(bits, colour, tmp_path) -> None:
+    """Pillow stretches grey of 1, 2 and 4 bits to 0 ... 255."""
+    classes = np.random.default_rng(bits).integers(0, min(2**bits, 16), (5, 7), np.uint8)
+    classes[0, :2] = 0, min(2**bits, 16) - 1
+    (tmp_path / "a.png").write_bytes(png(classes, bits, colour))
+    assert np.array_equal(read_mask(tmp_path / "a.png", 150), classes)
+    reduced = read_mask(tmp_path / "a.png", 150, reduce_zero_label=True)
+    assert np.array_equal(reduced, np.where(classes == 0, IGNORE, classes.astype(int) - 1))
+    with pytest.raises(ValueError, match=f"expected classes from 0 to {classes.max() - 1} or 255, got {classes.max()}"):
+        read_mask(tmp_path / "a.png", int(classes.max()))
+
+
+def png(values: np.ndarray, bits: int, colour: int) -> bytes:
+    """A PNG of one channel, which Pillow writes with 8 bits only; colour 0 is grey, 3 a palette."""
+    height, width = values.shape
+    codes = np.unpackbits(values[..., None], axis=-1)[..., 8 - bits :].reshape(height, -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in codes)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    palette = chunk(b"PLTE", bytes(range(3 * 2 ** min(bits, 4)))) if colour == 3 else b""
+    return b"\x89PNG\r\n\x1a\n" + header + palette + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def test_batches_are_shuffles_known_from_seed_and_number() -> None:

@@ -232,10 +232,12 @@ def refused(place: Path, out: str, *more: str) -> str:
 def test_bad_inputs_are_named_before_anything_is_loaded(place, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train, "build", lambda *args: pytest.fail("weights were loaded"))
     monkeypatch.setattr(train, "find_pairs", lambda *args: pytest.fail("images were read"))
-    for number in ("0", "256", "1000"):
-        assert f"num_classes: expected 1 to 255, as masks have 8 bits, got {number}" in refused(
+    for number in ("0", "1", "256", "1000"):
+        assert f"num_classes: expected 2 to 255, as masks have 8 bits, got {number}" in refused(
             place, "bad", "--classes", number
         )
+    (tmp_path / "names.txt").write_text("cat\n")
+    assert "got 1; the background is a class too" in refused(place, "bad", "--classes", str(tmp_path / "names.txt"))
     (tmp_path / "names.txt").write_text("cat\ndog\n\ncat\n")
     assert "has cat more than once" in refused(place, "bad", "--classes", str(tmp_path / "names.txt"))
     (tmp_path / "names.txt").write_text("\n".join(map(str, range(256))))
@@ -260,8 +262,21 @@ def test_the_library_refuses_classes_that_masks_cannot_hold(place, count) -> Non
         lambda: read_mask(folders[1] / "0.png", count),
         lambda: score([(torch.zeros(2, 2), torch.zeros(2, 2))], count),
     ):
-        with pytest.raises(ValueError, match=f"num_classes: expected 1 to 255, as masks have 8 bits, got {count}"):
+        with pytest.raises(ValueError, match=f"num_classes: expected [12] to 255, as masks have 8 bits, got {count}"):
             call()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_picture_of_somebody_else_is_not_replaced(place, tmp_path, kind, monkeypatch) -> None:
+    monkeypatch.setattr(train, "build", lambda *args: pytest.fail("weights were loaded"))
+    (tmp_path / "photo.png").write_bytes(b"mine")
+    picture = tmp_path / "out" / "predictions.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"mine") if kind == "file" else picture.symlink_to(tmp_path / "photo.png")
+    output = refused(place, str(tmp_path / "out")).replace("\n", "")
+    assert "predictions.png: not a picture of this script" in output
+    assert picture.read_bytes() == b"mine"
+    assert list(picture.parent.iterdir()) == [picture]
 
 
 def test_weights_whose_path_has_quotes(place) -> None:

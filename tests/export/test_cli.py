@@ -59,6 +59,9 @@ def test_wrong_calls_end_in_one_line(folder: Path, tmp_path: Path, capsys) -> No
     assert "size must be multiples of 14" in run(
         capsys, folder, tmp_path / "a.pt2", "--to", "pt2", "--size", 57, code=2
     )
+    assert "opset=23 is for onnx, got to='pt2'" in run(
+        capsys, folder, tmp_path / "a.pt2", "--to", "pt2", "--opset", 23, code=2
+    )
     tower = tmp_path / "tower"
     InternViT.from_pretrained(folder).save_pretrained(tower)
     assert "mlp1.*" in run(capsys, tower, tmp_path / "a.pt2", "--to", "pt2", "--with-connector", code=2)

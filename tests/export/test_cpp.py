@@ -64,5 +64,7 @@ def test_cpp_has_pythons_bits(program: Path, package: Path, tmp_path: Path) -> N
     assert "libtorch_cpu" in libraries
     assert "libpython" not in libraries
     assert "libtorch_python" not in libraries
+    done = subprocess.run([*map(str, call[:4]), "41", *call[5:]], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "HEIGHT and WIDTH must be multiples of 14\n")
     call[2] = tmp_path / "nowhere.so"
     assert subprocess.run([*map(str, call)], cwd=tmp_path, capture_output=True).returncode == 1

@@ -80,6 +80,26 @@ def test_any_size_and_batch(to: str, model: InternViT, dynamic: Callable[[str], 
 
 
 @pytest.mark.sampled(2)
+@pytest.mark.parametrize("to", ["onnx", "openvino", "pt2"])
+def test_sizes_off_the_patch_grid_are_refused(to: str, dynamic: Callable[[str], Export]) -> None:
+    """And not cut down to it: a convolution ignores what is left over."""
+    for size in ((56, 60), (69, 56), (57, 57), (70, 41)):
+        with pytest.raises(Exception, match=r"(?i)reshape|% 14"):
+            TARGETS[to].run(dynamic(to).paths[0], torch.randn(2, 3, *size))
+
+
+def test_files_of_one_name_are_described_each(
+    model: InternViT, dynamic: Callable[[str], Export], tmp_path: Path
+) -> None:
+    for path in dynamic("onnx").paths:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    result = export_model(model, tmp_path / "model.pt2", "pt2", size=(28, 56), batch=2)
+    assert [path.name for path in result.paths] == ["model.pt2", "model.pt2.json"]
+    shapes = [json.loads((tmp_path / f"model{kind}.json").read_text())["shape"] for kind in (".onnx", ".pt2")]
+    assert shapes == [["batch", 3, "height", "width"], [2, 3, 28, 56]]
+
+
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("to", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_feature_maps_and_image_tokens(to: str, connector: InternVLConnector, tmp_path: Path) -> None:
     need(to)
@@ -110,6 +130,7 @@ def test_the_documented_use(
     assert len(code.splitlines()) <= 20
     namespace: dict = {}
     pixels = first.partition("session =")[0].replace("import onnxruntime\n", "")  # which the other examples take
+    pixels = pixels.replace("model.onnx.json", f"{name_for(to)}.json")
     exec(pixels, namespace)
     exec(code, namespace)
     with torch.no_grad():
@@ -150,7 +171,7 @@ def test_large_weights_lie_beside_the_file(model: InternViT, tmp_path: Path, mon
         export_model(model, tmp_path / "model.onnx", size=(56, 56), batch=1)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx.data"]
     result = export_model(model, tmp_path / "model.onnx", size=(56, 56), batch=1, overwrite=True)
-    assert [path.name for path in result.paths] == ["model.onnx", "model.onnx.data", "model.json"]
+    assert [path.name for path in result.paths] == ["model.onnx", "model.onnx.data", "model.onnx.json"]
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     for path in result.paths:
@@ -201,10 +222,10 @@ def test_nothing_is_overwritten_or_left_behind(model: InternViT, tmp_path: Path,
     path.unlink()
     with pytest.raises(FileNotFoundError, match="no folder"):
         export_model(model, tmp_path / "nowhere" / "model.pt2", "pt2")
-    (tmp_path / "model.json").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"model\.json exists"):
+    (tmp_path / "model.pt2.json").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"model\.pt2\.json exists"):
         export_model(model, path, "pt2")
-    (tmp_path / "model.json").unlink()
+    (tmp_path / "model.pt2.json").unlink()
     monkeypatch.setattr(
         TARGETS["pt2"], "run", lambda path, pixels: [t + 0.01 for t in model(pixels, return_dict=False)]
     )
@@ -226,6 +247,8 @@ def test_nothing_is_overwritten_or_left_behind(model: InternViT, tmp_path: Path,
         ({"size": "small"}, "size must be (height, width) or 'dynamic', got 'small'"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"batch": "many"}, "batch must be a number or 'dynamic', got 'many'"),
+        ({"opset": 23}, "opset=23 is for onnx, got to='pt2'"),
+        ({"opset": 18}, "opset=18 is for onnx, got to='pt2'"),
         ({"opset": 11, "to": "onnx"}, "opset must be at least 18, got 11"),
         ({"images": [torch.zeros(3, 28, 28)]}, "images must be 56x56, got shape (3, 28, 28)"),
         ({"precision": "int4"}, "precision must be 'int8' or None, got 'int4'"),

@@ -59,9 +59,10 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(folder, *options: str) -> Iterator[Server]:
+def serving(folder, *options: str, change=lambda model: None) -> Iterator[Server]:
     model = internvit.InternViT(CONFIGS["tiny-layer_norm"]).eval()
     random_weights(model)
+    change(model)
     model.save_pretrained(folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -161,6 +162,49 @@ def test_sigterm_answers_what_was_accepted(tmp_path) -> None:
             server.ask("/healthz")
 
 
+@contextlib.contextmanager
+def stalled(port: int, number: int) -> Iterator[list[socket.socket]]:
+    """Clients that promise a body and do not send it."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(number)]
+        for client in clients:
+            client.sendall(b"POST /embed HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nabc")
+            client.settimeout(30)
+        yield clients
+
+
+def test_stalled_uploads_give_their_places_back(tmp_path) -> None:
+    with serving(tmp_path, "--queue", "2", "--upload-seconds", "1") as server, stalled(server.port, 2) as clients:
+        for client in clients:
+            with client.makefile("rb") as file:  # until the service closes the connection
+                answer = file.read()
+            assert answer.startswith(b"HTTP/1.1 408 "), answer
+            assert b"expected all bytes within 1 s, got 3" in answer
+        assert server.check(encoded(28, 28)) == 200
+
+
+def test_sigterm_does_not_wait_for_stalled_uploads(tmp_path) -> None:
+    with serving(tmp_path, "--shutdown-seconds", "1") as server, stalled(server.port, 1):
+        while json.loads(server.ask("/healthz")[1])["in_process"] < 1:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_features_that_are_not_finite_are_no_answer(tmp_path) -> None:
+    """float16 ends at 65504."""
+
+    def past_float16(model: internvit.InternViT) -> None:
+        model.embeddings.position_embedding.data.fill_(60_000)
+        model.encoder.layers[-1].ls2.data.fill_(1e4)
+
+    with serving(tmp_path, "--dtype", "float16", change=past_float16) as server:
+        for path in ("/embed", "/embed?pooling=mean", "/patches"):
+            status, content = server.ask(path, encoded(28, 28))
+            assert status == 500
+            assert re.search("image: .*float16", json.loads(content)["detail"]), content
+
+
 def test_options_are_checked(monkeypatch, capsys) -> None:
     main = runpy.run_path(str(SERVE / "serve_features.py"))["main"]
     call = ["serve_features.py", "--weights", "nowhere"]
@@ -168,9 +212,31 @@ def test_options_are_checked(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         main()
     assert "--queue must be at least 1" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*call, "--precision", "int8", "--dtype", "float32"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--precision int8 computes in bfloat16, got --dtype float32" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", call)
     with pytest.raises((OSError, ValueError), match="nowhere"):
         main()
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"), [([], "float32"), (["--precision", "int8"], "bfloat16"), (["--dtype", "float16"], "float16")]
+)
+def test_the_dtype_follows_from_the_precision(options, dtype, monkeypatch) -> None:
+    made = {}
+
+    def embedder(source: str, **settings) -> None:
+        made.update(settings)
+        raise SystemExit
+
+    main = runpy.run_path(str(SERVE / "serve_features.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "Embedder", embedder)
+    monkeypatch.setattr("sys.argv", ["serve_features.py", "--weights", "nowhere", *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert made["dtype"] == dtype
 
 
 @pytest.mark.slow

@@ -2,9 +2,10 @@
 
     images/a.jpg, images/sub/b.png  beside  masks/a.png, masks/sub/b.png
 
-A mask is an 8-bit PNG, grey or with a palette, that holds each pixel's class; 255 is no class. `find_pairs` opens every
-file once: a broken image, a mask of another size or with classes that do not exist, and a file without its partner are
-errors, or are left out and reported. After that the list is fixed, so that a seed determines the order of the data.
+A mask is a PNG of at most 8 bits, grey or with a palette, that holds each pixel's class; 255 is no class. `find_pairs`
+opens every file once: a broken image, a mask of another size or with classes that do not exist, and a file without its
+partner are errors, or are left out and reported. After that the list is fixed, so that a seed determines the order of
+the data.
 """
 
 import io
@@ -48,7 +49,7 @@ def read_mask(path: Path, num_classes: int, reduce_zero_label: bool = False) -> 
     """The classes [H, W] uint8 of a mask file.
 
     Args:
-        path: an 8-bit image with one channel.
+        path: an image with one channel of 8 bits, or a PNG of 1, 2 or 4, whose values are taken as they are stored.
         num_classes: at most 255; larger values in the mask are an error, except `IGNORE`.
         reduce_zero_label: 0 is no class and the others count from 1, as in ADE20K.
 
@@ -64,12 +65,17 @@ def read_mask(path: Path, num_classes: int, reduce_zero_label: bool = False) -> 
         with Image.open(io.BytesIO(data)) as file:
             file.load()
             mode, classes = file.mode, np.asarray(file)
+            scale = _grey_scale(data) if file.format == "PNG" else 1
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: not an image that Pillow can read") from error
     except Exception as error:  # decoders raise RuntimeError, struct.error, MemoryError and more
         raise ValueError(f"{name}: broken mask: {str(error) or type(error).__name__}") from error
-    if mode not in ("L", "P"):
+    if mode == "1" and scale == 255:
+        classes = classes.astype(np.uint8)  # here Pillow has True for 1
+    elif mode not in ("L", "P"):
         raise ValueError(f"{name}: expected a mask of one 8-bit channel (mode L or P), got mode {mode}")
+    elif scale > 1:
+        classes = classes // scale
     if reduce_zero_label:
         classes = np.where(classes == 0, IGNORE, np.where(classes == IGNORE, IGNORE, classes - 1)).astype(np.uint8)
     unknown = np.setdiff1d(np.unique(classes), [*range(num_classes), IGNORE])
@@ -77,6 +83,15 @@ def read_mask(path: Path, num_classes: int, reduce_zero_label: bool = False) -> 
         listed = ", ".join(map(str, unknown[:5]))
         raise ValueError(f"{name}: expected classes from 0 to {num_classes - 1} or {IGNORE}, got {listed}")
     return classes
+
+
+def _grey_scale(png: bytes) -> int:
+    """What Pillow multiplies the values of a PNG by: it stretches grey of 1, 2 and 4 bits to 0 ... 255.
+
+    The file's first chunk, IHDR, has the bits at byte 24 and the kind of colour at byte 25, where 0 is grey.
+    """
+    bits, colour = png[24], png[25]
+    return 255 // (2**bits - 1) if colour == 0 and bits < 8 else 1
 
 
 def read_pair(pair: Pair, num_classes: int, reduce_zero_label: bool = False) -> tuple[np.ndarray, np.ndarray]:

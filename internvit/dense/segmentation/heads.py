@@ -18,10 +18,11 @@ from torch.nn import functional as F
 IGNORE = 255  # the label of pixels without a class
 
 
-def check_num_classes(num_classes: int) -> None:
-    """Raises ValueError unless masks of 8 bits can hold this many classes beside `IGNORE`."""
-    if not 1 <= num_classes <= IGNORE:
-        raise ValueError(f"num_classes: expected 1 to {IGNORE}, as masks have 8 bits, got {num_classes}")
+def check_num_classes(num_classes: int, least: int = 1) -> None:
+    """Raises ValueError unless masks of 8 bits can hold this many classes beside `IGNORE`, and they are not too few."""
+    if not least <= num_classes <= IGNORE:
+        hint = "; the background is a class too" if num_classes == 1 else ""
+        raise ValueError(f"num_classes: expected {least} to {IGNORE}, as masks have 8 bits, got {num_classes}{hint}")
 
 
 class LinearHead(nn.Module):
@@ -60,12 +61,13 @@ class UPerNetHead(nn.Module):
         num_classes: K.
         hidden_size: channels inside; upstream takes 1536 for the 6B.
         pool_scales: of the pyramid pooling.
-        auxiliary_index: which map the auxiliary head takes.
+        auxiliary_index: which map the auxiliary head takes, negative ones from the end.
         auxiliary_channels: inside it; by default `hidden_size`.
         auxiliary_weight: of its loss; 0 leaves it out.
         dropout: of whole channels, before the classifier; upstream 0.1.
 
     Raises:
+        ValueError: no map, or none of `auxiliary_index`.
         ImportError: transformers is not installed.
     """
 
@@ -81,6 +83,14 @@ class UPerNetHead(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        if not channels:
+            raise ValueError("channels: expected a number for each map, got none")
+        maps = len(channels)
+        if auxiliary_weight and not -maps <= auxiliary_index < maps:
+            raise ValueError(
+                f"auxiliary_index: expected {-maps} to {maps - 1}, as channels has {maps}, or auxiliary_weight=0, "
+                f"got {auxiliary_index}"
+            )
         try:
             from transformers import UperNetConfig
             from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
@@ -90,7 +100,7 @@ class UPerNetHead(nn.Module):
             hidden_size=hidden_size,
             pool_scales=list(pool_scales),
             auxiliary_channels=auxiliary_channels or hidden_size,
-            auxiliary_in_channels=channels[auxiliary_index],
+            auxiliary_in_channels=channels[auxiliary_index] if auxiliary_weight else None,
             num_labels=num_classes,
         )
         config = UperNetConfig(**settings)

@@ -31,10 +31,12 @@ def score(predictions: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Sco
     """Scores of pairs (predicted classes, true classes), integers of one shape; `IGNORE` among the true is left out.
 
     Raises:
-        ValueError: no pair, nothing but IGNORE, or more classes than masks of 8 bits hold.
+        ValueError: no pair, or nothing but IGNORE; two shapes; a class that does not exist, where the true one is not
+            IGNORE; fewer than 2 classes, or more than masks of 8 bits hold.
+        TypeError: classes that are no integers.
         ImportError: torchmetrics is not installed.
     """
-    check_num_classes(num_classes)
+    check_num_classes(num_classes, least=2)
     try:
         from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
     except ImportError as error:
@@ -44,11 +46,37 @@ def score(predictions: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Sco
     )
     accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORE, validate_args=False)
     pixels = 0
-    for predicted, labels in predictions:
-        pixels += int((labels != IGNORE).sum())
-        jaccard.update(predicted.cpu(), labels.cpu())
-        accuracy.update(predicted.cpu(), labels.cpu())
+    for number, pair in enumerate(predictions):
+        predicted, labels = _known(*pair, num_classes, number)
+        pixels += len(labels)
+        if len(labels):  # torchmetrics takes no empty ones
+            jaccard.update(predicted, labels)
+            accuracy.update(predicted, labels)
     if not pixels:
         raise ValueError(f"predictions: expected pixels with a class, got none but {IGNORE}")
     iou = jaccard.compute()
     return Scores(iou.nanmean().item(), tuple(iou.tolist()), accuracy.compute().item())
+
+
+def _known(predicted: Tensor, labels: Tensor, num_classes: int, number: int) -> tuple[Tensor, Tensor]:
+    """Both classes [N] of the pixels that have one; torchmetrics would take a class that is none for another.
+
+    Raises:
+        ValueError, TypeError: of `score`.
+    """
+    where = f"predictions: pair {number}"
+    if predicted.shape != labels.shape:
+        shapes = f"{list(predicted.shape)} and {list(labels.shape)}"
+        raise ValueError(f"{where}: expected predicted and true classes of one shape, got {shapes}")
+    for kind, classes in (("predicted", predicted), ("true", labels)):
+        if classes.is_floating_point() or classes.is_complex():
+            raise TypeError(f"{where}: expected {kind} classes that are integers, got {classes.dtype}")
+    labels = labels.cpu().long()
+    known = labels != IGNORE
+    predicted, labels = predicted.cpu().long()[known], labels[known]
+    for kind, classes in (("predicted", predicted), ("true", labels)):
+        wrong = classes[(classes < 0) | (classes >= num_classes)]
+        if len(wrong):
+            others = f" or {IGNORE}" if kind == "true" else ""
+            raise ValueError(f"{where}: expected {kind} classes from 0 to {num_classes - 1}{others}, got {wrong[0]}")
+    return predicted, labels
