@@ -1,7 +1,7 @@
 """`internvit features`: features of images into one safetensors file, or into a folder of shards."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,7 @@ def _folder_options(command: Callable) -> Callable:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at once.")
 @click.option("--out", required=True, help="A .safetensors file, or a folder (path or URL).")
 @click.option("--pca", type=click.Path(dir_okay=False, path_type=Path), help="Draw the principal components here.")
-@click.option("--strict", is_flag=True, help="A file that cannot be read is an error, not skipped.")
+@click.option("--strict", is_flag=True, help="A file that cannot be read, or has an inf or NaN, is an error.")
 @click.option("--overwrite", is_flag=True, help="Replace --out, --pca and an interrupted run's parts.")
 @_folder_options
 def features(
@@ -102,26 +102,26 @@ def features(
       internvit features 'photos/**/*.jpg' --weights ./checkpoint --size 448x896 --layers 7,23 --out maps.safetensors
       internvit features shards/ --weights ./checkpoint --batch 32 --engine ray --address auto --out features/
     """
+    from internvit.images import find_images
+
     if not (model or weights):
         raise click.UsageError("name the network: --model NAME, --weights PATH, or both")
     if folder["engine"] == "local":  # Ray's workers may have devices that there are none of here
         usable_device(device)
-    if out.endswith(".safetensors"):
+    if _is_one_file(out):
         given = [f"--{name.replace('_', '-')}" for name, value in folder.items() if value != _FOLDER_ONLY[name]]
         if given:
             raise click.UsageError(f"{', '.join(given)}: for a folder as --out, got the file {out}")
-        target = Path(out)
-        _check_outputs(target, pca, overwrite)
+        target, paths = Path(out), find_images(images)
+        _check_outputs(target, pca, paths, overwrite)
         how = {"layers": layers, "batch": batch, "strict": strict, "overwrite": overwrite}
 
         def network(dtype: str) -> "tuple[InternViT, str]":
             return load_network(model, weights, prefix, dtype, device)
 
         load = partial(load_in_precision, precision, skip, dtype, network)
-        _write_features(images, load, size, target, pca, how)
+        _write_features(paths, load, size, target, pca, how)
         return
-    if out.lower().endswith(_OTHER_FILES) and not Path(out).is_dir():
-        raise click.UsageError(f"--out: expected a .safetensors file or a folder, got {out}; a folder may end with /")
     if pca or overwrite:
         raise click.UsageError("--pca, --overwrite: for a .safetensors file as --out; a folder is never replaced")
     if folder["keep_size"] and size:
@@ -134,6 +134,14 @@ def features(
         **dict(out_dtype=folder["out_dtype"], strict=strict),
     }
     _write_folder(images, out, embedder, strict, folder)
+
+
+def _is_one_file(out: str) -> bool:
+    """Whether --out names a .safetensors file, or else a folder; refuses other names."""
+    if not out or (out.lower().endswith(_OTHER_FILES) and not Path(out).is_dir()):
+        got = f"{out}; a folder may end with /" if out else "an empty name"
+        raise click.UsageError(f"--out: expected a .safetensors file or a folder, got {got}")
+    return out.lower().endswith(".safetensors")
 
 
 def _write_folder(
@@ -162,6 +170,8 @@ def _write_folder(
     resumed = f", {result.resumed} of them from an earlier run" if result.resumed else ""
     speed = f", {rate:.1f} images/s" if result.images > result.resumed else ""
     click.echo(f"{result.images} images{resumed}{speed}: {printable(result.out)}")
+    if result.images and result.failed == result.images:
+        raise ValueError(f"none of {result.images} images has features: see {printable(result.out)}/failures")
     if result.failed:
         click.echo(f"{result.failed} failed: {printable(result.out)}/failures", err=True)
 
@@ -182,23 +192,24 @@ def _engine(folder: dict[str, Any]) -> "Engine":
 
 
 def _write_features(
-    patterns: Iterable[str],
+    paths: Sequence[Path],
     load: Callable[[], tuple[Any, str]],
     size: tuple[int, int] | None,
     target: Path,
     pca: Path | None,
     how: dict[str, Any],
 ) -> None:
-    """Extracts, draws and prints; `load` gives the network and the name of its weights once the images are known."""
+    """Extracts, draws and prints; `load` gives the network and the name of its weights."""
     from internvit.data.extract import extract
-    from internvit.data.pca import draw_pca
-    from internvit.images import find_images, printable
+    from internvit.data.pca import draw_pca, make_folder
+    from internvit.images import printable
 
     def progress(waiting: Iterable[Path], total: int) -> Iterable[Path]:
         return tqdm(waiting, total=total, unit="image", disable=None)
 
-    paths = find_images(patterns)
     network, source = load()
+    if pca:
+        make_folder(pca)
     size = size or network.config.image_hw
     result = extract(network, paths, target, size, metadata={"weights": printable(source)}, progress=progress, **how)
     resumed = f", {result.resumed} of them from an interrupted run" if result.resumed else ""
@@ -210,14 +221,13 @@ def _write_features(
         click.echo(f"principal components of {drawn} of {len(result.images)} images: {printable(pca)}")
 
 
-def _check_outputs(target: Path, pca: Path | None, overwrite: bool) -> None:
+def _check_outputs(target: Path, pca: Path | None, images: Sequence[Path], overwrite: bool) -> None:
     """Refuses the output files before anything is loaded."""
-    from internvit.data.pca import check_picture_name
+    from internvit.data.pca import check_picture
 
-    for option, path in (("--out", target), ("--pca", pca)):
-        if path and (path.exists() or path.is_symlink()) and not overwrite:
-            raise FileExistsError(f"{path} exists; give another {option}, or --overwrite")
+    if (target.exists() or target.is_symlink()) and not overwrite:
+        raise FileExistsError(f"{target} exists; give another --out, or --overwrite")
     if pca:
         if pca.absolute() == target.absolute():
             raise ValueError(f"--pca: expected another file than --out, got {pca} for both")
-        check_picture_name(pca)
+        check_picture(pca, images, overwrite)

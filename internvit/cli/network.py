@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_ARCHITECTURE = (  # what the weights of one network have in common; an image size may be another
+    *("num_channels", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("norm_type", "qkv_bias", "qk_normalization"),
+)
+
 
 class Size(click.ParamType):
     """N or HxW, in pixels."""
@@ -111,7 +116,20 @@ def source_of(model: str | None, weights: str | None) -> str:
 
 
 def configuration(model: str | None, weights: str | None) -> InternViTConfig | None:
-    """The configuration where there is none beside the weights."""
-    if weights and model and not (Path(weights) / "config.json").exists():
-        return InternViTConfig.from_name(model)
+    """The configuration where there is none beside the weights; refuses one that is of another network than `model`."""
+    if not (weights and model):
+        return None
+    named, place = InternViTConfig.from_name(model), Path(weights) / "config.json"
+    if not place.exists():
+        return named
+    stored = InternViTConfig.from_json(place)
+    differing = [
+        f"{name} {getattr(stored, name)}, not {getattr(named, name)}"
+        for name in _ARCHITECTURE
+        if getattr(stored, name) != getattr(named, name)
+    ]
+    if differing:
+        raise click.UsageError(
+            f"--model {model}: expected the network of {place}, which has {', '.join(differing)}; leave --model out"
+        )
     return None

@@ -16,6 +16,7 @@ _MAX_DRAWN = 16
 @network_options
 @click.option("--skip", multiple=True, help="Linears that stay bfloat16; the first and the last block by default.")
 @click.option("--pca", type=click.Path(dir_okay=False, path_type=Path), help="Draw bfloat16 beside int8 here.")
+@click.option("--overwrite", is_flag=True, help="Replace --pca.")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def precision(
     images: tuple[str, ...],
@@ -25,6 +26,7 @@ def precision(
     size: tuple[int, int] | None,
     skip: tuple[str, ...],
     pca: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """How far the hidden states of IMAGES are from float32, in bfloat16 and with Linears in int8, on this CPU.
@@ -35,7 +37,7 @@ def precision(
     Example:
       internvit precision photos/ --weights ./checkpoint --skip encoder.layers.0 --skip '*.mlp.fc2'
     """
-    from internvit.data.pca import check_picture_name, draw_pca_columns
+    from internvit.data.pca import check_picture, draw_pca_columns, make_folder
     from internvit.images import find_images, load_pixels
     from internvit.inference import linear_int8
     from internvit.inference.compare import StateError, compare_precisions
@@ -43,10 +45,12 @@ def precision(
     reason = linear_int8.unavailable_reason()
     if reason is not None:
         raise RuntimeError(f"nothing to compare: {reason}")
-    if pca:
-        check_picture_name(pca)
     paths = find_images(images)
+    if pca:
+        check_picture(pca, paths, overwrite)
     network, _ = load_network(model, weights, prefix, "float32", "cpu")
+    if pca:
+        make_folder(pca)
     height, width = size or network.config.image_hw
     report = compare_precisions(network, [load_pixels(path, (height, width))[None] for path in paths], skip or None)
     if pca:

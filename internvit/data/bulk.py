@@ -24,7 +24,7 @@ from internvit.data.embedder import Embedder
 from internvit.data.plan import update_plan
 from internvit.data.preprocess import Preprocessor
 from internvit.data.shard_files import FORMATS, Row, ShardFiles
-from internvit.data.sources import Item, Shard, absolute, list_sources, open_shard
+from internvit.data.sources import Item, Shard, absolute, check_column, list_sources, open_shard
 from internvit.files import locked
 from internvit.images import printable
 
@@ -109,8 +109,8 @@ def extract_folder(
         format: "parquet" or "safetensors".
         shard: images in a file; by default 256, or fewer whose features have 256 MiB.
         column: of Parquet files, with the images.
-        strict: an image that cannot be read is an error, also one of an earlier run.
-        retry_failed: compute shards with failed images again.
+        strict: an image that fails is an error, also one of an earlier run.
+        retry_failed: compute shards with failed images again; files that failed may have changed, or be gone.
         engine: `run_local` by default; `internvit.data.ray_engine.run_ray`.
         remote: the engine's workers are other machines: of this one no GPU is asked for.
         progress: called with the result so far and the number of all images, at the start and after each shard.
@@ -124,6 +124,7 @@ def extract_folder(
     _check(format, shard)
     out = absolute(out)
     listed = list_sources(sources, out)
+    check_column(column, listed)
     embedder = {**embedder, "name_or_path": _portable(embedder["name_or_path"])}
     made = _driver_embedder(embedder) if remote else Embedder(**embedder)
     of_worker = made.settings()
@@ -135,7 +136,7 @@ def extract_folder(
         _claim(out, settings)
         for part in ("data", "failures", "plan"):
             storage.remove_unfinished(storage.join(out, part))
-        shards = update_plan(out, listed, shard or _images_per_shard(made))
+        shards = update_plan(files, listed, shard or _images_per_shard(made), retry_failed)
         result, waiting = _take_up(out, files, shards, retry_failed)
         if strict and result.failed:
             raise ValueError(
@@ -274,7 +275,7 @@ def embed_shard(
         raise ValueError(broken)
     rows: list[Row] = []
     failed: list[tuple[str, str]] = []
-    for path, image, features in zip(paths, images, embedder.embed(images), strict=True):
+    for path, image, features in zip(paths, images, embedder.embed(images, paths), strict=True):
         if isinstance(features, str):
             if job.strict:
                 raise ValueError(features)

@@ -1,5 +1,6 @@
 """`Embedder`: features of batches of images, for engines that call a class on batches, and for a plain loop."""
 
+import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor
 
 from internvit.data.digest import tensors_digest
+from internvit.data.finite import not_finite
 from internvit.data.pooling import POOLINGS, pool, pooled_shape
 from internvit.data.preprocess import Preprocessor
-from internvit.images import normalize
+from internvit.images import normalize, printable
 from internvit.inference.optimize import optimize_for_inference
 from internvit.model.feature_maps import take_indices
 from internvit.model.vit import InternViT
-from internvit.multimodal.connector import InternVLConnector
+from internvit.multimodal.connector import InternVLConnector, state_index
 from internvit.multimodal.flash_connector import InternVLFlashConnector
 from internvit.multimodal.load import load_connector
 
@@ -45,24 +47,28 @@ class Embedder:
 
     Args:
         name_or_path: a checkpoint as `InternViT.from_pretrained` takes it, or an `InternViT` in eval mode.
-        dtype: of the weights: "float32", "bfloat16" or "float16".
+        dtype: of the weights: "float32" (the default), "bfloat16" or "float16".
         precision, skip, pack: of the Linears, as in `optimize_for_inference`.
         size: (height, width) or side in pixels; None for the model's native size; "image" for each image's own, rounded
             to whole patches and scaled down to `preprocess.MAX_PATCHES`.
         layers: blocks whose output is pooled, 0 the first, into the columns "features_7", ...; None for the last hidden
-            state, into "features".
+            state, or the one that the connector's `select_layer` names, into "features".
         pooling: "class", "mean" (of the patches), "tokens", "map", or "connector" (pixel shuffle and InternVL's MLP).
-        connector: an `InternVLConnector`, or the checkpoint of a whole InternVL to take it from. The router of an
-            InternVL3.5-Flash decides about each image's tiles; features are all their tokens, [T, llm_hidden_size].
+        connector: an `InternVLConnector`, which is copied, or the checkpoint of a whole InternVL to take it from. The
+            router of an InternVL3.5-Flash decides about each image's tiles; features are all their tokens,
+            [T, llm_hidden_size].
         tiles: cut images into at most so many tiles of `size`, and a thumbnail; features are then [tiles, ...].
         device: "cuda" if there is one, by default, else "cpu".
         batch: images or tiles in a forward pass; batches hold images of one size.
         column: of the images; by default image, bytes, path, img, jpg, jpeg, png or webp, whichever comes first.
-        out_dtype: of the features, "float32" or "float16". A value past float16's range fails its image.
-        strict: an image that cannot be read raises; otherwise its features are null and "error" says why.
+        out_dtype: of the features, "float32" or "float16". An image with an infinite feature or NaN fails, by the range
+            of this dtype or of `dtype`.
+        strict: an image that fails raises; otherwise its features are null and "error" says why.
         arrow: features as pyarrow arrays, fixed-size lists with nulls, as Parquet keeps them; otherwise numpy, where a
             failed image has NaN, or nothing [0, ...] if shapes vary.
         prefix, config, revision, token: as in `InternViT.from_pretrained`.
+
+    dtype, device and the last four say how to load: they do not go with an `InternViT`.
 
     Raises:
         ValueError: a setting out of these, a size off the patch grid, or a checkpoint that cannot be read.
@@ -77,7 +83,7 @@ class Embedder:
         self,
         name_or_path: "str | os.PathLike[str] | InternViT",
         *,
-        dtype: str = "float32",
+        dtype: str | None = None,
         precision: str | None = None,
         skip: Sequence[str] | None = None,
         size: int | tuple[int, int] | str | None = None,
@@ -97,20 +103,22 @@ class Embedder:
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> None:
-        _choice("dtype", dtype, tuple(_DTYPES))
+        _choice("dtype", dtype, (None, *_DTYPES))
         _choice("out_dtype", out_dtype, _OUT_DTYPES)
         _choice("pooling", pooling, POOLINGS)
         if batch < 1 or tiles < 0:
             raise ValueError(f"batch, tiles: expected at least 1 and 0, got {batch} and {tiles}")
         if (pooling == "connector") != (connector is not None):
             raise ValueError(f"connector: goes with pooling='connector', got {connector!r} and pooling={pooling!r}")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loading: dict[str, Any] = dict(prefix=prefix, config=config, revision=revision, token=token)
         if isinstance(name_or_path, InternViT):
+            _refuse_loading({"dtype": dtype, "device": device, **loading}, name_or_path)
             network = name_or_path
             self.source = network.config.name or "an InternViT"
         else:
-            loading: dict[str, Any] = dict(prefix=prefix, config=config, revision=revision, token=token)
-            network = InternViT.from_pretrained(name_or_path, dtype=_DTYPES[dtype], device=device, **loading)
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            loading |= {"dtype": _DTYPES[dtype or "float32"], "device": device}
+            network = InternViT.from_pretrained(name_or_path, **loading)
             self.source = os.fspath(name_or_path)
         self.config = network.config
         self.model = optimize_for_inference(network, pack=pack, precision=precision, skip=skip)
@@ -119,13 +127,24 @@ class Embedder:
             raise ValueError(f"layers: expected numbers of blocks, each once, got {tuple(layers or ())}")
         self.pooling, self.batch, self.column, self.strict, self.arrow = pooling, batch, column, strict, arrow
         self.out_dtype = out_dtype
-        if connector is not None and not isinstance(connector, InternVLConnector | InternVLFlashConnector):
+        if isinstance(connector, InternVLConnector | InternVLFlashConnector):
+            connector = copy.deepcopy(connector)  # `to` and `eval` change a module in place
+        elif connector is not None:
             connector = load_connector(connector)
         self.connector = None if connector is None else connector.to(self.model.device, self.model.dtype).eval()
+        self._states = self._hidden_states()
         # A router compares the tiles of an image, which may come from several batches.
         self._router = self.connector if isinstance(self.connector, InternVLFlashConnector) else None
         self._connector = self.connector if isinstance(self.connector, InternVLConnector) else None
         self.preprocess = Preprocessor(self.config.patch_size, self._size(size, tiles), tiles)
+
+    def _hidden_states(self) -> tuple[int, ...] | None:
+        """Which hidden states the columns are of, 0 the embeddings; None for the last alone."""
+        if self.layers is not None:
+            return tuple(1 + layer for layer in self.layers)
+        if self.connector is None or self.connector.select_layer == -1:
+            return None
+        return (state_index(self.connector.select_layer, self.config.num_hidden_layers),)
 
     def _size(self, size: int | tuple[int, int] | str | None, tiles: int) -> tuple[int, int] | None:
         if size == "image" and not tiles:
@@ -188,7 +207,7 @@ class Embedder:
         values = batch[column]
         names = batch.get("path", [f"image {i} of the batch" for i in range(len(values))])
         images = [self._decode(value, str(name)) for value, name in zip(values, names, strict=True)]
-        results = self.embed(images)
+        results = self.embed(images, [str(name) for name in names])
         errors = [result if isinstance(result, str) else None for result in results]
         if self.strict and any(errors):
             raise ValueError(next(error for error in errors if error))
@@ -204,8 +223,10 @@ class Embedder:
             return str(error)
 
     @torch.inference_mode()
-    def embed(self, images: Sequence[np.ndarray | str]) -> list[_Features | str]:
+    def embed(self, images: Sequence[np.ndarray | str], names: Sequence[str] | None = None) -> list[_Features | str]:
         """Features of images from `preprocess`, uint8 [tiles, height, width, 3]; why an image has none stays.
+
+        An image whose features are not finite has none; the reason begins with its name, if there are `names`.
 
         Tiles of one size share batches, in the order of the images, so that a list of images has the same batches
         always.
@@ -221,18 +242,21 @@ class Embedder:
                 features = self._forward(torch.from_numpy(np.stack([tile for _, tile in chunk])))
                 for row, (index, _) in enumerate(chunk):
                     results[index].append({name: values[row] for name, values in features.items()})
-        return [
+        finished: list[_Features | str] = [
             result if isinstance(result, str) else self._finish(result, self._grid(image))
             for result, image in zip(results, images, strict=True)
         ]
+        for index, entry in enumerate(finished):
+            if names is not None and isinstance(entry, str) and not isinstance(images[index], str):
+                finished[index] = f"{printable(names[index])}: {entry}"
+        return finished
 
     def _forward(self, pixels: Tensor) -> _Features:
         """Pooled features of a batch uint8 [B, height, width, 3], in float32 where they came so, or as they will be."""
         grid, pooling = self._grid(pixels), "tokens" if self._router else self.pooling
-        output = self.model(normalize(pixels.to(self.model.device)), output_hidden_states=self.layers is not None)
-        states = (
-            [output.last_hidden_state] if self.layers is None else [output.hidden_states[1 + i] for i in self.layers]
-        )
+        chosen = self._states
+        output = self.model(normalize(pixels.to(self.model.device)), output_hidden_states=chosen is not None)
+        states = [output.last_hidden_state] if chosen is None else [output.hidden_states[i] for i in chosen]
         pooled = (pool(pooling, state, grid, self._connector).float() for state in states)
         return dict(zip(self.columns, (values.cpu().numpy() for values in pooled), strict=True))
 
@@ -241,7 +265,7 @@ class Embedder:
         return pixels.shape[1] // self.config.patch_size, pixels.shape[2] // self.config.patch_size
 
     def _finish(self, tiles: list[_Features], grid: tuple[int, int]) -> _Features | str:
-        """An image's features out of its tiles', in the dtype that is wanted."""
+        """An image's features out of its tiles', in the dtype that is wanted, or why they are none."""
         finished: _Features = {}
         for name in self.columns:
             values = np.stack([tile[name] for tile in tiles]) if self.preprocess.tiles else tiles[0][name]
@@ -249,9 +273,11 @@ class Embedder:
                 tokens = torch.from_numpy(np.stack([tile[name] for tile in tiles]))
                 tokens = tokens.to(self.model.device, self.model.dtype)
                 values = self._router(tokens, grid).image_tokens.float().cpu().numpy()
+            if not np.isfinite(values).all():
+                return not_finite(self.model.dtype)
             with np.errstate(over="ignore"):
                 finished[name] = values.astype(self.out_dtype)
-            if np.isinf(finished[name]).any() and not np.isinf(values).any():
+            if not np.isfinite(finished[name]).all():
                 return f"features up to {np.abs(values).max():g} overflow float16; take out_dtype float32"
         return finished
 
@@ -280,6 +306,15 @@ def _dense(rows: Iterable[np.ndarray | None], shape: tuple[int | None, ...], dty
     return column
 
 
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(filter(None, choices))}, got {value!r}")
+
+
+def _refuse_loading(arguments: dict[str, Any], model: InternViT) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: expected None beside an InternViT, which is taken as it is, {model.dtype} on "
+            f"{model.device}; move the model, or give a checkpoint"
+        )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from internvit.data.digest import content_digest, tensors_digest
+from internvit.data.finite import not_finite
 from internvit.data.parts import open_parts
 from internvit.images import decode_photo, printable, read_file, to_pixels
 
@@ -36,7 +37,7 @@ class Extraction:
         out: the file written.
         images: files whose features it holds, in order.
         resumed: how many of them an earlier, interrupted run had computed.
-        skipped: files that could not be read, and why.
+        skipped: files that could not be read, or whose features are not finite, and why.
     """
 
     out: Path
@@ -82,7 +83,8 @@ def extract(
         size: (height, width) in pixels, multiples of the patch size.
         layers: blocks whose output is wanted, 0 the first; None for the last hidden state.
         batch: images a forward pass takes.
-        strict: a file that cannot be read is an error; otherwise it is skipped, logged and listed.
+        strict: a file that cannot be read, or has an infinite feature or NaN, is an error; otherwise it is skipped,
+            logged and listed.
         overwrite: replace `out` if it exists, and parts of an interrupted run with other weights or settings.
         metadata: stored in the file's metadata beside the settings.
         progress: wraps the iteration, as tqdm does.
@@ -90,7 +92,7 @@ def extract(
     Raises:
         FileExistsError: `out` exists and overwrite is False.
         ValueError: a size off the patch grid, no such layer, `out` among the images, `OUT.partial` of something else or
-            of a run with other weights or settings, no readable image, or with strict one that is not.
+            of a run with other weights or settings, no image that has features, or with strict one that has none.
     """
     _check(model, images, out, size, layers, batch, overwrite)
     settings = _settings(model, size, layers)
@@ -102,7 +104,10 @@ def extract(
         waiting = [path for path in images if path not in done]
         for chunk, pixels in _batches(progress(waiting, len(waiting)), size, batch, strict, result):
             for (path, digest), features in zip(chunk, image_features(model, pixels, layers), strict=True):
-                parts.write(path, digest, {f"{path}:{name}": tensor for name, tensor in features.items()})
+                if all(tensor.isfinite().all() for tensor in features.values()):
+                    parts.write(path, digest, {f"{path}:{name}": tensor for name, tensor in features.items()})
+                else:
+                    _fail(ValueError(f"{printable(path)}: {not_finite(model.dtype)}"), path, strict, result)
         result.images = [path for path in images if path not in result.skipped]
         if result.images:
             _refuse_existing(out, overwrite)
@@ -110,7 +115,8 @@ def extract(
             parts.join(result.images, out, {**settings, "config": config, **(metadata or {})})
         parts.remove()
     if not result.images:
-        raise ValueError(f"none of {len(images)} files is an image that can be read")
+        reason = next(iter(result.skipped.values()), "there are no files")
+        raise ValueError(f"none of {len(images)} files is an image that has features: {reason}")
     return result
 
 
@@ -177,10 +183,7 @@ def _batches(
             data = read_file(path)
             loaded = to_pixels(decode_photo(data, path), size)
         except (ValueError, OSError) as error:
-            if strict:
-                raise
-            result.skipped[path] = str(error)
-            logger.warning("skipped %s", error)
+            _fail(error, path, strict, result)
             continue
         chunk.append((path, content_digest(data)))
         pixels.append(loaded)
@@ -189,6 +192,13 @@ def _batches(
             chunk, pixels = [], []
     if chunk:
         yield chunk, torch.stack(pixels)
+
+
+def _fail(error: Exception, path: Path, strict: bool, result: Extraction) -> None:
+    if strict:
+        raise error
+    result.skipped[path] = str(error)
+    logger.warning("skipped %s", error)
 
 
 def _check_name(path: Path) -> None:

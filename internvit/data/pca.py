@@ -1,5 +1,6 @@
 """Pictures of features: the first principal components of the patches as colours."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,25 +43,51 @@ def pca_map(hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.where(high > low, (components - low) / (high - low), 0).clamp(0, 1)
 
 
-def check_picture_name(out: Path) -> None:
-    """Raises ValueError if matplotlib writes no pictures of the suffix of `out`."""
+def check_picture(out: Path, images: Sequence[Path], overwrite: bool) -> None:
+    """Refuses the file of a picture before anything is computed.
+
+    Raises:
+        FileExistsError: it exists, and overwrite is False.
+        ValueError: it is one of the images, or matplotlib writes no pictures of its suffix.
+    """
     from matplotlib.figure import Figure
 
+    if out.exists() and any(path.exists() and path.samefile(out) for path in images):
+        raise ValueError(f"{printable(out)}: is one of the images")
+    if (out.exists() or out.is_symlink()) and not overwrite:
+        raise FileExistsError(f"{printable(out)} exists; give another --pca, or --overwrite")
     formats = Figure().canvas.get_supported_filetypes()
     if out.suffix and out.suffix[1:].lower() not in formats:
         raise ValueError(f"{printable(out)}: expected a suffix among {', '.join(sorted(formats))}, got {out.suffix}")
 
 
-def draw_pca(out: Path, features: Path, images: Sequence[Path], size: tuple[int, int], patch_size: int) -> int:
-    """Draws each photograph and beside it the principal components of its last features; returns how many rows.
+def make_folder(out: Path) -> None:
+    """Makes the folder of a picture, as one is made for features, before they are computed.
 
-    At most 16 images are drawn; the file is replaced atomically.
+    Raises:
+        ValueError: there can be no such folder.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{printable(out)}: cannot be written: {error.strerror or error}") from error
+
+
+def draw_pca(out: Path, features: Path, images: Sequence[Path], size: tuple[int, int], patch_size: int) -> int:
+    """Draws each photograph and beside it the principal components of its last block; returns how many rows.
+
+    At most 16 images are drawn; the file is replaced atomically. `features` is a file of `extract`; of its layers the
+    last in the network is drawn, whatever their order and whether or not they are counted from the end.
     """
     images = images[:_MAX_DRAWN]
     with safe_open(features, framework="pt") as file:
-        names = list(file.keys())
-        last = [[n for n in names if n.rpartition(":")[0] == str(path)][-1] for path in images]
-        draw_pca_columns(out, images, [[file.get_tensor(name)] for name in last], size, patch_size)
+        metadata = file.metadata()
+        depth = json.loads(metadata["config"])["num_hidden_layers"]
+        names = metadata["layers"].split(",")
+        last = names[0] if names == ["last"] else max(names, key=lambda name: int(name) % depth)
+        titles = [] if last == "last" else [f"block {int(last) % depth}"]
+        tokens = [[file.get_tensor(f"{path}:{last}")] for path in images]
+        draw_pca_columns(out, images, tokens, size, patch_size, titles)
     return len(images)
 
 

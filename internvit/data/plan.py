@@ -1,15 +1,17 @@
 """The plan of an extraction: which shard has which images, kept in the output folder.
 
 The first run writes `plan/00000.parquet`. A rerun lists the sources again: files that are new get new shards in a
-further file; files that have changed or are gone are refused by name.
+further file; files that have changed or are gone are refused by name. A file that failed has no features: where those
+are tried again, one that has changed gets a new shard, and one that is gone is forgotten.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from internvit.data import storage
+from internvit.data.shard_files import ShardFiles
 from internvit.data.sources import Shard, cut
 from internvit.data.storage import Stat
 from internvit.images import printable
@@ -17,31 +19,85 @@ from internvit.images import printable
 _NAMED = 5  # files in a message
 
 
-def update_plan(folder: str, sources: Sequence[Stat], per_shard: int) -> list[Shard]:
-    """The shards of all sources, those of an earlier run first and as they were.
+def update_plan(files: ShardFiles, sources: Sequence[Stat], per_shard: int, retry_failed: bool = False) -> list[Shard]:
+    """The shards of all sources, those of an earlier run first and as they were, but for files that failed.
+
+    Args:
+        files: the output folder.
+        sources: as they are now.
+        per_shard: images in a new shard.
+        retry_failed: leave files that failed, and have changed or are gone, out of the shards that they are in.
 
     Raises:
         ValueError: a source of an earlier run has changed or is not among the sources.
     """
-    shards: list[Shard] = []
-    number = 0
-    while storage.stat(place := storage.join(folder, "plan", f"{number:05d}.parquet")) is not None:
-        shards += _read(place)
-        number += 1
+    plans: list[list[Shard]] = []
+    while storage.stat(_place(files, len(plans))) is not None:
+        plans.append(_read(_place(files, len(plans))))
+    shards = [shard for plan in plans for shard in plan]
     planned = {file.path: file for shard in shards for file in shard.files()}
     given = {source.path: source for source in sources}
-    gone = [path for path in planned if path not in given]
-    changed = [path for path, file in planned.items() if path in given and given[path] != file]
-    if gone or changed:
+    differing = {path for path, file in planned.items() if given.get(path) != file}
+    failed = _failed(files, shards, differing)
+    refused = [path for path in planned if path in differing and not (retry_failed and path in failed)]
+    if refused:
+        changed, gone = ([p for p in refused if (p in given) is there] for there in (True, False))
         raise ValueError(
-            f"{printable(folder)}: other sources than those of the run that began it: {_some(changed, 'changed')}"
-            f"{', ' if gone and changed else ''}{_some(gone, 'not given, or gone')}; restore them, or give another "
-            "folder"
+            f"{printable(files.folder)}: other sources than those of the run that began it: "
+            f"{_some(changed, 'changed')}{', ' if gone and changed else ''}{_some(gone, 'not given, or gone')}; "
+            "restore them, or give another folder"
+            + ("; retry_failed (--retry-failed) accepts those that failed" if failed and not retry_failed else "")
         )
-    new = cut([source for source in sources if source.path not in planned], per_shard, len(shards))
+    if failed:
+        plans = [_without(files, number, plan, failed) for number, plan in enumerate(plans)]
+    added = [source for source in sources if source.path not in planned or source.path in failed]
+    new = cut(added, per_shard, len(shards))
     if new:
-        storage.write_atomically(place, _serialize(new))
-    return shards + new
+        storage.write_atomically(_place(files, len(plans)), _serialize(new))
+    return [shard for plan in [*plans, new] for shard in plan]
+
+
+def _place(files: ShardFiles, number: int) -> str:
+    return storage.join(files.folder, "plan", f"{number:05d}.parquet")
+
+
+def _failed(files: ShardFiles, shards: Sequence[Shard], paths: Collection[str]) -> set[str]:
+    """Which of these files have no features because they failed; of a tar all images, not one."""
+    failed: set[str] = set()
+    partly: set[str] = set()
+    for shard in shards if paths else ():
+        within = [file.path for file in shard.files() if file.path in paths]
+        if not within:
+            continue
+        listed = files.failed_paths(shard.index) if shard.kind in ("files", "broken") else ()
+        failed.update(path for path in within if printable(path) in listed)
+        partly.update(path for path in within if printable(path) not in listed)
+    return failed - partly
+
+
+def _without(files: ShardFiles, number: int, plan: Sequence[Shard], failed: Collection[str]) -> list[Shard]:
+    """A file of the plan, written again without these files of its shards, which are then to be computed again.
+
+    The data files go first: of a run that is killed here the files still count as failed.
+    """
+    shards = [_left(shard, failed) for shard in plan]
+    if shards != plan:
+        for shard in (new for new, old in zip(shards, plan, strict=True) if new != old):
+            storage.remove(files.data(shard.index))
+        storage.write_atomically(_place(files, number), _serialize(shards))
+    return shards
+
+
+def _left(shard: Shard, failed: Collection[str]) -> Shard:
+    """A shard without these files; with none left it keeps its number."""
+    entries = shard.files()
+    kept = [entry for entry in entries if entry.path not in failed]
+    if len(kept) == len(entries):
+        return shard
+    names, sizes, mtimes = zip(*kept, strict=True) if kept else ((), (), ())
+    return replace(
+        shard, kind="files", source="", size=0, mtime=0, stop=len(kept), names=names, sizes=sizes, mtimes=mtimes
+    )
 
 
 def _some(paths: list[str], what: str) -> str:

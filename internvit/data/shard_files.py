@@ -134,6 +134,16 @@ class ShardFiles(NamedTuple):
         with storage.open_file(place) as file:
             return parquet.ParquetFile(file).metadata.num_rows
 
+    def failed_paths(self, index: int) -> set[str]:
+        """The images of a shard that failed, as they are printed."""
+        from pyarrow import parquet
+
+        place = self.failures(index)
+        if storage.stat(place) is None:
+            return set()
+        with storage.open_file(place) as file:
+            return set(parquet.read_table(file, columns=["path"])["path"].to_pylist())
+
     def _parquet(self, rows: Sequence[Row]) -> Any:
         import pyarrow as pa
 

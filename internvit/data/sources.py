@@ -3,8 +3,10 @@
 Sources are listed once, by the driver, and cut into shards; a worker opens what its shard names.
 """
 
+import codecs
 import functools
 import os
+import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -85,6 +87,12 @@ def list_sources(patterns: Iterable[str], out: str | None = None) -> list[Stat]:
     return list(listed.values())
 
 
+def check_column(column: str | None, sources: Iterable[Stat]) -> None:
+    """Raises a ValueError for the name of a column where no source is Parquet."""
+    if column is not None and all(_suffix(source.path) != ".parquet" for source in sources):
+        raise ValueError(f"column: expected Parquet files among the sources, got {column!r} and none")
+
+
 def absolute(path: str) -> str:
     return path if storage.is_url(path) else os.path.abspath(os.path.expanduser(path))
 
@@ -131,9 +139,13 @@ def _translate(pattern: str) -> str:
 
 
 def _read_list(path: str) -> list[Stat]:
-    """The files that a text file names, one a line, in its order."""
-    lines = os.fsdecode(storage.read_bytes(path)).splitlines()
-    named = [absolute(line.strip()) for line in lines if line.strip()]
+    """The files that a text file names, one a line, in its order.
+
+    A name may hold what `str.splitlines` takes for the end of a line, such as U+2028.
+    """
+    text = os.fsdecode(storage.read_bytes(path).removeprefix(codecs.BOM_UTF8))
+    lines = [line.strip(" \t\r") for line in text.split("\n")]
+    named = [absolute(line) for line in lines if line]
     return [storage.stat(name) or Stat(name, 0, 0) for name in named]
 
 
@@ -168,13 +180,52 @@ def _cut_files(files: Sequence[Stat], per_shard: int) -> list[Shard]:
 def _cut_tar(source: Stat, per_shard: int) -> list[Shard]:
     """Only headers are read, where the file system can seek."""
     with storage.open_file(source.path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        members = [m for m in archive if m.isfile() and os.path.splitext(m.name)[1].lower() in SUFFIXES]
+        members, dangling = _tar_members(archive)
     shards = []
     for start in range(0, len(members), per_shard):
         chunk = members[start : start + per_shard]
-        names, offsets, sizes = zip(*((m.name, m.offset_data, m.size) for m in chunk), strict=True)
+        names, offsets, sizes = zip(*chunk, strict=True)
         shards.append(Shard(0, "tar", *source, 0, len(chunk), names, offsets, sizes))
+    for link in dangling:
+        name = printable(f"{source.path}#{link.name}")
+        reason = f"{name}: a link to {printable(link.linkname)}, which is not in the tar"
+        shards.append(Shard(0, "broken", *source, 0, 1, (reason,)))
     return shards
+
+
+def _tar_members(archive: tarfile.TarFile) -> tuple[list[tuple[str, int, int]], list[tarfile.TarInfo]]:
+    """(name, offset, size) of the images as extraction would leave them, and links to nothing.
+
+    Of several members of a name the last stays. A hard link is what its target was at that point of the tar, a symbolic
+    one what its target is at the end.
+    """
+    members: dict[str, tarfile.TarInfo] = {}
+    contents: dict[str, tuple[int, int] | str | None] = {}  # where the bytes are, or another path
+    for member in archive:
+        path = posixpath.normpath(member.name)
+        before = contents.pop(path, None)  # so that images are in the order of their last members
+        if member.isfile():
+            contents[path] = member.offset_data, member.size
+        elif member.islnk():  # GNU tar writes a file that it is given twice as a link to itself
+            target = posixpath.normpath(member.linkname)
+            contents[path] = before if target == path else contents.get(target)
+        elif member.issym():
+            contents[path] = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
+        members[path] = member
+    images: list[tuple[str, int, int]] = []
+    dangling: list[tarfile.TarInfo] = []
+    for path, content in contents.items():
+        if os.path.splitext(path)[1].lower() not in SUFFIXES:
+            continue
+        followed: set[str] = set()
+        while isinstance(content, str) and content not in followed:
+            followed.add(content)
+            content = contents.get(content)
+        if isinstance(content, tuple):
+            images.append((members[path].name, *content))
+        else:
+            dangling.append(members[path])
+    return images, dangling
 
 
 def _cut_parquet(source: Stat, per_shard: int) -> list[Shard]:

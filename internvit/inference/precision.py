@@ -34,6 +34,8 @@ def quantised_linears(model: InternViT, precision: str | None, skip: Iterable[st
         raise ValueError(f"{op}: precision must be None, {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
     if isinstance(skip, str):
         raise ValueError(f"{op}: skip must be a list of names, got the string {skip!r}")
+    names = [f"encoder.layers.{i}.{name}" for i in range(len(model.encoder.layers)) for name in LINEARS]
+    skipped = None if skip is None else _named(op, names, skip)  # a name that none has is wrong for any precision
     if precision is None:
         return frozenset()
     if model.dtype != torch.bfloat16:
@@ -43,9 +45,8 @@ def quantised_linears(model: InternViT, precision: str | None, skip: Iterable[st
     if precision == "bf16":
         return frozenset()
     _check_device(op, model, precision)
-    names = [f"encoder.layers.{i}.{name}" for i in range(len(model.encoder.layers)) for name in LINEARS]
-    if skip is not None:
-        return frozenset(names) - _named(op, names, skip)
+    if skipped is not None:
+        return frozenset(names) - skipped
     on_grid = frozenset[str]()
     if precision == "int8":
         on_grid = frozenset(name for name in names if _has_int8_weight(model.get_submodule(name)))

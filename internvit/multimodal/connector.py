@@ -9,7 +9,7 @@ orientation; "v1", of the first InternVL, swaps rows and columns.
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from internvit.names import listed
 logger = logging.getLogger(__name__)
 
 PS_VERSIONS = ("v1", "v2")
+_SELECT_LAYER = ("select_layer", "vision_feature_layer")  # OpenGVLab's name in config.json, and transformers'
 _LAYOUTS = ("opengvlab", "transformers")
 _EPS = 1e-5
 PROJECTOR_NAMES = {  # OpenGVLab's (the parameters' own) and transformers'
@@ -80,6 +81,20 @@ def patches_of(owner: str, hidden_states: Tensor, hidden_size: int, grid: tuple[
     return hidden_states[:, 1:].unflatten(1, (rows, columns))
 
 
+def state_index(select_layer: int, blocks: int) -> int:
+    """Which of a tower's 1 + `blocks` hidden states `select_layer` names; 0 is the embeddings.
+
+    Raises:
+        ValueError: there is no such one.
+    """
+    if not -blocks - 1 <= select_layer <= blocks:
+        raise ValueError(
+            f"select_layer: expected a number from {-blocks - 1} to {blocks} of a tower with {blocks} blocks, "
+            f"got {select_layer}"
+        )
+    return select_layer % (blocks + 1)
+
+
 def tower_features(
     vision_model: nn.Module, pixel_values: Tensor, select_layer: int = -1
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -87,7 +102,8 @@ def tower_features(
     if select_layer == -1:
         features = vision_model(pixel_values).last_hidden_state
     else:
-        features = vision_model(pixel_values, output_hidden_states=True).hidden_states[select_layer]
+        states = vision_model(pixel_values, output_hidden_states=True).hidden_states
+        features = states[state_index(select_layer, len(states) - 1)]
     patches = features.shape[1] - 1
     rows = round(math.sqrt(patches * pixel_values.shape[-2] / pixel_values.shape[-1]))
     return features, (rows, patches // max(rows, 1))
@@ -126,10 +142,30 @@ def read_connector(path: str | os.PathLike[str], stems: Collection[str]) -> tupl
     return tensors, read_json(place) if place.exists() else {}
 
 
+def read_settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A connector's arguments out of config.json: those of `names` that it has, and select_layer."""
+    settings = {name: config[name] for name in names if name in config}
+    selected = [config[name] for name in _SELECT_LAYER if name in config]
+    return {**settings, "select_layer": selected[0]} if selected else settings
+
+
+def check_select_layer(owner: str, select_layer: Any) -> int:
+    """Raises a ValueError for what is no integer, such as the list that transformers' other models have."""
+    if not isinstance(select_layer, int) or isinstance(select_layer, bool):
+        raise ValueError(f"{owner}: select_layer must be an integer, got {select_layer!r}")
+    return select_layer
+
+
 def assign_tensors(connector: nn.Module, tensors: Mapping[str, Tensor], device: Any = None) -> None:
     """Gives a connector on the meta device copies of its tensors."""
     connector.load_state_dict({name: tensor.clone().to(device) for name, tensor in tensors.items()}, assign=True)
     connector.eval()
+
+
+def shown_settings(downsample_ratio: float, ps_version: str, select_layer: int) -> str:
+    """For a connector's repr; select_layer where it is not the last."""
+    selected = "" if select_layer == -1 else f", select_layer={select_layer}"
+    return f"downsample_ratio={downsample_ratio}, ps_version={ps_version!r}{selected}"
 
 
 def rename_projector(state_dict: dict[str, Any], prefix: str) -> None:
@@ -155,6 +191,8 @@ class InternVLConnector(nn.Module):
         downsample_ratio: of the pixel shuffle.
         ps_version: "v2", or "v1" for the first InternVL (the default of upstream's class, used by two of its recipes).
         device, dtype: of the parameters.
+        select_layer: which of the tower's hidden states it was trained on, for whoever pairs it with a tower: -1 the
+            last, -4 in InternVL-Chat-V1-1. `forward` takes what it is given.
 
     Parameters have OpenGVLab's names (`mlp1.0`, `mlp1.1`, `mlp1.3`); `load_state_dict` takes transformers'
     (`multi_modal_projector.*`) as well.
@@ -170,6 +208,7 @@ class InternVLConnector(nn.Module):
         ps_version: str = "v2",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        select_layer: int = -1,
     ) -> None:
         super().__init__()
         if ps_version not in PS_VERSIONS:
@@ -179,6 +218,7 @@ class InternVLConnector(nn.Module):
         self.hidden_size = hidden_size
         self.downsample_ratio = downsample_ratio
         self.ps_version = ps_version
+        self.select_layer = check_select_layer("InternVLConnector", select_layer)
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(width, eps=_EPS, **factory),
             nn.Linear(width, llm_hidden_size, **factory),
@@ -200,15 +240,19 @@ class InternVLConnector(nn.Module):
         x = pixel_shuffle(x, self.downsample_ratio, self.ps_version).flatten(1, 2)  # [B, N / 4, 4C]
         return run_sequential(self.mlp1, x)
 
-    def extract_feature(self, vision_model: nn.Module, pixel_values: Tensor, select_layer: int = -1) -> Tensor:
+    def extract_feature(self, vision_model: nn.Module, pixel_values: Tensor, select_layer: int | None = None) -> Tensor:
         """Image tokens of pixels, by the formula of upstream's method of this name.
 
         Args:
             vision_model: an InternViT of this library, OpenGVLab's code or transformers.
             pixel_values: [B, channels, height, width], tiles of one size.
-            select_layer: which of the tower's hidden states; -1 is the last.
+            select_layer: which of the tower's hidden states, -1 the last; by default the connector's own.
+
+        Raises:
+            ValueError: as `forward`, or the tower has no such hidden state.
         """
-        return self(*tower_features(vision_model, pixel_values, select_layer))
+        selected = self.select_layer if select_layer is None else select_layer
+        return self(*tower_features(vision_model, pixel_values, selected))
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], **kwargs: Any) -> "InternVLConnector":
@@ -216,7 +260,7 @@ class InternVLConnector(nn.Module):
 
         Args:
             state_dict: with `...mlp1.*` or `...multi_modal_projector.*`.
-            **kwargs: downsample_ratio, ps_version, device.
+            **kwargs: downsample_ratio, ps_version, select_layer, device.
 
         Raises:
             ValueError: none or more than one connector is in it, or keys are missing.
@@ -235,7 +279,9 @@ class InternVLConnector(nn.Module):
     def from_pretrained(
         cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None
     ) -> "InternVLConnector":
-        """The connector of a whole InternVL's checkpoint; config.json has its downsample_ratio and ps_version.
+        """The connector of a whole InternVL's checkpoint, with the settings of its config.json.
+
+        These are downsample_ratio, ps_version and select_layer (transformers: vision_feature_layer).
 
         Args:
             path: a folder, a file of weights or an index of shards, in any format that `InternViT.from_pretrained`
@@ -244,13 +290,12 @@ class InternVLConnector(nn.Module):
 
         Raises:
             FileNotFoundError: no such file, or no weights in the folder.
-            ValueError: a broken file, or not one whole connector.
+            ValueError: a broken file, not one whole connector, or a select_layer that is no integer.
         """
         tensors, config = read_connector(path, [f"{name}." for pair in PROJECTOR_NAMES.items() for name in pair])
         if config.get("flash_mode"):
             logger.warning("%s: an InternVL3.5-Flash; without InternVLFlashConnector every tile keeps all tokens", path)
-        settings = {name: config[name] for name in ("downsample_ratio", "ps_version") if name in config}
-        return cls.from_state_dict(tensors, **settings, device=device)
+        return cls.from_state_dict(tensors, **read_settings(config, ("downsample_ratio", "ps_version")), device=device)
 
     def to_state_dict(self, layout: str = "opengvlab") -> dict[str, Tensor]:
         """The state dict under "opengvlab" (`mlp1.*`) or "transformers" (`multi_modal_projector.*`) names."""
@@ -263,4 +308,4 @@ class InternVLConnector(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"downsample_ratio={self.downsample_ratio}, ps_version={self.ps_version!r}"
+        return shown_settings(self.downsample_ratio, self.ps_version, self.select_layer)

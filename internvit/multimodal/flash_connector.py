@@ -16,11 +16,14 @@ from internvit.multimodal.connector import (
     PROJECTOR_NAMES,
     InternVLConnector,
     assign_tensors,
+    check_select_layer,
     find_tensors,
     patches_of,
     pixel_shuffle,
     read_connector,
+    read_settings,
     rename_projector,
+    shown_settings,
     tower_features,
 )
 from internvit.multimodal.fused_sequential import run_sequential
@@ -60,6 +63,7 @@ class InternVLFlashConnector(nn.Module):
         ps_version: as in `InternVLConnector`.
         num_heads: of the router's attention.
         device, dtype: of the parameters.
+        select_layer: as in `InternVLConnector`.
 
     Parameters have OpenGVLab's names (`mlp1`, `mlp2`, `pooling_before_gating`, `gating`). Only the branch that a tile
     takes is computed; upstream computes both for all. A forward waits for the device once, for the router's decision.
@@ -81,6 +85,7 @@ class InternVLFlashConnector(nn.Module):
         num_heads: int = 16,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        select_layer: int = -1,
     ) -> None:
         super().__init__()
         for name, value in zip(_THRESHOLDS, (flash_relative_threshold, flash_absolute_threshold), strict=True):
@@ -106,6 +111,7 @@ class InternVLFlashConnector(nn.Module):
         self.flash_absolute_threshold = float(flash_absolute_threshold)
         self.downsample_ratio = downsample_ratio
         self.ps_version = ps_version
+        self.select_layer = check_select_layer("InternVLFlashConnector", select_layer)
 
     def forward(
         self,
@@ -161,14 +167,14 @@ class InternVLFlashConnector(nn.Module):
     def extract_feature(
         self, vision_model: nn.Module, pixel_values: Tensor, num_tiles: Sequence[int] | None = None
     ) -> InternVLFlashOutput:
-        """The image tokens of pixels.
+        """The image tokens of pixels, from the tower's hidden state `select_layer`.
 
         Args:
             vision_model: an InternViT of this library, OpenGVLab's code or transformers.
             pixel_values: [B, channels, height, width], tiles of one size, sample after sample.
             num_tiles: of each sample; see `forward`.
         """
-        features, grid = tower_features(vision_model, pixel_values)
+        features, grid = tower_features(vision_model, pixel_values, self.select_layer)
         return self(features, grid, num_tiles)
 
     @classmethod
@@ -177,7 +183,8 @@ class InternVLFlashConnector(nn.Module):
 
         Args:
             state_dict: with `mlp1.*` (or `multi_modal_projector.*`), `mlp2.*`, `pooling_before_gating.*`, `gating.*`.
-            **kwargs: flash_relative_threshold, flash_absolute_threshold, downsample_ratio, ps_version, device.
+            **kwargs: flash_relative_threshold, flash_absolute_threshold, downsample_ratio, ps_version, select_layer,
+                device.
 
         Raises:
             ValueError: none or more than one connector is in it, or keys are missing.
@@ -211,8 +218,7 @@ class InternVLFlashConnector(nn.Module):
         """
         stems = [f"{root}." for root in ("mlp1", "mlp2", "pooling_before_gating", "gating")]
         tensors, config = read_connector(path, [*stems, *(f"{name}." for name in PROJECTOR_NAMES.values())])
-        names = (*_THRESHOLDS, "downsample_ratio", "ps_version")
-        settings = {name: config[name] for name in names if name in config}
+        settings = read_settings(config, (*_THRESHOLDS, "downsample_ratio", "ps_version"))
         given = dict(zip(_THRESHOLDS, (flash_relative_threshold, flash_absolute_threshold), strict=True))
         settings.update({name: value for name, value in given.items() if value is not None})
         absent = [name for name in _THRESHOLDS if name not in settings]
@@ -226,7 +232,7 @@ class InternVLFlashConnector(nn.Module):
 
     def extra_repr(self) -> str:
         thresholds = ", ".join(f"{name}={getattr(self, name)}" for name in _THRESHOLDS)
-        return f"{thresholds}, downsample_ratio={self.downsample_ratio}, ps_version={self.ps_version!r}"
+        return f"{thresholds}, {shown_settings(self.downsample_ratio, self.ps_version, self.select_layer)}"
 
 
 def _parameter_names() -> list[str]:

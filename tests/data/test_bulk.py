@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -201,6 +202,39 @@ def test_strict_and_failed_images_tried_again(weights, photos, tmp_path, monkeyp
     result = run(weights, [tmp_path / "in"], tmp_path / "network", retry_failed=True, engine=counting(indices))
     assert (indices, result.resumed, result.failed) == ([0, 1, 2, 3], 0, 3)
     assert files(tmp_path / "network") == files(tmp_path / "out")
+
+
+def test_files_that_failed_may_be_repaired_or_removed(weights, tmp_path, seed) -> None:
+    photos = write_photos(tmp_path / "in", 7, seed, broken=(1, 3, 6))
+    broken = tmp_path / "in" / "broken.tar"
+    broken.write_bytes(b"x" * 700)
+    given = dict(weights=weights, sources=[tmp_path / "in"], out=tmp_path / "out", shard=2)
+    assert run(**given).failed == 4
+    shutil.copy(photos[0], photos[1])
+    photos[3].unlink()
+    with tarfile.open(broken, "w") as archive:
+        archive.add(photos[0], "one.png")
+        archive.add(photos[2], "two.png")
+    before = files(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"2 changed \(.*1 not given.*; retry_failed \(--retry-failed\) accepts those"):
+        run(**given)
+    content, times = photos[5].read_bytes(), photos[5].stat()
+    photos[5].write_bytes(b"no image")  # it has features: nobody knows of which content
+    with pytest.raises(ValueError, match=r"1 changed \(\S+000005\.png\); restore them, or give another folder$"):
+        run(**given, retry_failed=True)
+    photos[5].write_bytes(content)
+    os.utime(photos[5], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert files(tmp_path / "out") == before
+    with pytest.raises(KeyboardInterrupt):
+        run(**given, retry_failed=True, engine=stopping(0))
+    result = run(**given)  # what was left out of the plan then stays so
+    assert (result.images, result.failed) == (8, 1)  # six files and two members
+    rows = {row["path"]: row["features"] for row in table(tmp_path / "out").to_pylist()}
+    assert rows.keys() == {str(photos[i]) for i in (0, 1, 2, 4, 5)} | {f"{broken}#{n}.png" for n in ("one", "two")}
+    assert len(table(tmp_path / "out")) == 7
+    assert rows[str(photos[0])] == rows[str(photos[1])] == rows[f"{broken}#one.png"]
+    assert table(tmp_path / "out", "failures")["path"].to_pylist() == [str(photos[6])]
+    assert run(**given).resumed == 8
 
 
 def unreachable(path: Path):

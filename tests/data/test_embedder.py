@@ -25,7 +25,8 @@ def photos(tmp_path, seed) -> list[Path]:
 
 
 def embedder(weights, **settings) -> Embedder:
-    return Embedder(weights, **{"size": (28, 42), "device": "cpu", "batch": 4, **settings})
+    loading = {} if isinstance(weights, InternViT) else {"device": "cpu"}
+    return Embedder(weights, **{"size": (28, 42), "batch": 4, **loading, **settings})
 
 
 def expected(model, paths, size) -> np.ndarray:
@@ -192,6 +193,27 @@ def test_values_past_float16_fail_their_image(weights, photos) -> None:
 def test_wrong_settings_are_named(weights, settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         embedder(weights, **settings)
+
+
+@pytest.mark.parametrize(
+    "loading", [dict(dtype="bfloat16"), dict(device="cuda"), dict(dtype="float32", device="cpu"), dict(prefix="a.")]
+)
+def test_a_model_is_taken_as_it_is(weights, loading) -> None:
+    model = InternViT.from_pretrained(weights)
+    with pytest.raises(ValueError, match=f"^{', '.join(loading)}: expected None beside an InternViT.*float32 on cpu"):
+        embedder(model, **loading)
+    assert embedder(model).settings()["dtype"] == "float32"
+    assert embedder(model.half()).settings()["dtype"] == "float16"
+
+
+def test_the_callers_connector_stays_as_it_is(weights) -> None:
+    connector = InternVLConnector(64, 48).train()
+    before = {name: tensor.clone() for name, tensor in connector.state_dict().items()}
+    embed = embedder(weights, dtype="bfloat16", pooling="connector", connector=connector)
+    assert connector.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in connector.state_dict().items())
+    assert {p.dtype for p in embed.connector.parameters()} == {torch.bfloat16}
+    assert not embed.connector.training
 
 
 def test_wrong_batches_are_named(weights) -> None:

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from internvit.data import storage
 from internvit.data.sources import list_sources
@@ -94,6 +95,65 @@ def test_sources_that_are_none(weights, photos, tmp_path) -> None:
     parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "text.parquet")
     with pytest.raises(ValueError, match=r"column: expected one of .* in \S+text\.parquet, which has text"):
         run(weights, [tmp_path / "text.parquet"], tmp_path / "text")
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes | str, bytes]]) -> Path:
+    """A tar of (name, content) with type REGTYPE, or (name, target) with type LNKTYPE or SYMTYPE."""
+    with tarfile.open(path, "w") as archive:
+        for name, given, kind in members:
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            content = given if isinstance(given, bytes) else b""
+            member.size, member.linkname = len(content), "" if isinstance(given, bytes) else given
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_a_tar_has_the_files_that_its_extraction_leaves(weights, photos, tmp_path) -> None:
+    first, second, third = (photos[i].read_bytes() for i in range(3))
+    file, link, symbolic = tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE
+    path = tar_of(
+        tmp_path / "a.tar",
+        [
+            ("a.png", first, file),
+            ("d/b.png", "a.png", link),  # the first content, as it was extracted before the other
+            ("d/s.png", "../a.png", symbolic),  # the second, as whoever opens it reads
+            ("a.png", "a.png", link),  # what GNU tar writes for a file that it is given twice
+            ("./a.png", second, file),
+            ("c.png", third, file),
+            ("none.png", "nowhere.png", link),
+            ("loop.png", "loop.png", symbolic),
+        ],
+    )
+    for format in ("parquet", "safetensors"):
+        result = run(weights, [path], tmp_path / format, format=format, size=28)
+        assert (result.images, result.failed) == (6, 2)
+    errors = table(tmp_path / "parquet", "failures")["error"].to_pylist()
+    links = {"none.png": "nowhere.png", "loop.png": "loop.png"}
+    assert errors == [f"{path}#{name}: a link to {target}, which is not in the tar" for name, target in links.items()]
+    rows = {row["path"].rpartition("#")[2]: row["features"] for row in table(tmp_path / "parquet").to_pylist()}
+    assert len(rows) == len(table(tmp_path / "parquet")) == 4
+    wanted = run(weights, photos[:3], tmp_path / "wanted", size=28) and table(tmp_path / "wanted")["features"]
+    for name, index in (("d/b.png", 0), ("d/s.png", 1), ("./a.png", 1), ("c.png", 2)):
+        assert rows[name] == wanted[index].as_py(), name
+    tensors = load_file(tmp_path / "safetensors" / "data" / "00000000.safetensors")
+    assert {name.rpartition("#")[2]: tensor.tolist() for name, tensor in tensors.items()} == {
+        f"{name}:features": values for name, values in rows.items()
+    }
+
+
+def test_lists_with_a_byte_order_mark_and_names_with_other_line_ends(photos, tmp_path) -> None:
+    names = [tmp_path / name for name in ("a.png", "b\u2028c.png", "d\x0be.png", "f\x85g.png")]
+    text = "\r\n".join([*map(str, names), "", " "])
+    for data in (text.encode("utf-8-sig"), text.encode()):
+        (tmp_path / "list.txt").write_bytes(data)
+        assert [entry.path for entry in list_sources([str(tmp_path / "list.txt")])] == list(map(str, names))
+
+
+def test_a_column_is_for_parquet(weights, photos, tmp_path) -> None:
+    with pytest.raises(ValueError, match="column: expected Parquet files among the sources, got 'photo' and none"):
+        run(weights, photos[:2], tmp_path / "out", column="photo")
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_within_the_sources_is_no_source(weights, photos, tmp_path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import internvit
 from internvit.images import load_pixels
@@ -87,8 +88,6 @@ def test_the_command(weights: Path, photos: Path, tmp_path, capsys) -> None:  # 
     assert printed["skipped"] == report.skipped
     picture = tmp_path / "pca.png"
     table, _ = call(capsys, *arguments, "--pca", picture)
-    from PIL import Image
-
     width, height = Image.open(picture).size
     assert width == pytest.approx(height / len(images) * 3.5 * 3 / 3.4, rel=0.02), "not a photograph and two maps a row"
     assert "expected a suffix" in call(capsys, *arguments, "--pca", "x.safetensors", code=2)[1]
@@ -98,6 +97,22 @@ def test_the_command(weights: Path, photos: Path, tmp_path, capsys) -> None:  # 
     assert "names none" in call(capsys, *arguments[:-1], "encoder.layers.9", code=2)[1]
     assert "Example" in call(capsys, "precision", "--help")[0]
     assert "name the network" in call(capsys, "precision", photos, code=2)[1]
+
+
+def test_a_picture_replaces_no_file_unasked_and_no_photograph(weights: Path, tmp_path, capsys) -> None:  # noqa: F811
+    image, picture = tmp_path / "a.png", tmp_path / "new" / "pca.png"
+    Image.new("RGB", (28, 28), "red").save(image)
+    before = image.read_bytes()
+    arguments = ["precision", image, "--weights", weights, "--size", "28", "--pca"]
+    call(capsys, *arguments, picture)
+    assert "exists; give another --pca, or --overwrite" in call(capsys, *arguments, picture, code=2)[1]
+    call(capsys, *arguments, picture, "--overwrite")
+    (tmp_path / "link.png").hardlink_to(image)
+    for name in ("a.png", "link.png"):
+        for overwrite in ((), ("--overwrite",)):
+            printed = call(capsys, *arguments, tmp_path / name, *overwrite, code=2)[1]
+            assert "is one of the images" in " ".join(printed.split())
+    assert image.read_bytes() == before
 
 
 def test_features_in_int8_and_a_resume_in_another_precision(weights: Path, photos: Path, tmp_path, capsys) -> None:  # noqa: F811
@@ -120,6 +135,7 @@ def test_features_in_int8_and_a_resume_in_another_precision(weights: Path, photo
         (("--skip", "a"), "--skip names Linears that"),
         (("--precision", "fp8"), "needs a model on a CUDA device"),
         (("--precision", "int8", "--skip", "a"), "which names none"),
+        (("--precision", "bf16", "--skip", "a"), "which names none"),
     ):
         printed = call(capsys, *arguments[:-1], tmp_path / "other.safetensors", *options, code=2)[1]
         assert message in " ".join(printed.split())

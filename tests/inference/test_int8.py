@@ -175,8 +175,9 @@ def test_wrong_settings_are_clear_errors(monkeypatch) -> None:
     for precision in ("int8", "bf16"):
         with pytest.raises(ValueError, match=f"precision='{precision}' needs a bfloat16 model, got torch.float32"):
             optimize(small_model(VARIANTS[0], torch.float32, 0), precision=precision)
-    with pytest.raises(ValueError, match=r"skip must name Linears .* got 'encoder.layers.3', which names none"):
-        optimize(model, precision="int8", skip=["encoder.layers.3"])
+    for precision in ("int8", "bf16", None):
+        with pytest.raises(ValueError, match=r"skip must name Linears .* got 'encoder.layers.3', which names none"):
+            optimize(model, precision=precision, skip=["encoder.layers.3"])
     with pytest.raises(ValueError, match="skip must be a list of names, got the string"):
         optimize(model, precision="int8", skip="encoder.layers.0")
     monkeypatch.setattr(internvit.InternViT, "device", torch.device("cuda"))

@@ -193,6 +193,11 @@ def test_tiles_of_files(tmp_path, generator) -> None:
     grey = numpy.repeat(pixels[..., :1], 3, -1)
     for image in (tmp_path / "deep.png", Image.open(tmp_path / "deep.png")):
         assert torch.equal(tile_image(image, image_size=28), tile_image(grey, image_size=28))
+    alpha = numpy.where(numpy.arange(90) < 45, 0, 255).astype(numpy.uint8)[None, :, None].repeat(40, 0)
+    Image.fromarray(numpy.concatenate([pixels, alpha], -1)).save(tmp_path / "alpha.png")
+    over_white = numpy.where(alpha > 0, pixels, 255).astype(numpy.uint8)
+    for image in (tmp_path / "alpha.png", Image.open(tmp_path / "alpha.png")):
+        assert torch.equal(tile_image(image, image_size=28), tile_image(over_white, image_size=28))
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"text\.png: not an image"):
         tile_image(tmp_path / "text.png")
