@@ -6,8 +6,9 @@ and normalised by ImageNet's mean and standard deviation, as all published Inter
 """
 
 import io
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -50,7 +53,8 @@ def find_images(patterns: Iterable[str | Path]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and _is_file_or_dangling(p))
+            files = (Path(name) for name in walk_files(path))
+            matches = sorted(p for p in files if p.suffix.lower() in SUFFIXES and _is_file_or_dangling(p))
         elif path.exists():
             matches = [path]
         else:
@@ -61,6 +65,30 @@ def find_images(patterns: Iterable[str | Path]) -> list[Path]:
             raise FileNotFoundError(f"no image at {printable(pattern)}")
         images.update(dict.fromkeys(matches))
     return list(images)
+
+
+def walk_files(folder: str | Path) -> Iterator[str]:
+    """The paths of what lies in a folder and below, but for folders; linked folders are followed.
+
+    One that is reached several ways is listed once, by a way without links if there is one. A link to a folder that it
+    lies in is not followed. A folder that cannot be listed is logged.
+    """
+    seen: set[Path] = set()
+    waiting = [os.fspath(folder)]
+    while waiting:
+        for place, folders, names in os.walk(waiting.pop(0), onerror=_log_unlisted):
+            real = Path(place).resolve()
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            below = [Path(place, name) for name in sorted(folders)]
+            waiting += [str(path) for path in below if path.is_symlink() and not real.is_relative_to(path.resolve())]
+            yield from (os.path.join(place, name) for name in names)
+
+
+def _log_unlisted(error: OSError) -> None:
+    logger.warning("%s: cannot be listed: %s", printable(error.filename), error.strerror or error)
 
 
 def _is_file_or_dangling(path: Path) -> bool:

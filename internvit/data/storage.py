@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from internvit.files import atomic_write, staging
-from internvit.images import printable, read_file
+from internvit.images import printable, read_file, walk_files
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/:]*)(.*?)((?:::.*)?)", re.DOTALL)
 # Their objects appear whole when the upload ends; a rename would copy them.
@@ -136,13 +136,12 @@ def is_folder(path: str) -> bool:
 
 
 def walk(folder: str) -> Iterator[Stat]:
-    """The files in a folder and the folders below it, in no order; of local ones, links to nothing as well."""
+    """The files in a folder and below, in no order; of local ones those of `walk_files`, links to nothing as well."""
     if not is_url(folder):
-        for place, _, names in os.walk(folder):
-            for path in (os.path.join(place, name) for name in names):
-                entry = stat(path)
-                if entry is not None and (os.path.isfile(path) or not os.path.exists(path)):
-                    yield entry
+        for path in walk_files(folder):
+            entry = stat(path)
+            if entry is not None and (os.path.isfile(path) or not os.path.exists(path)):
+                yield entry
         return
     from pyarrow import fs
 

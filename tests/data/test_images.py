@@ -1,6 +1,7 @@
 """Thirty odd image files: the right pixels, or an error that names the file."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from internvit import tile_image
+from internvit.data import storage
 from internvit.images import MEAN, STD, find_images, load_pixels, open_photo, to_pixels
 
 RAMP = np.linspace(0, 255, 24 * 36).reshape(24, 36)
@@ -158,6 +160,40 @@ def test_pixels_are_normalised_and_resized(tmp_path) -> None:
     for channel, value in enumerate((1.0, 0.0, 128 / 255)):
         torch.testing.assert_close(pixels[channel], torch.full((28, 42), (value - MEAN[channel]) / STD[channel]))
     assert torch.equal(to_pixels(open_photo(path), (28, 42)), pixels)
+
+
+def test_linked_folders_are_followed_once(tmp_path, caplog) -> None:
+    """Datasets are put together by links, also to folders that lie elsewhere or in a circle."""
+    elsewhere, photos = tmp_path / "elsewhere", tmp_path / "photos"
+    for name in (photos / "a" / "1.png", photos / "b" / "2.png", elsewhere / "3.png", elsewhere / "deep" / "4.png"):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.touch()
+    (photos / "a" / "again").symlink_to(photos / "b")
+    (photos / "all").symlink_to(photos)
+    (photos / "a" / "up").symlink_to(tmp_path)
+    (photos / "far").symlink_to(elsewhere)
+    (elsewhere / "deep" / "round").symlink_to(photos / "a")
+    expected = ["a/1.png", "b/2.png", "far/3.png", "far/deep/4.png"]
+    assert [str(p.relative_to(photos)) for p in find_images([photos])] == expected
+    assert sorted(entry.path for entry in storage.walk(str(photos))) == [str(photos / name) for name in expected]
+    (photos / "link").symlink_to(photos / "b")
+    assert [p.name for p in find_images([photos / "link"])] == ["2.png"]
+    assert not caplog.records
+
+
+def test_folders_that_cannot_be_listed_are_logged(tmp_path, caplog, monkeypatch) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str):  # type: ignore[no-untyped-def]
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [p.name for p in find_images([tmp_path])] == ["a.png"]
+    assert f"{tmp_path / 'closed'}: cannot be listed: Permission denied" in caplog.text
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)

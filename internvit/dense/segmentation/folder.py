@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from internvit.dense.segmentation.heads import IGNORE, check_num_classes
-from internvit.images import SUFFIXES, find_images, open_photo, printable, read_file
+from internvit.images import SUFFIXES, find_images, open_photo, printable, read_file, walk_files
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,8 @@ def _partners(images: Path, masks: Path) -> tuple[list[Pair], list[Path]]:
                 f"{printable(mask)}: expected one image for it, got {printable(owners[mask])} and {printable(image)}"
             )
         owners[mask] = image
-    orphans = sorted(p for p in masks.rglob("*") if p.suffix.lower() in SUFFIXES and p not in owners)
+    present = map(Path, walk_files(masks))
+    orphans = sorted(p for p in present if p.suffix.lower() in SUFFIXES and p not in owners)
     return [Pair(image, mask) for mask, image in owners.items()], orphans
 
 
