@@ -27,6 +27,7 @@ from internvit.names import LAYOUTS, listed, match
 _WEIGHTS = re.compile(r"[^.].*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
 _SHARD = re.compile(r"model(-\d+)?-\d{5}-of-\d{5}\.safetensors")
 _STAGED = ".shard"
+_NOT_READ = ("name", "drop_path_rate", "initializer_factor", "initializer_range")  # change nothing about features
 
 
 def save_pretrained(
@@ -151,13 +152,13 @@ def refuse_to_replace(folder: Path, overwrite: bool, fields: Mapping[str, Any] |
 
 
 def _differing_fields(path: Path, fields: Mapping[str, Any]) -> list[str]:
-    """The settings in which a config.json differs from `fields`; none if it is not there, or broken."""
+    """The settings by which weights are read where a config.json differs from `fields`; none if it is broken."""
     try:
         present = InternViTConfig.from_dict(read_json(path)).to_dict()
     except (ValueError, OSError):
         return []
     new = InternViTConfig.from_dict(fields).to_dict()
-    return [name for name in new if name != "name" and present.get(name) != new[name]]
+    return [name for name in new if name not in _NOT_READ and present.get(name) != new[name]]
 
 
 def _is_of_another_model(path: Path) -> bool:

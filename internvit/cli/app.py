@@ -231,7 +231,7 @@ def _plan_devices(
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--to", "layout", type=click.Choice(LAYOUTS), required=True, help="Whose names to write.")
 @click.option("--prefix", help="Before the tower's names in SOURCE, if it holds several towers.")
-@click.option("--overwrite", is_flag=True, help="Replace weights in TARGET.")
+@click.option("--overwrite", is_flag=True, help="Replace weights and config.json in TARGET.")
 def convert(source: str, target: Path, layout: str, prefix: str | None, overwrite: bool) -> None:
     """Read the checkpoint SOURCE in any layout and write it to the folder TARGET in another.
 

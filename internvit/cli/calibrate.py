@@ -24,7 +24,7 @@ _HELD_OUT = 4
 @click.option("--out", "folder", type=click.Path(file_okay=False, path_type=Path), required=True, help="A folder.")
 @click.option("--target", type=click.FloatRange(0, 100, True), default=1.5, show_default=True, help="Error in percent.")
 @click.option("--no-smooth", is_flag=True, help="Leave outlier channels where they are.")
-@click.option("--overwrite", is_flag=True, help="Replace weights in --out.")
+@click.option("--overwrite", is_flag=True, help="Replace weights and config.json in --out.")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def calibrate(
     images: tuple[str, ...],
@@ -59,6 +59,8 @@ def calibrate(
     if len(paths) < 2:
         raise click.UsageError(f"IMAGES: expected at least 2, of which one is held out, got {len(paths)}")
     network, _ = load_network(model, weights, prefix, "float32", "cpu")
+    if folder.is_dir():
+        refuse_to_replace(folder, overwrite, network.config.to_dict())
     height, width = size or network.config.image_hw
     pixels = [load_pixels(path, (height, width))[None] for path in paths]
     held_out = [i for i in range(len(paths)) if i % _HELD_OUT == 1]

@@ -119,7 +119,8 @@ def configuration(model: str | None, weights: str | None) -> InternViTConfig | N
     """The configuration where there is none beside the weights; refuses one that is of another network than `model`."""
     if not (weights and model):
         return None
-    named, place = InternViTConfig.from_name(model), Path(weights) / "config.json"
+    path = Path(weights)
+    named, place = InternViTConfig.from_name(model), (path if path.is_dir() else path.parent) / "config.json"
     if not place.exists():
         return named
     stored = InternViTConfig.from_json(place)

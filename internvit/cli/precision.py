@@ -42,6 +42,8 @@ def precision(
     from internvit.inference import linear_int8
     from internvit.inference.compare import StateError, compare_precisions
 
+    if overwrite and not pca:
+        raise click.UsageError("--overwrite: goes with --pca")
     reason = linear_int8.unavailable_reason()
     if reason is not None:
         raise RuntimeError(f"nothing to compare: {reason}")

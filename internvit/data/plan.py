@@ -62,7 +62,7 @@ def _place(files: ShardFiles, number: int) -> str:
 
 
 def _failed(files: ShardFiles, shards: Sequence[Shard], paths: Collection[str]) -> set[str]:
-    """Which of these files have no features because they failed; of a tar all images, not one."""
+    """Which of these files have no features because they failed; never an archive that was opened."""
     failed: set[str] = set()
     partly: set[str] = set()
     for shard in shards if paths else ():

@@ -9,7 +9,7 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from internvit.images import SUFFIXES, printable
 _LISTS = (".txt", ".lst", ".list")
 _ARCHIVES = (".tar", ".parquet")
 _IMAGE_COLUMNS = ("image", "bytes", "img", "jpg", "jpeg", "png", "webp")
+_MAX_LINKS = 40  # followed for one name, as Linux does
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -29,10 +30,10 @@ class Shard:
 
     Attributes:
         index: in the order of the sources.
-        kind: "files"; members of a "tar"; rows of a "parquet"; or "broken", a source that cannot be read.
+        kind: "files"; members of a "tar"; rows of a "parquet"; or "broken", what of a source cannot be read.
         source: the tar or Parquet file, with its size and mtime (of files: their own).
         start, stop: rows of Parquet; positions in `names` otherwise.
-        names: the files, or the tar's members; of a broken source, why.
+        names: the files, or the tar's members; of what is broken, the reasons.
         offsets, sizes, mtimes: of the members or files.
     """
 
@@ -144,7 +145,7 @@ def _read_list(path: str) -> list[Stat]:
     A name may hold what `str.splitlines` takes for the end of a line, such as U+2028.
     """
     text = os.fsdecode(storage.read_bytes(path).removeprefix(codecs.BOM_UTF8))
-    lines = [line.strip(" \t\r") for line in text.split("\n")]
+    lines = [line.strip(" \t") for line in re.split(r"\r\n?|\n", text)]
     named = [absolute(line) for line in lines if line]
     return [storage.stat(name) or Stat(name, 0, 0) for name in named]
 
@@ -186,10 +187,12 @@ def _cut_tar(source: Stat, per_shard: int) -> list[Shard]:
         chunk = members[start : start + per_shard]
         names, offsets, sizes = zip(*chunk, strict=True)
         shards.append(Shard(0, "tar", *source, 0, len(chunk), names, offsets, sizes))
-    for link in dangling:
-        name = printable(f"{source.path}#{link.name}")
-        reason = f"{name}: a link to {printable(link.linkname)}, which is not in the tar"
-        shards.append(Shard(0, "broken", *source, 0, 1, (reason,)))
+    for start in range(0, len(dangling), per_shard):
+        reasons = tuple(
+            f"{printable(f'{source.path}#{link.name}')}: a link to {printable(link.linkname)}, which is not in the tar"
+            for link in dangling[start : start + per_shard]
+        )
+        shards.append(Shard(0, "broken", *source, 0, len(reasons), reasons))
     return shards
 
 
@@ -217,15 +220,24 @@ def _tar_members(archive: tarfile.TarFile) -> tuple[list[tuple[str, int, int]], 
     for path, content in contents.items():
         if os.path.splitext(path)[1].lower() not in SUFFIXES:
             continue
-        followed: set[str] = set()
-        while isinstance(content, str) and content not in followed:
-            followed.add(content)
-            content = contents.get(content)
-        if isinstance(content, tuple):
-            images.append((members[path].name, *content))
-        else:
+        place = _followed(contents, content) if isinstance(content, str) else content
+        if place is None:
             dangling.append(members[path])
+        else:
+            images.append((members[path].name, *place))
     return images, dangling
+
+
+def _followed(contents: Mapping[str, tuple[int, int] | str | None], path: str) -> tuple[int, int] | None:
+    """Where the bytes of a path are, through links of it and of the folders above it; None if they lead nowhere."""
+    for _ in range(_MAX_LINKS):
+        parts = path.split("/")
+        heads = ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
+        head, target = next(((head, found) for head in heads if (found := contents.get(head))), ("", None))
+        if not isinstance(target, str):
+            return target if head == path else None
+        path = posixpath.normpath(posixpath.join(target, path[len(head) + 1 :]))
+    return None
 
 
 def _cut_parquet(source: Stat, per_shard: int) -> list[Shard]:
@@ -250,7 +262,7 @@ def open_shard(shard: Shard, column: str | None = None) -> list[Item]:
     if shard.kind == "files":
         return [Item(name, functools.partial(storage.read_bytes, name)) for name in shard.names]
     if shard.kind == "broken":
-        return [Item(shard.source, functools.partial(_fail, shard.names[0]))]
+        return [Item(shard.source, functools.partial(_fail, reason)) for reason in shard.names]
     if shard.kind == "tar":
         members = zip(shard.names, shard.offsets, shard.sizes, strict=True)
         read = functools.partial(storage.read_bytes, shard.source)

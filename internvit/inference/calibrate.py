@@ -30,6 +30,7 @@ from internvit.inference.optimize import optimize_for_inference
 from internvit.inference.packed_block import LINEARS
 from internvit.inference.smoothing import migrate, smoothing_factors
 from internvit.model.block import InternViTLayer, is_unmodified
+from internvit.model.hooks import refuse_global_hooks
 from internvit.model.vit import InternViT
 
 logger = logging.getLogger("internvit")
@@ -345,6 +346,7 @@ def _check(model: InternViT, images: Sequence[Tensor], held_out: Sequence[Tensor
         raise ValueError(
             f"calibrate: model must be float32 on a CPU in eval mode, got {model.dtype} on {model.device} in {mode}"
         )
+    refuse_global_hooks("calibrate")
     modified = [i for i, layer in enumerate(model.encoder.layers) if not is_unmodified(layer)]
     if modified:
         raise ValueError(f"calibrate: layers {modified} have hooks, adapters or replaced parts; remove or merge them")

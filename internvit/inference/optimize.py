@@ -147,7 +147,7 @@ class OptimizedInternViT(nn.Module):
         model, encoder = self.model, self.model.encoder
         if model.dtype.itemsize == 2 and autocast_dtype(model.device.type) not in (None, model.dtype):
             return False
-        if recompute.is_transformed() or has_hooks(model):
+        if recompute.is_transformed() or _makes_graph() or has_hooks(model):
             return False
         return runs_as_written(model, InternViT) and is_exactly(encoder, InternViTEncoder)
 
@@ -285,6 +285,11 @@ class OptimizedInternViT(nn.Module):
         )
         graphs = "" if self._graphs is None else ", CUDA graph by shape"
         return f"{packed} of {len(layers)} layers packed{quantised}{graphs}"
+
+
+def _makes_graph() -> bool:
+    """Whether `make_fx` records the ops that are called."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _as_the_models(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

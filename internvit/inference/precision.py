@@ -10,7 +10,7 @@ from torch import nn
 from internvit.inference import fp8, linear_int8
 from internvit.inference.int8_grid import is_on_grid
 from internvit.inference.packed_block import LINEARS
-from internvit.model.hooks import is_plain_linear
+from internvit.model.hooks import has_own_hooks
 from internvit.model.vit import InternViT
 
 logger = logging.getLogger("internvit")
@@ -69,7 +69,9 @@ def _check_device(op: str, model: InternViT, precision: str) -> None:
 
 
 def _has_int8_weight(linear: nn.Module) -> bool:
-    return is_plain_linear(linear) and is_on_grid(linear.weight)
+    # Hooks of all modules do not change what a checkpoint holds.
+    plain = type(linear) is nn.Linear and not has_own_hooks(linear) and type(linear.weight) is nn.Parameter
+    return plain and is_on_grid(linear.weight)
 
 
 def _named(op: str, names: Collection[str], patterns: Iterable[str]) -> frozenset[str]:

@@ -9,18 +9,32 @@ from torch.nn.modules import module as nn_module
 M = TypeVar("M", bound=nn.Module)
 
 # The hooks of FlopCounterMode and CommDebugMode follow which module runs, and read no tensor's value.
-_TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
+_TRACKERS = (
+    "torch.utils.module_tracker",
+    "torch.distributed._tools.mod_tracker",
+    "torch.distributed.tensor.debug._comm_mode",
+)
 
 # The forwards of classes that fused ops stand for, as they were written: a program may give a class another one.
-_FORWARDS: dict[type, Any] = {
-    written: written.forward for written in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.MultiheadAttention)
-}
+_FORWARDS: dict[type, Any] = {}
 
 
 def fusible_class(module_class: type[M]) -> type[M]:
     """A class decorator: fused ops may stand for the forward that is written in the class."""
     _FORWARDS[module_class] = module_class.forward
     return module_class
+
+
+def is_written_in(forward: Any, module_class: type) -> bool:
+    """Whether a forward was written in the class, by its name."""
+    return (forward.__module__, forward.__qualname__) == (
+        module_class.__module__,
+        f"{module_class.__qualname__}.forward",
+    )
+
+
+for _class in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.MultiheadAttention):
+    _FORWARDS[_class] = _class.forward if is_written_in(_class.forward, _class) else None
 
 
 def runs_as_written(module: nn.Module, module_class: type[nn.Module]) -> bool:
@@ -60,11 +74,17 @@ def has_global_hooks() -> bool:
     return any(hooks and any(map(_sees_calls, hooks.values())) for hooks in registered)
 
 
+def refuse_global_hooks(op: str) -> None:
+    """Raises a ValueError while hooks of all modules are registered: no module would be found unmodified."""
+    if has_global_hooks():
+        raise ValueError(f"{op}: hooks of all modules are registered (register_module_forward_hook); remove them first")
+
+
 def _sees_calls(hook: Any) -> bool:
     return getattr(hook, "__module__", None) not in _TRACKERS
 
 
-def is_plain(module: nn.Module, module_class: type) -> bool:
+def is_plain(module: nn.Module, module_class: type[M]) -> TypeGuard[M]:
     """Whether `module` is exactly a `module_class`, without hooks or a tensor subclass as its weight."""
     return is_exactly(module, module_class) and _is_plain_tensor(module.weight)
 

@@ -23,7 +23,7 @@ def run_sequential(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         if layers and _is_exact_gelu(layers[0]):
             layers.pop(0)
             x = fc1_gelu(layer, x)
-        elif isinstance(layer, nn.LayerNorm) and is_plain(layer, nn.LayerNorm):
+        elif is_plain(layer, nn.LayerNorm):
             x = cast_for_linear(layer_norm(x, layer.weight, layer.bias, eps=layer.eps), layer.weight.dtype)
         elif isinstance(layer, nn.Linear):
             x = linear_per_image(layer, x)

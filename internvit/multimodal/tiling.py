@@ -116,5 +116,5 @@ def _rgb(image: Any) -> Tensor:
 
 
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialias in 8 bit: torchvision's to the bit, PIL's to two levels of 255 (7 on noise)."""
+    """Bicubic with antialias in 8 bit: torchvision's to the bit, PIL's to two levels of 255 on photographs."""
     return F.interpolate(pixels[None], size=(height, width), mode="bicubic", antialias=True)[0]

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from internvit.config import InternViTConfig
 from internvit.model.block import is_unmodified
 from internvit.model.embeddings import Embeddings
+from internvit.model.hooks import refuse_global_hooks
 from internvit.parallel.group import RankGroup
 from internvit.parallel.layers import TensorParallelEmbeddings, split_layer
 from internvit.parallel.plan import ParameterSplit, tensor_parallel_plan
@@ -89,6 +90,7 @@ def _check(model: nn.Module, mesh: DeviceMesh) -> InternViTConfig:
         raise ValueError(
             "parallelize: model must have plain parameters, got DTensors; call it once, before fully_shard"
         )
+    refuse_global_hooks("parallelize")
     odd = [i for i, layer in enumerate(model.get_submodule("encoder.layers").children()) if not is_unmodified(layer)]
     if odd:
         raise ValueError(f"parallelize: layers {odd} have hooks, adapters or replaced parts; add them to no layer")

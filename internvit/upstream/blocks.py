@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from internvit.model.fused_block import Norm
-from internvit.model.hooks import has_global_hooks, is_plain_linear
+from internvit.model.hooks import has_global_hooks, is_plain_linear, is_written_in
 from internvit.upstream.layouts import Layout, known_layouts, part
 
 _PARAMETERS = (nn.Parameter, FakeTensor)  # torch.export traces with fake parameters
@@ -49,8 +49,7 @@ def has_another_forward(module: nn.Module) -> bool:
     forward = owner.__dict__.get("forward")
     if forward is None:
         return False
-    found = forward.__module__, forward.__qualname__
-    return all(found != (c.__module__, f"{c.__qualname__}.forward") for c in owner.__mro__)
+    return not any(is_written_in(forward, c) for c in owner.__mro__)
 
 
 def norm_of(module: Any) -> Norm | None:

@@ -129,10 +129,11 @@ class FusedBlock:
         attention = part(block, layout.attention)
         qkv = tuple(partial(linear_per_image, part(block, name)) for name in layout.qkv)
         q_norm, k_norm = (norm_of(part(block, name)) for name in layout.qk_norms)
-        scale, num_heads = getattr(attention, layout.scale, None), getattr(attention, layout.num_heads)
+        # timm's fused attention is SDPA without its `scale`.
+        scale = None if getattr(attention, "fused_attn", False) else getattr(attention, layout.scale, None)
         return BlockParts(
             norm1,
-            partial(attention_output, AttentionParts(qkv, num_heads, q_norm, k_norm, scale)),
+            partial(attention_output, AttentionParts(qkv, getattr(attention, layout.num_heads), q_norm, k_norm, scale)),
             self._branch_output(0, layout.proj),
             norm2,
             partial(fc1_gelu, part(block, layout.fc1)),

@@ -302,7 +302,7 @@ def test_a_configuration_of_other_settings_stays(tmp_path) -> None:
     """With weights of another name beside it, which would be read with the new one."""
     model = make_model(PLAIN)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    other = {**PLAIN.to_dict(), "layer_norm_eps": 1e-3, "pos_embed_mode": "antialias"}
+    other = {**PLAIN.to_dict(), "drop_path_rate": 0.3, "layer_norm_eps": 1e-3, "pos_embed_mode": "antialias"}
     (tmp_path / "config.json").write_text(json.dumps(other))
     before = contents(tmp_path)
     with pytest.raises(FileExistsError, match=r"config\.json has another layer_norm_eps, pos_embed_mode; pass"):

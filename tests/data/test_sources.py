@@ -121,20 +121,23 @@ def test_a_tar_has_the_files_that_its_extraction_leaves(weights, photos, tmp_pat
             ("a.png", "a.png", link),  # what GNU tar writes for a file that it is given twice
             ("./a.png", second, file),
             ("c.png", third, file),
+            ("latest", "d/..", symbolic),
+            ("through.png", "latest/c.png", symbolic),
             ("none.png", "nowhere.png", link),
             ("loop.png", "loop.png", symbolic),
         ],
     )
     for format in ("parquet", "safetensors"):
-        result = run(weights, [path], tmp_path / format, format=format, size=28)
-        assert (result.images, result.failed) == (6, 2)
+        result = run(weights, [path], tmp_path / format, format=format, size=28, batch=1)
+        assert (result.images, result.failed) == (7, 2)
+        assert len(list((tmp_path / format / "failures").iterdir())) == 1
     errors = table(tmp_path / "parquet", "failures")["error"].to_pylist()
     links = {"none.png": "nowhere.png", "loop.png": "loop.png"}
     assert errors == [f"{path}#{name}: a link to {target}, which is not in the tar" for name, target in links.items()]
     rows = {row["path"].rpartition("#")[2]: row["features"] for row in table(tmp_path / "parquet").to_pylist()}
-    assert len(rows) == len(table(tmp_path / "parquet")) == 4
-    wanted = run(weights, photos[:3], tmp_path / "wanted", size=28) and table(tmp_path / "wanted")["features"]
-    for name, index in (("d/b.png", 0), ("d/s.png", 1), ("./a.png", 1), ("c.png", 2)):
+    assert len(rows) == len(table(tmp_path / "parquet")) == 5
+    wanted = run(weights, photos[:3], tmp_path / "wanted", size=28, batch=1) and table(tmp_path / "wanted")["features"]
+    for name, index in (("d/b.png", 0), ("d/s.png", 1), ("./a.png", 1), ("c.png", 2), ("through.png", 2)):
         assert rows[name] == wanted[index].as_py(), name
     tensors = load_file(tmp_path / "safetensors" / "data" / "00000000.safetensors")
     assert {name.rpartition("#")[2]: tensor.tolist() for name, tensor in tensors.items()} == {
@@ -144,8 +147,8 @@ def test_a_tar_has_the_files_that_its_extraction_leaves(weights, photos, tmp_pat
 
 def test_lists_with_a_byte_order_mark_and_names_with_other_line_ends(photos, tmp_path) -> None:
     names = [tmp_path / name for name in ("a.png", "b\u2028c.png", "d\x0be.png", "f\x85g.png")]
-    text = "\r\n".join([*map(str, names), "", " "])
-    for data in (text.encode("utf-8-sig"), text.encode()):
+    texts = [end.join([*map(str, names), "", " "]) for end in ("\r\n", "\n", "\r")]
+    for data in (texts[0].encode("utf-8-sig"), *(text.encode() for text in texts)):
         (tmp_path / "list.txt").write_bytes(data)
         assert [entry.path for entry in list_sources([str(tmp_path / "list.txt")])] == list(map(str, names))
 

@@ -8,11 +8,13 @@ import threading
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import internvit
 from internvit.inference.linear import packed_linear_class
 from internvit.inference.packed_block import PackedBlock
 from internvit.numerics import relative_error
+from internvit.output import InternViTOutput
 from tests.inference.test_optimize import VARIANTS, small_model
 from tests.support.hooks import KINDS, count_calls
 
@@ -119,6 +121,15 @@ def test_inference_tensors_edited_in_place() -> None:
         fast(pixels)
         model.encoder.layers[0].mlp.fc1.weight.mul_(1.7)
         check(model, fast, pixels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_make_fx_records_the_models_forward(dtype) -> None:
+    """Packed weights are compared with the model's at each call, which no graph can do."""
+    model, fast, pixels = optimized(dtype)
+    fast(pixels)
+    graph = make_fx(lambda x: fast(x).last_hidden_state)(pixels)
+    check(model, lambda x: InternViTOutput(graph(x), x), pixels)
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)

@@ -2,15 +2,21 @@
 not called otherwise."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.modules import module as nn_module
 from torch.utils.flop_counter import FlopCounterMode
 
 import internvit
+from internvit.inference.calibrate import calibrate
+from internvit.inference.int8_grid import dequantize_weight, quantize_weight
+from internvit.inference.precision import quantised_linears
 from internvit.model import hooks
 from internvit.numerics import relative_error
 from tests.support.models import images, pair
@@ -93,14 +99,49 @@ def test_a_forward_that_a_class_gets_later_runs(name, monkeypatch) -> None:
         assert torch.equal(model(pixels).last_hidden_state, expected)
 
 
-def test_counting_flops_does_not_change_what_runs() -> None:
-    """Its hooks follow modules and read nothing; the fused ops have formulas of their own."""
+def test_a_forward_of_pytorchs_that_was_another_before() -> None:
+    """A process that replaces one before it imports the library."""
+    code = """
+import torch
+own, ran = torch.nn.Linear.forward, []
+def forward(self, x):
+    ran.append(1)
+    return own(self, x)
+torch.nn.Linear.forward = forward
+import internvit
+config = internvit.InternViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)
+model = internvit.InternViT(config).eval()
+model(torch.zeros(1, 3, 28, 28))
+internvit.optimize_for_inference(model)(torch.zeros(1, 3, 28, 28))
+assert len(ran) == 8, ran
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_setting_up_beside_them() -> None:
+    """They would not be there later: what is stored does not depend on them, and what measures by calls refuses."""
+    model, _ = pair("tiny-layer_norm")
+    model = model.bfloat16()
+    linear = model.encoder.layers[0].mlp.fc1
+    with torch.no_grad():
+        linear.weight.copy_(dequantize_weight(*quantize_weight(linear.weight), torch.bfloat16))
+    expected = quantised_linears(model, "int8", None)
+    with called("forward"):
+        assert quantised_linears(model, "int8", None) == expected == {"encoder.layers.0.mlp.fc1"}
+        with pytest.raises(ValueError, match="calibrate: hooks of all modules are registered"):
+            calibrate(model.float(), [], [])
+
+
+def test_counting_does_not_change_what_runs() -> None:
+    """The hooks follow modules and read nothing; the fused ops have formulas of their own."""
     _, models, pixels = doors("tiny-layer_norm")
     for door, model in models.items():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(pixels)
         assert counter.get_total_flops() > 0
         assert not [name for name in counter.get_flop_counts() if name.endswith(("qkv", "fc1"))], door
+        with CommDebugMode():
+            assert not hooks.has_global_hooks()
 
 
 def test_layers_that_were_compiled_one_by_one_run_compiled() -> None:

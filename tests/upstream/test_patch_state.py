@@ -178,6 +178,19 @@ def test_a_gelu_that_is_approximate_later_runs() -> None:
     assert all("not the exact (erf) GELU" in why for why in PatchHandle.of(model).left.values())
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_scale_is_what_timms_attention_takes(fused) -> None:
+    """Its fused attention leaves the attribute out."""
+    model, pixels = patched("timm")
+    for block in model.blocks:
+        block.attn.fused_attn, block.attn.scale = fused, 0.3
+    with counted() as ran:
+        ours = features(model, pixels)
+    assert len(ran) == 3
+    PatchHandle.of(model).undo()
+    assert relative_error(ours, features(model, pixels)) < 1e-5
+
+
 def test_another_attention_implementation_is_called() -> None:
     from transformers import AttentionInterface
 

@@ -141,7 +141,7 @@ def derive_function(op: Any, overload: Callable, backward: Any, plan: Plan) -> t
             if True in needs:
                 # Of gradients that is_grads_batched=True hands over, the dispatcher runs the op once for each.
                 batched = any(g is not None and is_legacy_batchedtensor(g) for g in grads)
-                run = backward.through_dispatcher if batched else backward
+                run = backward.run_dispatched if batched else backward
                 outputs = _as_tuple(run(*plan.restore(ctx, grads, needs)))
                 for i, needed, grad in zip(plan.grads_of, needs, outputs, strict=True):
                     results[i] = grad if needed else None

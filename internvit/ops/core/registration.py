@@ -105,7 +105,7 @@ class Op:
         through_dispatcher = not (nothing_watches() and plain(args)) or torch.is_grad_enabled()
         return self.run_or_fall_back(self.overload if through_dispatcher else self.run, args)
 
-    def through_dispatcher(self, *args: Any) -> Any:
+    def run_dispatched(self, *args: Any) -> Any:
         return self.run_or_fall_back(self.overload, args)
 
     def run_or_fall_back(self, call: Callable, args: tuple[Any, ...]) -> Any:
