@@ -70,8 +70,9 @@ def _check_device(op: str, model: InternViT, precision: str) -> None:
 
 def _has_int8_weight(linear: nn.Module) -> bool:
     # Hooks of all modules do not change what a checkpoint holds.
-    plain = type(linear) is nn.Linear and not has_own_hooks(linear) and type(linear.weight) is nn.Parameter
-    return plain and is_on_grid(linear.weight)
+    if type(linear) is not nn.Linear or has_own_hooks(linear):
+        return False
+    return type(linear.weight) is nn.Parameter and is_on_grid(linear.weight)
 
 
 def _named(op: str, names: Collection[str], patterns: Iterable[str]) -> frozenset[str]:
