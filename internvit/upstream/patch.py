@@ -129,8 +129,8 @@ class FusedBlock:
         attention = part(block, layout.attention)
         qkv = tuple(partial(linear_per_image, part(block, name)) for name in layout.qkv)
         q_norm, k_norm = (norm_of(part(block, name)) for name in layout.qk_norms)
-        # timm's fused attention is SDPA without its `scale`.
-        scale = None if getattr(attention, "fused_attn", False) else getattr(attention, layout.scale, None)
+        fused = getattr(attention, "fused_attn", False)  # timm's is SDPA, which is not given its `scale`
+        scale = attention.head_dim**-0.5 if fused else getattr(attention, layout.scale, None)
         return BlockParts(
             norm1,
             partial(attention_output, AttentionParts(qkv, getattr(attention, layout.num_heads), q_norm, k_norm, scale)),
