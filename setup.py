@@ -141,7 +141,7 @@ def chosen_units(cxx: str) -> list[str]:
     """The units of INTERNVIT_CPU_UNITS, by default all of this architecture's; the generic one is always among them.
 
     The variable names units, or says "native": the best that this machine runs, and the one before AMX, which the
-    system may refuse.
+    system may refuse, or before AVX-512 without VNNI, which leaves int8 to it.
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     known = [Path(name).stem for name in UNIT_FLAGS if x86 or name == "generic.cpp"]
@@ -149,7 +149,7 @@ def chosen_units(cxx: str) -> list[str]:
     if asked == ["native"] and x86:
         here = isa_macros(cxx, "-march=native")
         native = [name for name in known if isa_macros(cxx, *UNIT_FLAGS[f"{name}.cpp"]) <= here]
-        asked = native[-2:] if native[-1] == "amx" else native[-1:]
+        asked = native[-2:] if native[-1] in ("amx", "avx512") else native[-1:]
     elif not asked or asked == ["native"]:
         asked = known
     if unknown := sorted(set(asked) - set(known)):

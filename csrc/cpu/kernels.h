@@ -84,23 +84,27 @@ struct AttentionColumnSumsParams {
 };
 
 // y = epilogue(x W^T + bias), W packed once by pack_weight for this instruction set.
-struct LinearParams {
-  const bf16* x;  // [rows, K]
+template <class T>
+struct LinearParamsOf {
+  const T* x;  // [rows, K]
   int64_t x_stride;
-  const bf16* packed_weight;
-  const float* bias;     // [M] or null
-  const bf16* residual;  // [rows, M] or null: added in the epilogue
+  const T* packed_weight;
+  const float* bias;  // [M] or null
+  const T* residual;  // [rows, M] or null: added in the epilogue
   int64_t residual_stride;
-  bf16* y;  // [rows, M] contiguous
+  T* y;  // [rows, M] contiguous
   int64_t rows, in_features, out_features;
   bool gelu;
 };
+using LinearParams = LinearParamsOf<bf16>;
 
-struct PackWeightParams {
-  const bf16* weight;  // [M, K] contiguous
-  bf16* packed;        // packed_weight_size(M, K) elements
+template <class T>
+struct PackWeightParamsOf {
+  const T* weight;  // [M, K] contiguous
+  T* packed;        // packed_weight_size(M, K) elements
   int64_t in_features, out_features;
 };
+using PackWeightParams = PackWeightParamsOf<bf16>;
 
 // y = epilogue(x_scale * weight_scale * ((x_q - x_zero) W_q^T) + bias), W_q packed once by pack_weight_int8.
 struct LinearInt8Params {
@@ -146,6 +150,7 @@ struct PeakParams {
 
 struct Kernels {
   const char* name;
+  int64_t weight_layout;  // of packed weights: a unit reads those of its own
   void (*norm)(const NormParams&, const Executor&);
   void (*norm_backward)(const NormBackwardParams&, const Executor&);
   void (*qk_norm_stats_backward)(const QKNormStatsBackwardParams&, const Executor&);
@@ -154,10 +159,12 @@ struct Kernels {
   void (*attention)(const AttentionParams&, const Executor&);
   void (*attention_backward)(const AttentionBackwardParams&, const Executor&);
   void (*attention_column_sums)(const AttentionColumnSumsParams&, const Executor&);
-  // Null without AVX-512; torch's is used then.
+  // Null without AVX2, those of float32 with AVX-512 as well; torch's is used then.
   void (*pack_weight)(const PackWeightParams&, const Executor&);
   void (*linear)(const LinearParams&, const Executor&);
-  // Null without AVX512-VNNI.
+  void (*pack_weight_float32)(const PackWeightParamsOf<float>&, const Executor&);
+  void (*linear_float32)(const LinearParamsOf<float>&, const Executor&);
+  // Null without AVX2, and with AVX-512 but not VNNI.
   void (*pack_weight_int8)(const PackWeightInt8Params&, const Executor&);
   void (*linear_int8)(const LinearInt8Params&, const Executor&);
   void (*mlp_int8)(const MlpInt8Params&, const Executor&);

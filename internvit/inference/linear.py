@@ -57,9 +57,9 @@ def onednn_packs() -> bool:
     )
 
 
-def own_packs() -> bool:
-    """Whether the CPU library has a GEMM of its own for bfloat16 here."""
-    return native.unavailable_reason("internvit_cpu") is None and torch.ops.internvit_cpu.packs_linear(torch.bfloat16)
+def own_packs(dtype: torch.dtype) -> bool:
+    """Whether the CPU library has a GEMM of its own for `dtype` here."""
+    return native.unavailable_reason("internvit_cpu") is None and torch.ops.internvit_cpu.packs_linear(dtype)
 
 
 def own_is_faster() -> bool:
@@ -75,13 +75,14 @@ def packed_linear_class(weight: Tensor) -> type[PackedLinear] | type[PrepackedLi
     oneDNN prepacked 30.5 ms, PyTorch 35.3, own tiles 37.5. One Xeon core without bfloat16 products (Cascade Lake): own
     210 ms, oneDNN prepacked 998, `internvit.ops.linear` 227.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.numel() == 0:
+    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float32) or weight.numel() == 0:
         return None
-    if own_packs() and own_is_faster():
+    own = own_packs(weight.dtype)
+    if own and own_is_faster():
         return PackedLinear
-    if onednn_packs() and cpu_multiplies(weight.dtype):
+    if weight.dtype == torch.bfloat16 and onednn_packs() and cpu_multiplies(weight.dtype):
         return PrepackedLinear
-    return PackedLinear if own_packs() else None
+    return PackedLinear if own else None
 
 
 def fold_layer_scale(weight: Tensor, bias: Tensor | None, gamma: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ def unavailable_reason() -> str | None:
         return reason
     sets = torch.ops.internvit_cpu.instruction_sets()
     if not torch.ops.internvit_cpu.multiplies_int8():
-        return f"int8 Linears need a CPU with AVX-512 VNNI, this one has {sets}"
+        return f"int8 Linears need a CPU with AVX2, this one has {sets}"
     return None
 
 

@@ -5,10 +5,11 @@ become stale, or is verified at each call, is derived from them:
 
 * On a CPU the residual stream of a 16-bit model is float32: the same time, and a third of the error (0.35 % instead of
   1.2 % for the 300M in bfloat16 with random weights). What is returned has the model's dtype.
-* On a CPU with bfloat16 matrix instructions, each block's Linears have packed copies of their weights, LayerScale
-  folded in. Each forward reads every weight once and compares row checksums (`internvit.inference.linear`); a block
-  whose weights have changed is packed again. 0.6 GB for InternViT-300M, 34 ms of one EPYC core beside a forward of
-  0.8 s on two. A layer with hooks, adapters or replaced parts runs as it is.
+* On a CPU with AVX2, each block's bfloat16 Linears have packed copies of their weights, LayerScale folded in where the
+  stream is of their dtype; without AVX-512 those of float32 as well. Each forward reads every weight once and compares
+  row checksums (`internvit.inference.linear`); a block whose weights have changed is packed again. 0.6 GB for
+  InternViT-300M, 34 ms of one EPYC core beside a forward of 0.8 s on two. A layer with hooks, adapters or replaced parts
+  runs as it is.
 * On a GPU, CUDA graphs read the weights where they lie. Each forward checks that modules, hooks, settings and addresses
   are those of the capture; if not, the graphs are captured again, or the blocks run without.
 """
@@ -142,10 +143,11 @@ class OptimizedInternViT(nn.Module):
         """Whether the forward here may stand for the model's own now.
 
         Not in a program that is traced, which would keep packed weights for good, nor for derivatives, nor where
-        autocast wants another 16-bit dtype than the weights'.
+        autocast wants another dtype than that of weights which may be packed.
         """
         model, encoder = self.model, self.model.encoder
-        if model.dtype.itemsize == 2 and autocast_dtype(model.device.type) not in (None, model.dtype):
+        may_pack = model.dtype.itemsize == 2 or model.device.type == "cpu"
+        if may_pack and autocast_dtype(model.device.type) not in (None, model.dtype):
             return False
         if recompute.is_transformed() or _makes_graph() or has_hooks(model):
             return False
@@ -340,9 +342,10 @@ def optimize_for_inference(
     features are rounded once, to the model's dtype, when they are returned.
 
     On a CPU the four Linears of each bfloat16 block get packed copies of their weights beside the originals (in a
-    bfloat16 stream with LayerScale folded into proj and fc2, in float64): 0.6 GB for InternViT-300M, 11 GB for 6B. Each
-    forward verifies them by reading every weight once (34 ms of one EPYC core for the 300M) and packs again what has
-    changed. A layer with hooks, adapters or replaced parts runs as it is, in the model's dtype, whenever they came.
+    stream of their dtype with LayerScale folded into proj and fc2, in float64): 0.6 GB for InternViT-300M, 11 GB for
+    6B. So do those of float32 where the CPU has AVX2 and not AVX-512, at twice the size. Each forward verifies them by
+    reading every weight once (34 ms of one EPYC core for the 300M, bfloat16) and packs again what has changed. A layer
+    with hooks, adapters or replaced parts runs as it is, in the model's dtype, whenever they came.
     Elsewhere nothing is derived from the weights.
 
     Args:
@@ -362,7 +365,7 @@ def optimize_for_inference(
             torch.float32 returns a float32 stream as it is.
         precision: of the blocks' Linears. None or "bf16": the model's dtype. "int8" (bfloat16 models on CPUs): weights
             in int8 with a scale for each output channel; their inputs, quantised at each call, with a scale for each
-            token. Attention stays bfloat16. Needs AVX-512 VNNI; elsewhere the Linears stay bfloat16 and a
+            token. Attention stays bfloat16. Needs AVX2; elsewhere the Linears stay bfloat16 and a
             warning says why. "fp8" (bfloat16 models on GPUs from compute capability 8.9 on): weights and
             inputs in float8_e4m3fn, quantised at each call, with a scale for each row; unmeasured.
         skip: names or patterns of Linears, or of modules around them, that stay bfloat16 with "int8" or "fp8":

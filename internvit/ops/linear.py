@@ -8,6 +8,10 @@ elements differ in bfloat16), and MKL's order of summation depends on where a ro
 x86 CPUs without products of a 16-bit dtype emulate them. There operands are widened to float32, in which each product
 is exact, and the float32 sums rounded once: the 300M block's four Linears at 1025 tokens take 238 ms so, of float32's
 222, where PyTorch takes 1008 in bfloat16 and 2584 in float16 (one core of a busy Cascade Lake).
+
+With AVX2 and without AVX-512 the CPU library's GEMM multiplies float32 and bfloat16 wherever autograd does not record, so
+in inference and in the fused ops of training. It packs the weight at each call, which takes as long as widening it, and
+is faster than MKL (docs/benchmarks.md).
 """
 
 import functools
@@ -19,16 +23,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from internvit.ops.backends import native
 from internvit.ops.core.autocast import autocast_dtype, cast
-from internvit.ops.core.direct import modes, traced
+from internvit.ops.core.direct import modes, plain, traced
+from internvit.ops.core.select import requested
 
 _ALIGNMENT = 64
 """Bytes; those of every CPU tensor that PyTorch allocates."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None) -> Tensor:
     """x weight^T + bias for x [B, ..., K]; on CPU the same bits for x[i:i + 1] alone, in any batch and layout.
 
+    Backend "reference", here or in force, is PyTorch alone.
     x [K] and [N, K] is one call of PyTorch's Linear. So is x in a traced program or under a mode, which may take any
     batch, and under forward-mode differentiation, which does not go through writes into views.
     """
@@ -38,6 +45,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if whole and not emulated(x):
         return F.linear(x, weight, bias)
     x, weight, bias = _autocast(x, weight, bias)
+    if not whole and (backend or requested()) != "reference" and _packs(x, weight, bias):
+        return _packed(x, weight, bias)
     if not widens(x, weight, bias):
         return F.linear(x, weight, bias) if whole else _per_image(x, weight, bias, x.dtype)
     with torch.autocast("cpu", enabled=False):
@@ -73,6 +82,33 @@ def widens(x: Tensor, *others: Tensor | None) -> bool:
         return False
     rows = x.shape[0] if x.dim() == 2 else x.shape[1:-1].numel()
     return rows >= 16 and all(t is None or t.dtype == x.dtype for t in others)
+
+
+def _packs(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the CPU library multiplies x [B, ..., K] faster than PyTorch, its weight packed first.
+
+    Below 128 rows of an image packing takes longer than it saves.
+    """
+    if x.shape[1:-1].numel() < 128 or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    given = [t for t in (x, weight, bias) if t is not None]
+    if not plain(given) or any(t.dtype != x.dtype or t.layout != torch.strided for t in given):
+        return False
+    if weight.dim() != 2 or weight.numel() == 0 or (bias is not None and bias.shape != weight.shape[:1]):
+        return False
+    return native.unavailable_reason("internvit_cpu") is None and torch.ops.internvit_cpu.packs_linear(torch.float32)
+
+
+def _packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The CPU library's product, an image at a time: so many rows are held in float32, and stay in the caches."""
+    cpu, out_features = torch.ops.internvit_cpu, weight.shape[0]
+    packed = cpu.pack_weight(weight)
+    if x.shape[0] == 1:
+        return cpu.linear_packed(x, packed, out_features, bias, None, False)
+    out = x.new_empty((*x.shape[:-1], out_features))
+    for image, destination in zip(x, out, strict=True):
+        destination.copy_(cpu.linear_packed(image, packed, out_features, bias, None, False))
+    return out
 
 
 @functools.cache

@@ -29,15 +29,15 @@ OP = "linear_gelu"
 def linear_gelu_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, save_pre_activation: bool
 ) -> tuple[Tensor, Tensor | None]:
-    pre_activation = linear(x, weight, bias)
+    pre_activation = linear(x, weight, bias, "reference")
     return F.gelu(pre_activation), pre_activation if save_pre_activation else None
 
 
 def linear_then_gelu(
     backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, save_pre_activation: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's Linear and a backend's own GELU: for the backends that leave products to PyTorch."""
-    pre_activation = linear(x, weight, bias)
+    """`internvit.ops.linear` and a backend's own GELU: for the backends without a fused product."""
+    pre_activation = linear(x, weight, bias, backend)
     return implementation("gelu", backend)(pre_activation), pre_activation if save_pre_activation else None
 
 

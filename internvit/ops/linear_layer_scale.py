@@ -63,7 +63,7 @@ def linear_layer_scale_reference(
             f"{OP}: gamma * weight leaves float16's normal range (gamma down to {gamma.abs().min().item():.1e}), where "
             "it loses bits; keep LayerScale out of the Linear, or train in bfloat16"
         )
-    y = linear(x, folded.to(x.dtype), None if bias is None else (bias * gamma).to(x.dtype))
+    y = linear(x, folded.to(x.dtype), None if bias is None else (bias * gamma).to(x.dtype), "reference")
     return y if residual is None else (residual + y).contiguous()
 
 

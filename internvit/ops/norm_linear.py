@@ -38,7 +38,7 @@ def norm_linear_reference(
 ) -> Tensor:
     dtype = accumulate_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        y = linear(x.to(dtype), weight.to(dtype), None)
+        y = linear(x.to(dtype), weight.to(dtype), None, "reference")
     if mean is not None and weight_sum is not None:
         y = y - mean.unsqueeze(-1) * weight_sum
     y = y * rstd.unsqueeze(-1)

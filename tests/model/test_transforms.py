@@ -68,10 +68,12 @@ def test_gradients_in_a_batch(norm_type, dtype, mode) -> None:
     wanted = torch.randn(3, *output.shape, dtype=dtype)
     together = torch.autograd.grad(output, inputs, wanted, is_grads_batched=True, retain_graph=True, allow_unused=True)
     apart = [torch.autograd.grad(output, inputs, one, retain_graph=True, allow_unused=True) for one in wanted]
+    largest = max(float(g.norm()) for g in together if g is not None)
     for ours, expected in zip(together, zip(*apart, strict=True), strict=True):
         assert (ours is None) == (expected[0] is None)
-        if ours is not None:
-            assert relative_error(ours, torch.stack(expected)) < (1e-9 if dtype is torch.float64 else 0.01)
+        if ours is None or (dtype is torch.float64 and ours.norm() < 1e-13 * largest):
+            continue  # a key's bias has a gradient of 0 but for rounding
+        assert relative_error(ours, torch.stack(expected)) < (1e-9 if dtype is torch.float64 else 0.01)
 
 
 @both_norms

@@ -18,8 +18,8 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def test_the_cpu_library_has_the_op_where_the_machine_multiplies_int8() -> None:
     info = Path("/proc/cpuinfo")
-    if not info.exists() or "avx512_vnni" not in info.read_text().split():
-        pytest.skip("needs AVX-512 VNNI")
+    if not info.exists() or "avx2" not in info.read_text().split():
+        pytest.skip("needs AVX2")
     assert "cpu" in BACKENDS
 
 

@@ -6,11 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import profile
 
+import internvit
 from internvit import InternViT, InternViTConfig
 from internvit.model.embeddings import convolve
 from internvit.numerics import relative_error, sample
 from internvit.ops import linear as module
+from internvit.ops.backends import native
 from internvit.ops.linear import cpu_multiplies, linear, matmul, trained_linear
+from tests.support.models import random_weights
 
 sixteen_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -148,3 +151,66 @@ def test_what_a_cpu_multiplies(monkeypatch, dtype, kind, unit) -> None:
     assert cpu_multiplies.__wrapped__(torch.float64)
     monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
     assert cpu_multiplies.__wrapped__(dtype)
+
+
+@pytest.fixture
+def avx2():
+    """The CPU library's AVX2 unit in use, on any x86 machine."""
+    if native.unavailable_reason("internvit_cpu") or "avx2" not in torch.ops.internvit_cpu.instruction_sets().split():
+        pytest.skip("internvit_cpu is not built for AVX2 here")
+    before = torch.ops.internvit_cpu.use_instruction_set("avx2")
+    yield
+    torch.ops.internvit_cpu.use_instruction_set(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_with_avx2_the_library_multiplies(avx2, dtype, generator, monkeypatch) -> None:
+    """An image at a time: the same bits for one alone and in a batch, whatever the layout."""
+    x, weight, bias = (sample(shape, "normal", dtype, generator) for shape in ((3, 130, 1000), (70, 1000), (70,)))
+    calls, packed = [], torch.ops.internvit_cpu.linear_packed
+    monkeypatch.setattr(torch.ops.internvit_cpu, "linear_packed", lambda *args: calls.append(args) or packed(*args))
+    truth = F.linear(x.double(), weight.double(), bias.double())
+    with torch.no_grad():
+        y = linear(x, weight, bias)
+        assert [args[0].shape for args in calls] == [(130, 1000)] * 3
+        assert y.dtype == dtype
+        rounded = relative_error(truth.to(dtype), truth)
+        assert relative_error(y, truth) < (1.01 * rounded if dtype == torch.bfloat16 else 5e-7)
+        assert torch.equal(linear(x[1:2], weight, bias), y[1:2])
+        assert torch.equal(linear(x.transpose(0, 1).contiguous().transpose(0, 1), weight.t().contiguous().t(), bias), y)
+        before = len(calls)
+        assert linear(x[:, :127], weight, bias).shape == (3, 127, 70)  # for which packing takes longer than it saves
+        with internvit.backend("reference"):
+            linear(x, weight, bias)
+        internvit.ops.linear_gelu(x, weight, bias, backend="reference")
+        assert linear(x, weight[:0], bias[:0]).shape == (3, 130, 0)
+        assert linear(x, weight, bias[:1]).shape == (3, 130, 70)  # PyTorch's broadcasts
+    weight = weight.clone().requires_grad_()
+    trained_linear(x, weight, bias).sum().backward()
+    assert len(calls) == before
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_models_with_avx2(avx2, dtype, precision, generator) -> None:
+    """Optimised in bfloat16, float32 and int8, and eager, of 145 tokens: by the library's products."""
+    if precision and dtype == torch.float32:
+        pytest.skip("int8 is for bfloat16 models")
+    config = InternViTConfig.from_name("internvit-300m-448px-v2.5")
+    config = config.replace(num_hidden_layers=2, image_size=168, name=None)
+    exact = internvit.reference.InternViT(config).double().eval()
+    random_weights(exact)
+    model = InternViT(config, dtype=dtype).eval()
+    model.load_state_dict(exact.state_dict())
+    exact.load_state_dict(model.state_dict())
+    fast = internvit.optimize_for_inference(model, precision=precision, skip=() if precision else None)
+    assert "2 of 2 layers packed" in repr(fast)
+    pixels = torch.randn(2, 3, 168, 168, generator=generator).to(dtype)
+    truth = exact(pixels.double()).last_hidden_state
+    with torch.no_grad():
+        allowed = relative_error(model(pixels).last_hidden_state, truth)
+        found = fast(pixels).last_hidden_state
+    assert allowed < (0.02 if dtype == torch.bfloat16 else 2e-6)
+    assert relative_error(found, truth) < (0.04 if precision else 1.1 * allowed)
+    assert torch.equal(fast(pixels[:1]).last_hidden_state, found[:1])

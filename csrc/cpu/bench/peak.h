@@ -10,6 +10,8 @@
 #endif
 #if defined(__AVX512VNNI__)
 #include "cpu/simd/vnni.h"
+#elif defined(INTERNVIT_AVX2_ALONE)
+#include "cpu/simd/madd.h"
 #endif
 
 namespace internvit::INTERNVIT_ISA {
@@ -69,6 +71,18 @@ int64_t peak_of_thread(DType dtype, int64_t rounds, const Executor& executor) {
     __builtin_memset(a, 0, uint64_t(arena.used));
     for (int64_t i = 0; i < rounds; ++i) vnni_block(a, b, kBytes / 4, sums, 32, sums);
     return rounds * kVnniRows * 32 * kBytes * 2;
+  }
+#elif defined(INTERNVIT_AVX2_ALONE)
+  if (dtype == kInt8) {
+    constexpr int64_t kDepth = 256;
+    ScratchArena arena{static_cast<char*>(executor.scratch((kMaddRows + 32) * kDepth * 2 + kMaddRows * 32 * 4))};
+    int16_t *a = arena.take<int16_t>(kMaddRows * kDepth), *b = arena.take<int16_t>(32 * kDepth);
+    int32_t* sums = arena.take<int32_t>(kMaddRows * 32);
+    __builtin_memset(a, 0, uint64_t(arena.used));
+    for (int64_t i = 0; i < rounds; ++i)
+      for (int64_t half = 0; half < 32; half += 16)
+        madd_block(a, b + half * 2, kDepth / 2, sums + half, 32, sums + half);
+    return rounds * kMaddRows * 32 * kDepth * 2;
   }
 #endif
   constexpr int64_t kDepth = 128, kColumns = kBlockVectors * kLanes;

@@ -1,7 +1,7 @@
-// The product of a strip of 32 rows with a panel by AMX tiles: linear_bf16.h.
+// The product of a strip of 32 rows with a panel by AMX tiles: linear.h.
 #pragma once
 
-#include "cpu/ops/linear_bf16.h"
+#include "cpu/ops/linear.h"
 #include "cpu/simd/amx.h"
 
 namespace internvit::INTERNVIT_ISA {

@@ -1,7 +1,7 @@
-// The product of a strip of 12 rows with a panel by VDPBF16PS: linear_bf16.h.
+// The product of a strip of 12 rows with a panel by VDPBF16PS: linear.h.
 #pragma once
 
-#include "cpu/ops/linear_bf16.h"
+#include "cpu/ops/linear.h"
 #include "cpu/simd/vdpbf16.h"
 
 namespace internvit::INTERNVIT_ISA {

@@ -1,10 +1,11 @@
 // y = epilogue(x_scale * weight_scale * ((x_q - x_zero) W_q^T) + bias) for int8; W_q is packed once. packed_gemm.h has
-// the loops, linear_vnni.h and linear_int8_amx.h the products, mlp_int8.h two Linears with a GELU between them.
+// the loops, linear_vnni.h, linear_int8_amx.h and linear_madd.h the products, mlp_int8.h two Linears with a GELU
+// between them.
 //
-// Both instructions multiply unsigned bytes by signed ones: x_q + 128 is packed, and sums begin at -128 times the sum
-// of a column's weights, which is packed behind the weights. Sums are exact (int32, up to a depth of 2^31 / (255 * 128)
-// = 65,793), so that their order does not matter. The epilogue runs before the only store. x may come unquantised: the
-// pass that packs it finds each row's scale and zero point, so that x_q has no memory of its own.
+// VNNI and AMX multiply unsigned bytes by signed ones: x_q + 128 is packed, and sums begin at -128 times the sum of a
+// column's weights, which is packed behind the weights. Sums are exact (int32, up to a depth of 2^31 / (255 * 128) =
+// 65,793), so that neither their order nor the instruction matters. The epilogue runs before the only store. x may come
+// unquantised: the pass that packs it finds each row's scale and zero point, so that x_q has no memory of its own.
 //
 // A weight may have a scale for each 128 of a column's depth, ratio * weight_scale: the products of a group are exact,
 // and their sum over the groups is float32, in order.
@@ -13,18 +14,13 @@
 #include "cpu/ops/gelu.h"
 #include "cpu/ops/packed_gemm.h"
 #include "cpu/ops/quantize_rows.h"
-#include "cpu/simd/bf16.h"
+#include "cpu/simd/int8.h"
+#include "cpu/simd/pairs.h"
 
 namespace internvit::INTERNVIT_ISA {
 
-// A tile of W, 2 KiB: 64 of depth times 32 columns, [16 words of 4 depths][32 columns][4].
-constexpr int64_t kInt8Depth = 64, kInt8Tile = kInt8Depth * kPanel;
 constexpr int64_t kInt8DepthBlock = 64, kInt8Group = 2;  // tiles
 static_assert(kInt8Group * kInt8Depth == kInt8GroupSize, "");
-
-INTERNVIT_INLINE __mmask64 byte_mask(int64_t n) {
-  return n >= 64 ? ~__mmask64(0) : n <= 0 ? __mmask64(0) : (__mmask64(1) << n) - 1;
-}
 
 // What stands behind the tiles: -128 times the sum of each column's weights, [panels][groups][32], and with groups
 // their ratios, laid out alike. Without them the whole depth is one group.
@@ -52,24 +48,14 @@ inline void pack_weight_int8(const PackWeightInt8Params& p, const Executor& exec
       for (int64_t group = 0; group < columns.groups; ++group) {
         const int64_t from = columns.ratios ? group * kInt8Group : 0;
         const int64_t to = columns.ratios ? min_of(depth, from + kInt8Group) : depth;
-        __m512i sum = _mm512_setzero_si512();
+        alignas(64) int32_t sums[16] = {};
         for (int64_t d = from; d < to; ++d) {
-          __m512i r[16];
-          const __mmask64 mask = byte_mask(p.in_features - d * 64);
-          for (int64_t i = 0; i < 16; ++i) {
-            const int64_t row = first + i;
-            r[i] = row < p.out_features ? _mm512_maskz_loadu_epi8(mask, p.weight_q + row * p.in_features + d * 64)
-                                        : _mm512_setzero_si512();
-          }
-          transpose_words(r);
-          int8_t* tile = p.packed + (panel * depth + d) * kInt8Tile + right * 64;
-          for (int64_t i = 0; i < 16; ++i) {
-            _mm512_store_si512(tile + i * 2 * 64, r[i]);
-            sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), r[i]);
-          }
+          int8_t* tile = p.packed + (panel * depth + d) * kInt8Tile + right * 16 * kInt8Word;
+          pack_half_tile(p.weight_q + (first < p.out_features ? first * p.in_features : 0) + d * 64, p.in_features,
+                         p.out_features - first, p.in_features - d * 64, tile, sums);
         }
         const int64_t at = columns.of(panel, from) + right * 16;
-        _mm512_store_si512(columns.starts + at, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128)));
+        for (int64_t i = 0; i < 16; ++i) columns.starts[at + i] = -128 * sums[i];
         for (int64_t i = 0; columns.ratios && i < 16; ++i)
           columns.ratios[at + i] = first + i < p.out_features ? p.group_ratio[(first + i) * columns.groups + group] : 0;
       }
@@ -84,7 +70,7 @@ struct Int8Epilogue {
   const LinearInt8Params& p;
   int64_t column, left_columns, right_columns;
   Vec scale[2], bias[2] = {broadcast(0.0f), broadcast(0.0f)};
-  __m512i weight_sum[2];  // negated
+  Ints weight_sum[2];  // negated
   Vec group_sum[2] = {broadcast(0.0f), broadcast(0.0f)};
 
   Int8Epilogue(const LinearInt8Params& params, int64_t panel, const Int8ColumnSums& sums)
@@ -92,9 +78,9 @@ struct Int8Epilogue {
     for (int half = 0; half < 2; ++half) {
       for (int64_t group = 0; group < sums.groups; ++group) {
         const int64_t at = sums.of(panel, group * kInt8Group) + half * 16;
-        weight_sum[half] = _mm512_srai_epi32(_mm512_load_si512(sums.starts + at), 7);
+        weight_sum[half] = shifted_right(load_ints(sums.starts + at), 7);
         if (!sums.ratios) continue;
-        group_sum[half] = fma({_mm512_cvtepi32_ps(weight_sum[half])}, load(sums.ratios + at), group_sum[half]);
+        group_sum[half] = fma(to_floats(weight_sum[half]), load(sums.ratios + at), group_sum[half]);
       }
     }
     const int64_t columns = min_of(kPanel, p.out_features - column);
@@ -124,8 +110,7 @@ struct Int8Epilogue {
   INTERNVIT_INLINE Vec centred(const int32_t* sums, int32_t zero, int half) const {
     if (p.grouped)
       return fma(broadcast(float(zero)), group_sum[half], load(reinterpret_cast<const float*>(sums) + half * 16));
-    const __m512i shift = _mm512_mullo_epi32(_mm512_set1_epi32(zero), weight_sum[half]);
-    return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_load_si512(sums + half * 16), shift))};
+    return to_floats(load_ints(sums + half * 16) + broadcast_int(zero) * weight_sum[half]);
   }
 
   INTERNVIT_INLINE void store_row(T* y, Vec left, Vec right) const {
@@ -169,19 +154,16 @@ struct Int8Epilogue {
 
 // x_q + 128 of up to 64 elements of a row.
 template <class X>
-INTERNVIT_INLINE __m512i quantized_bytes(const X* x, int64_t n, Vec inverse, __m512i zero) {
-  __m512i part[4];
+INTERNVIT_INLINE void quantize_bytes(uint8_t* bytes, const X* x, int64_t n, Vec inverse, Ints zero) {
+  Ints part[4];
   for (int64_t i = 0; i < 4; ++i) {
     const Vec value = (n >= 64      ? load(x + i * 16)
                        : i * 16 < n ? load(x + i * 16, min_of(16, n - i * 16))
                                     : broadcast(0.0f)) *
                       inverse;
-    part[i] = _mm512_add_epi32(_mm512_cvtps_epi32(value.v), zero);
+    part[i] = nearest_ints(value) + zero;
   }
-  // Packing works within 128 bits: word j of the result holds four elements of part j % 4.
-  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(part[0], part[1]), _mm512_packs_epi32(part[2], part[3]));
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return _mm512_xor_si512(_mm512_permutexvar_epi32(order, bytes), _mm512_set1_epi8(char(0x80)));
+  store_unsigned(bytes, part);
 }
 
 // x_q + 128 as the product `Layout` reads it, and each row's scale and zero point where x comes unquantised.
@@ -221,9 +203,8 @@ struct Int8Rows {
     alignas(64) Bytes bytes = {};
     for (int64_t d = 0; d < depth; ++d) {
       for (int64_t i = 0; i < rows; ++i) {
-        const __m512i shift = _mm512_set1_epi32(zero[first + i]);
         const X* from = x + i * stride + d * 64;
-        _mm512_store_si512(bytes[i], quantized_bytes(from, channels - d * 64, broadcast(inverse[i]), shift));
+        quantize_bytes(bytes[i], from, channels - d * 64, broadcast(inverse[i]), broadcast_int(zero[first + i]));
       }
       Layout::store_rows(tile(first, d), bytes);
     }
@@ -232,10 +213,7 @@ struct Int8Rows {
   INTERNVIT_INLINE void copy(int64_t first, int64_t rows, const int8_t* x, int64_t stride, int64_t channels) const {
     alignas(64) Bytes bytes = {};
     for (int64_t d = 0; d < depth; ++d) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const __m512i row = _mm512_maskz_loadu_epi8(byte_mask(channels - d * 64), x + i * stride + d * 64);
-        _mm512_store_si512(bytes[i], _mm512_xor_si512(row, _mm512_set1_epi8(char(0x80))));
-      }
+      for (int64_t i = 0; i < rows; ++i) store_unsigned(bytes[i], x + i * stride + d * 64, channels - d * 64);
       Layout::store_rows(tile(first, d), bytes);
     }
   }
@@ -252,6 +230,12 @@ struct Int8Rows {
   }
 };
 
+// A panel's step of weights, multiplied as it was packed.
+struct PackedWeights {
+  const int8_t* data;
+  INTERNVIT_INLINE void start(const int8_t* packed, int64_t) { data = packed; }
+};
+
 // A Linear's product by `Layout`, which has a strip's kRows, of which kPackedRows are packed at once, a step's kStep
 // tiles and the kBlockBytes of an x block; `Scope`, held by a task; where x lies, strip_bytes(depth) and offset(strips,
 // depth, strip, row, d); store_rows(tile, bytes), which writes the packed rows' tile; and
@@ -260,11 +244,16 @@ struct Int8Rows {
 //   multiply_grouped(a, next, b, step, start, ratio, first, sums): sums += ratio * (start + A B) of each group, in
 //   float
 //
-// its output T, its GELU as exact as G.
+// where B is the data of a Layout::Weights, which is started with a panel's step once for all strips. The output is T,
+// GELU as exact as G.
 template <class Layout, class T, class G = T>
 struct Int8Product {
   using Sum = int32_t;
   using Scope = typename Layout::Scope;
+  struct Panel : Int8Epilogue<T, G> {
+    using Int8Epilogue<T, G>::Int8Epilogue;
+    typename Layout::Weights weights;
+  };
   static constexpr int64_t kRows = Layout::kRows, kStep = Layout::kStep;
   static_assert(kStep % kInt8Group == 0, "a step is whole groups");
 
@@ -285,15 +274,17 @@ struct Int8Product {
     p.x_zero = x.zero;
   }
 
-  // An x block stays in L2 (29 strips of 2048 deep: fc2 of the 300M 3 % slower), and a panel's weights serve several
-  // strips (2 strips of the 6B's 12,800: 15 % slower).
+  // An x block stays in L2, or where that is small in L3 (29 strips of 2048 deep: fc2 of the 300M 3 % slower), and a
+  // panel's weights serve several strips (2 strips of the 6B's 12,800: 15 % slower).
   int64_t depth_block() const { return min_of(depth, kInt8DepthBlock); }
   int64_t row_block() const {
     const int64_t block = Layout::kBlockBytes / Layout::strip_bytes(depth_block());
     return block > 1 ? block : 1;
   }
-  Int8Epilogue<T, G> epilogue(int64_t panel) const { return {p, panel, columns}; }
-  void start_step(int64_t, int64_t, int64_t, const Int8Epilogue<T, G>&) const {}
+  Panel epilogue(int64_t panel) const { return Panel(p, panel, columns); }
+  INTERNVIT_INLINE void start_step(int64_t index, int64_t d, int64_t step, Panel& panel) const {
+    panel.weights.start(p.packed_weight + (index * depth + d) * kInt8Tile, step);
+  }
 
   void pack_rows(int64_t strip) const {
     x.for_packed(strip, p.rows, [&](int64_t first, int64_t rows) {
@@ -304,14 +295,14 @@ struct Int8Product {
     });
   }
 
-  INTERNVIT_INLINE void multiply(int64_t panel, int64_t strip, int64_t next_strip, int64_t d, int64_t step,
-                                 int32_t* sums, const Int8Epilogue<T, G>& epilogue) const {
+  INTERNVIT_INLINE void multiply(int64_t index, int64_t strip, int64_t next_strip, int64_t d, int64_t step,
+                                 int32_t* sums, const Panel& panel) const {
     const int64_t first = strip * kRows, end = min_of(p.rows, first + kRows);
     const bool last = d + step == depth;
-    for (int64_t row = first; last && row < end; ++row) epilogue.prefetch_row(row);
+    for (int64_t row = first; last && row < end; ++row) panel.prefetch_row(row);
     const uint8_t *a = x.tile(first, d), *next = x.tile(next_strip * kRows, d);
-    const int8_t* b = p.packed_weight + (panel * depth + d) * kInt8Tile;
-    const int64_t at = columns.of(panel, d);
+    const auto* b = panel.weights.data;
+    const int64_t at = columns.of(index, d);
     if (p.grouped) {
       Layout::multiply_grouped(a, next, b, step, columns.starts + at, columns.ratios + at, d == 0,
                                reinterpret_cast<float*>(sums));
@@ -320,7 +311,7 @@ struct Int8Product {
     } else {
       Layout::multiply(a, next, b, step, sums, kPanel, sums);
     }
-    if (last) epilogue.finish_rows(first, end, sums);
+    if (last) panel.finish_rows(first, end, sums);
   }
 };
 

@@ -12,6 +12,7 @@ namespace internvit::INTERNVIT_ISA {
 struct AmxInt8Layout {  // x_q + 128 as A tiles [strip][K / 64][2][16][64]
   static constexpr int64_t kRows = 32, kPackedRows = 1, kStep = 16, kBlockBytes = 1024 * 1024, kTileBytes = 1024;
   using Scope = TileScope;
+  using Weights = PackedWeights;
 
   static constexpr int64_t strip_bytes(int64_t depth) { return depth * 2 * kTileBytes; }
   INTERNVIT_INLINE static int64_t offset(int64_t, int64_t depth, int64_t strip, int64_t i, int64_t d) {

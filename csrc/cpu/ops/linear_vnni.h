@@ -12,6 +12,7 @@ struct VnniLayout {
   static constexpr int64_t kRows = kVnniRows, kPackedRows = kRows, kStep = 8, kBlockBytes = 360 * 1024;
   static constexpr int64_t kTileBytes = kRows * kInt8Depth;
   struct Scope {};
+  using Weights = PackedWeights;
 
   static constexpr int64_t strip_bytes(int64_t depth) { return round_up(depth, kStep) * kTileBytes; }
   INTERNVIT_INLINE static int64_t offset(int64_t strips, int64_t, int64_t strip, int64_t, int64_t d) {

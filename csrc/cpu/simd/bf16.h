@@ -4,15 +4,11 @@
 // values side by side, so that one vector is two depths of 16 columns.
 #pragma once
 
-#include "cpu/simd/simd.h"
+#include "cpu/simd/pairs.h"
 
 namespace internvit::INTERNVIT_ISA {
 
 constexpr int64_t kTile = 512;  // bf16 elements of an operand tile; an accumulator has 256 floats
-
-INTERNVIT_INLINE __mmask32 half_mask(int64_t n) {
-  return n >= 32 ? __mmask32(~0u) : n <= 0 ? __mmask32(0) : __mmask32((1u << n) - 1);
-}
 
 // Sixteen rows of up to 32 elements, `stride` apart, as a B tile whose columns are those rows; zero where there is
 // none.
@@ -35,20 +31,6 @@ INTERNVIT_INLINE void pack_depth(const bf16* x, int64_t stride, int64_t rows, in
     const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
     _mm512_store_si512(tile + i * 32, _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
   }
-}
-
-INTERNVIT_INLINE __m512i narrow_pair(Vec low, Vec high) {
-#if defined(__AVX512BF16__)
-  return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
-#else
-  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(low.v)), narrow_bf16(high.v), 1);
-#endif
-}
-
-INTERNVIT_INLINE void store_pair(bf16* p, Vec low, Vec high) { _mm512_storeu_si512(p, narrow_pair(low, high)); }
-INTERNVIT_INLINE void store_pair(float* p, Vec low, Vec high) {
-  store(p, low);
-  store(p + 16, high);
 }
 
 // Two rows of 32 as 32 pairs: low holds columns 0 to 15, high the rest.

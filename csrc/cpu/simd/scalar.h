@@ -7,6 +7,10 @@
 #define INTERNVIT_ISA generic
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define INTERNVIT_AVX2_ALONE
+#endif
+
 namespace internvit::INTERNVIT_ISA {
 
 #define INTERNVIT_INLINE inline __attribute__((always_inline))

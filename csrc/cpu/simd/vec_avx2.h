@@ -68,4 +68,63 @@ INTERNVIT_INLINE Vec scale_by_power(Vec x, Vec n) {
 INTERNVIT_INLINE Vec reciprocal(Vec x) { return broadcast(1.0f) / x; }
 INTERNVIT_INLINE Vec reciprocal_estimate(Vec x) { return reciprocal(x); }
 
+// Transposes 8 x 8 words of 32 bits held in 8 registers.
+INTERNVIT_INLINE void transpose_words(__m256 (&r)[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m256 low = r[i], high = r[i + 4];
+    r[i] = _mm256_permute2f128_ps(low, high, 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+}
+
+// Six rows of eight words of 32 bits as columns: out [8][6].
+INTERNVIT_INLINE void store_columns(const __m256 (&row)[6], float* out) {
+  __m256d low[3], high[3];  // of two rows, the words 0, 1, 4, 5 and 2, 3, 6, 7 side by side
+  for (int i = 0; i < 3; ++i) {
+    low[i] = _mm256_castps_pd(_mm256_unpacklo_ps(row[2 * i], row[2 * i + 1]));
+    high[i] = _mm256_castps_pd(_mm256_unpackhi_ps(row[2 * i], row[2 * i + 1]));
+  }
+  const __m256d fours[4] = {_mm256_unpacklo_pd(low[0], low[1]), _mm256_unpackhi_pd(low[0], low[1]),
+                            _mm256_unpacklo_pd(high[0], high[1]), _mm256_unpackhi_pd(high[0], high[1])};
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; ++k, out += 6) {
+    const __m256d four = fours[k % 4], two = k % 4 < 2 ? low[2] : high[2];
+    const __m128d left = k < 4 ? _mm256_castpd256_pd128(four) : _mm256_extractf128_pd(four, 1);
+    const __m128d right = k < 4 ? _mm256_castpd256_pd128(two) : _mm256_extractf128_pd(two, 1);
+    _mm_storeu_ps(out, _mm_castpd_ps(left));
+    if (k % 2) {
+      _mm_storeh_pi((__m64*)(out + 4), _mm_castpd_ps(right));
+    } else {
+      _mm_storel_pi((__m64*)(out + 4), _mm_castpd_ps(right));
+    }
+  }
+}
+
+// Sixteen int32 lanes; in memory at multiples of 32 bytes.
+struct Ints {
+  __m256i a, b;
+};
+INTERNVIT_INLINE Ints broadcast_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+INTERNVIT_INLINE Ints load_ints(const int32_t* p) {
+  return {_mm256_load_si256((const __m256i*)p), _mm256_load_si256((const __m256i*)p + 1)};
+}
+INTERNVIT_INLINE Ints operator+(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+INTERNVIT_INLINE Ints operator*(Ints x, Ints y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+INTERNVIT_INLINE Ints shifted_right(Ints x, int bits) {
+  return {_mm256_srai_epi32(x.a, bits), _mm256_srai_epi32(x.b, bits)};
+}
+INTERNVIT_INLINE Vec to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+INTERNVIT_INLINE Ints nearest_ints(Vec x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+
 }  // namespace internvit::INTERNVIT_ISA

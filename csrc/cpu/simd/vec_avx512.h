@@ -65,6 +65,18 @@ INTERNVIT_INLINE Vec reciprocal(Vec a) {
   return {_mm512_fmadd_ps(_mm512_fnmadd_ps(a.v, estimate, _mm512_set1_ps(1.0f)), estimate, estimate)};
 }
 
+// Sixteen int32 lanes; in memory at multiples of 64 bytes.
+struct Ints {
+  __m512i v;
+};
+INTERNVIT_INLINE Ints broadcast_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+INTERNVIT_INLINE Ints load_ints(const int32_t* p) { return {_mm512_load_si512(p)}; }
+INTERNVIT_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+INTERNVIT_INLINE Ints operator*(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+INTERNVIT_INLINE Ints shifted_right(Ints a, int bits) { return {_mm512_srai_epi32(a.v, uint32_t(bits))}; }
+INTERNVIT_INLINE Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+INTERNVIT_INLINE Ints nearest_ints(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
+
 // Transposes 16 x 16 words of 32 bits held in 16 registers.
 INTERNVIT_INLINE void transpose_words(__m512i (&r)[16]) {
   __m512i t[16];

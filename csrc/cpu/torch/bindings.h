@@ -7,6 +7,9 @@
 namespace internvit {
 
 const Kernels& kernels();
+
+// Of int8 Linears: those, or with AVX-512 but not VNNI (Skylake) the AVX2 unit's.
+const Kernels& int8_kernels();
 extern const Executor kExecutor;
 
 }  // namespace internvit

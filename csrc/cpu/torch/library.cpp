@@ -30,6 +30,13 @@ std::atomic<const Kernels*>& current() {
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 
+const Kernels& int8_kernels() {
+  const Kernels *in_use = &kernels(), *best = in_use;
+  for (const Kernels* const* k = supported_kernels(); *k != in_use; ++k)
+    if ((*k)->linear_int8) best = *k;
+  return in_use->linear_int8 ? *in_use : *best;
+}
+
 namespace {
 
 std::string instruction_sets() {
@@ -92,7 +99,7 @@ namespace {
 
 // Multiplies from registers and L1 on so many threads; returns the flops done, for the caller's clock.
 int64_t peak(ScalarType dtype, int64_t rounds, int64_t threads) {
-  const bool int8 = dtype == ScalarType::Char && kernels().linear_int8;
+  const bool int8 = dtype == ScalarType::Char && int8_kernels().linear_int8;
   STD_TORCH_CHECK(is_storage_type(dtype) || int8,
                   "peak: dtype must be float32, bfloat16, float16, or int8 where the machine multiplies it, got ",
                   dtype);
@@ -100,7 +107,7 @@ int64_t peak(ScalarType dtype, int64_t rounds, int64_t threads) {
   STD_TORCH_CHECK(threads >= 1 && threads <= 4096, "peak: threads must be 1 to 4096, got ", threads);
   std::vector<int64_t> flops(size_t(threads), 0);
   const DType of = int8 ? kInt8 : dtype == ScalarType::BFloat16 ? kBFloat16 : kFloat32;
-  kernels().peak({of, rounds, threads, flops.data()}, kExecutor);
+  (int8 ? int8_kernels() : kernels()).peak({of, rounds, threads, flops.data()}, kExecutor);
   return std::accumulate(flops.begin(), flops.end(), int64_t{0});
 }
 

@@ -13,11 +13,11 @@ namespace {
 
 constexpr int64_t kMostDepth = 65536;  // sums of 255 * 128 stay in int32
 
-// Whether the instruction set in use multiplies int8: AVX-512 with VNNI.
-bool multiplies_int8() { return kernels().linear_int8 != nullptr; }
+// Whether the instruction set in use multiplies int8: AVX2.
+bool multiplies_int8() { return int8_kernels().linear_int8 != nullptr; }
 
 void check_int8(const char* op) {
-  STD_TORCH_CHECK(multiplies_int8(), op, ": needs a machine with AVX-512 VNNI, got ", kernels().name);
+  STD_TORCH_CHECK(multiplies_int8(), op, ": needs a machine with AVX2, got ", kernels().name);
 }
 
 void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
@@ -30,9 +30,10 @@ void check_sizes(const char* op, const char* name, const Tensor& t, const std::v
                   list_of(t.sizes()));
 }
 
-// What a packed weight ends in: the kernels' layout is padded, and does not say of what shape it was made.
+// What a packed weight ends in: the kernels' layout is padded, and does not say of what shape it was made, nor for what
+// unit.
 struct PackedShape {
-  int64_t out_features, in_features, grouped;
+  int64_t out_features, in_features, grouped, layout;
 };
 
 int8_t* packed_shape(const Tensor& packed) {
@@ -47,7 +48,7 @@ Tensor pack_weight_int8(const Tensor& weight_q, const OptionalTensor& group_rati
                   ": weight_q must have shape [out_features, in_features], both at least 1 and in_features at most ",
                   kMostDepth, ", got ", list_of(weight_q.sizes()));
   const Tensor w = torch::stable::contiguous(weight_q);
-  const PackedShape shape = {w.size(0), w.size(1), group_ratio ? 1 : 0};
+  const PackedShape shape = {w.size(0), w.size(1), group_ratio ? 1 : 0, int8_kernels().weight_layout};
   if (group_ratio) {
     check_tensor(op, "group_ratio", *group_ratio, ScalarType::Float);
     check_sizes(op, "group_ratio", *group_ratio,
@@ -56,16 +57,16 @@ Tensor pack_weight_int8(const Tensor& weight_q, const OptionalTensor& group_rati
   const Floats ratio{group_ratio};
   const int64_t bytes = packed_weight_int8_size(shape.out_features, shape.in_features, shape.grouped);
   Tensor packed = torch::stable::new_empty(w, {bytes + int64_t(sizeof shape)});
-  kernels().pack_weight_int8({static_cast<const int8_t*>(w.data_ptr()), ratio.data,
-                              static_cast<int8_t*>(packed.data_ptr()), shape.in_features, shape.out_features},
-                             kExecutor);
+  int8_kernels().pack_weight_int8({static_cast<const int8_t*>(w.data_ptr()), ratio.data,
+                                   static_cast<int8_t*>(packed.data_ptr()), shape.in_features, shape.out_features},
+                                  kExecutor);
   std::memcpy(packed_shape(packed), &shape, sizeof shape);
   return packed;
 }
 
 PackedShape shape_of_packed(const char* op, const char* name, const Tensor& packed) {
   check_tensor(op, name, packed, ScalarType::Char);
-  PackedShape shape = {0, 0, 0};
+  PackedShape shape = {0, 0, 0, 0};
   const int64_t most = packed.numel(), tail = int64_t(sizeof shape);
   const bool laid_out = packed.dim() == 1 && most > tail && packed.is_contiguous() &&
                         reinterpret_cast<uintptr_t>(packed.data_ptr()) % 64 == 0;
@@ -75,6 +76,9 @@ PackedShape shape_of_packed(const char* op, const char* name, const Tensor& pack
                       (shape.grouped == 0 || shape.grouped == 1) &&
                       packed_weight_int8_size(shape.out_features, shape.in_features, shape.grouped) + tail == most,
                   op, ": ", name, " must be as pack_weight_int8 returns it, got shape ", list_of(packed.sizes()));
+  STD_TORCH_CHECK(shape.layout == int8_kernels().weight_layout, op, ": ", name,
+                  " must be packed for the instruction set in use, ", int8_kernels().name, ", got one of layout ",
+                  shape.layout);
   return shape;
 }
 
@@ -186,7 +190,7 @@ Tensor run_linear(const char* op, const PackedLinear& linear, const Input& input
   p.y = y.data_ptr();
   p.dtype = dtype_of(y);
   p.gelu = gelu;
-  if (p.rows > 0) kernels().linear_int8(p, kExecutor);
+  if (p.rows > 0) int8_kernels().linear_int8(p, kExecutor);
   return y;
 }
 
@@ -228,7 +232,7 @@ Tensor mlp_int8(const Tensor& x, const OptionalTensor& x_scale, const OptionalTe
   p.fc2.rows = p.fc1.rows;
   p.fc2.y = y.data_ptr();
   p.fc2.dtype = dtype_of(y);
-  if (p.fc1.rows > 0) kernels().mlp_int8(p, kExecutor);
+  if (p.fc1.rows > 0) int8_kernels().mlp_int8(p, kExecutor);
   return y;
 }
 

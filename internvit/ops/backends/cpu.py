@@ -1,4 +1,4 @@
-"""Backend `cpu`: the compiled library `internvit_cpu` (csrc/cpu), with PyTorch's Linear before its GELU."""
+"""Backend `cpu`: the compiled library `internvit_cpu` (csrc/cpu), with `internvit.ops.linear` before its GELU."""
 
 import functools
 from typing import Any

@@ -31,9 +31,10 @@ def _linear_packed(
     """Checks all but the layout of the packed weight, which its data hold."""
     op = "linear_packed"
     check.rows(op, "x", x)
-    for name, t in (("x", x), ("packed_weight", packed_weight)):
-        if t.dtype != torch.bfloat16:
-            raise ValueError(f"{op}: {name} must be torch.bfloat16, got {t.dtype}")
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"{op}: x must be torch.bfloat16 or torch.float32, got {x.dtype}")
+    if packed_weight.dtype != x.dtype:
+        raise ValueError(f"{op}: packed_weight must be {x.dtype} like x, got {packed_weight.dtype}")
     check.device(op, "x", x, packed_weight=packed_weight, residual=residual)
     if packed_weight.dim() != 1:
         raise ValueError(f"{op}: packed_weight must have one dimension, got shape {check.shape_of(packed_weight)}")

@@ -303,11 +303,12 @@ def check_attention_backward(q, k, v, grad_out, scale: float, dtype: torch.dtype
     ("rows", "inputs", "outputs"), [(1, 32, 32), (33, 40, 56), (70, 1056, 17), (545, 64, 96), (300, 1056, 64)]
 )
 @pytest.mark.parametrize("epilogue", ["none", "gelu", "residual"])
-def test_packed_linear(unit: str, rows: int, inputs: int, outputs: int, epilogue: str, generator) -> None:
-    if not cpu.packs_linear(torch.bfloat16):
-        pytest.skip(f"the {unit} unit leaves GEMMs to PyTorch")
-    x, weight = (sample(s, "normal", torch.bfloat16, generator) for s in ((rows, inputs), (outputs, inputs)))
-    bias, residual = (sample(s, "normal", torch.bfloat16, generator) for s in ((outputs,), (rows, outputs)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_packed_linear(unit: str, rows: int, inputs: int, outputs: int, epilogue: str, dtype, generator) -> None:
+    if not cpu.packs_linear(dtype):
+        pytest.skip(f"the {unit} unit leaves GEMMs of {dtype} to PyTorch")
+    x, weight = (sample(s, "normal", dtype, generator) for s in ((rows, inputs), (outputs, inputs)))
+    bias, residual = (sample(s, "normal", dtype, generator) for s in ((outputs,), (rows, outputs)))
     residual = residual if epilogue == "residual" else None
     y = cpu.linear_packed(x, cpu.pack_weight(weight), outputs, bias, residual, epilogue == "gelu")
     truth = F.linear(x.double(), weight.double(), bias.double())
@@ -315,7 +316,60 @@ def test_packed_linear(unit: str, rows: int, inputs: int, outputs: int, epilogue
         truth = F.gelu(truth)
     elif residual is not None:
         truth = truth + residual.double()
-    assert relative_error(y, truth) < 1.1 * max(relative_error(truth.bfloat16(), truth), 2e-3)
+    assert relative_error(y, truth) < (
+        1.1 * max(relative_error(truth.bfloat16(), truth), 2e-3) if dtype == torch.bfloat16 else 5e-7
+    )
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (7, 63, 33), (70, 257, 96), (545, 1000, 40)])
+def test_int8_sums_are_exact(unit: str, rows: int, inputs: int, outputs: int, generator) -> None:
+    """With scales of 1 the float32 output is the sum, of operands at the ends of their range."""
+    if not cpu.multiplies_int8():
+        pytest.skip(f"the {unit} unit multiplies no int8")
+    x, weight = (torch.randint(-128, 128, s, generator=generator).char() for s in ((rows, inputs), (outputs, inputs)))
+    x[0], weight[0] = 127, -128
+    zero = torch.randint(-128, 128, (rows,), generator=generator, dtype=torch.int32)
+    packed = cpu.pack_weight_int8(weight)
+    for shift in (None, zero):
+        y = cpu.linear_int8_packed(
+            x, torch.ones(rows), packed, torch.ones(outputs), None, shift, None, False, torch.float32
+        )
+        shifted = x.double() - (0 if shift is None else shift.double()[:, None])
+        assert torch.equal(y.double(), F.linear(shifted, weight.double()).float().double())
+
+
+def test_a_weight_packed_for_another_unit_is_refused(unit: str, generator) -> None:
+    """Layouts differ and sizes do not: it would be multiplied to wrong numbers."""
+    if not cpu.packs_linear(torch.bfloat16):
+        pytest.skip(f"the {unit} unit packs no weights")
+    x, weight = (sample(s, "normal", torch.bfloat16, generator) for s in ((3, 64), (32, 64)))
+    calls = [(cpu.pack_weight(weight), lambda packed: cpu.linear_packed(x, packed, 32, None, None, False))]
+    if cpu.multiplies_int8():
+        packed = cpu.pack_weight_int8(torch.ones(32, 64, dtype=torch.int8))
+        calls.append((packed, lambda packed: cpu.linear_int8_dynamic(x, packed, torch.ones(32), None, False)))
+    for packed, multiply in calls:
+        multiply(packed)
+        packed.view(torch.uint8)[-8:].view(torch.int64).add_(1)
+        with pytest.raises(RuntimeError, match=r"must be packed for the instruction set in use, \w+, got one of layout"):
+            multiply(packed)
+
+
+@pytest.mark.parametrize("other", ["avx2", "avx512"])
+def test_units_do_not_take_each_others_weights(unit: str, other: str, generator) -> None:
+    if other not in cpu.instruction_sets().split() or not cpu.packs_linear(torch.bfloat16):
+        pytest.skip(f"needs two units with GEMMs of their own; this machine has {cpu.instruction_sets()}")
+    x, weight = (sample(s, "normal", torch.bfloat16, generator) for s in ((3, 64), (32, 64)))
+    packed, expected = cpu.pack_weight(weight), F.linear(x.double(), weight.double())
+    cpu.use_instruction_set(other)
+    try:
+        found = cpu.linear_packed(x, packed, 32, None, None, False)
+    except RuntimeError as error:
+        assert "must be packed for the instruction set in use" in str(error)
+        assert (unit == "avx2") != (other == "avx2")
+    else:
+        assert relative_error(found, expected) < 4e-3
+    finally:
+        cpu.use_instruction_set(unit)
 
 
 def run_everything(generator: torch.Generator, batch: int) -> list[torch.Tensor]:
@@ -334,9 +388,14 @@ def run_everything(generator: torch.Generator, batch: int) -> list[torch.Tensor]
         *cpu.attention(q.float(), k.float(), v.float(), 0.2, None, None, None, None),
         cpu.gelu(tokens),
     ]
-    if cpu.packs_linear(torch.bfloat16):
-        matrix = sample((96, 240), "normal", torch.bfloat16, generator)
-        outputs.append(cpu.linear_packed(tokens, cpu.pack_weight(matrix), 96, None, None, True))
+    matrix = sample((96, 240), "normal", torch.bfloat16, generator)
+    for dtype in (torch.bfloat16, torch.float32):
+        if cpu.packs_linear(dtype):
+            packed = cpu.pack_weight(matrix.to(dtype))
+            outputs.append(cpu.linear_packed(tokens.to(dtype), packed, 96, None, None, True))
+    if cpu.multiplies_int8():
+        packed = cpu.pack_weight_int8(torch.arange(96 * 240).view(96, 240).remainder(255).sub(127).char())
+        outputs.append(cpu.linear_int8_dynamic(tokens, packed, torch.full((96,), 0.01), None, True))
     return [o for o in outputs if o.dim() and o.shape[0] == batch]
 
 

@@ -164,7 +164,7 @@ struct Driver {
     add(q.x_zero, rows * 4);
   }
 
-  QuantizedRows quantize(DType dtype, int64_t rows, int64_t channels, DType to, bool symmetric) {
+  QuantizedRows quantize(const Kernels& unit, DType dtype, int64_t rows, int64_t channels, DType to, bool symmetric) {
     QuantizeRowsParams p = {};
     p.x = filled(dtype, rows * channels);
     p.x_stride = channels;
@@ -172,10 +172,13 @@ struct Driver {
     p.rows = rows;
     p.channels = int32_t(channels);
     p.dtype = dtype;
-    kernels.quantize_rows(p, executor);
+    unit.quantize_rows(p, executor);
     add(p.quantized, rows, channels);
     report("quantize_rows", dtype);
     return p.quantized;
+  }
+  QuantizedRows quantize(DType dtype, int64_t rows, int64_t channels, DType to, bool symmetric) {
+    return quantize(kernels, dtype, rows, channels, to, symmetric);
   }
 
   void quantized_norm(DType dtype, int64_t rows, int64_t channels, DType to, bool symmetric) {
@@ -272,32 +275,42 @@ struct Driver {
     report("attention_backward", dtype);
   }
 
+  template <class T>
   void linear(int64_t rows, int64_t in, int64_t out) {
-    PackWeightParams w = {};
-    w.weight = static_cast<const bf16*>(filled(kBFloat16, out * in));
-    w.packed = reinterpret_cast<bf16*>(guarded(packed_weight_size(out, in) * 2));
+    constexpr bool wide = sizeof(T) == 4;
+    const DType dtype = wide ? kFloat32 : kBFloat16;
+    PackWeightParamsOf<T> w = {};
+    w.weight = static_cast<const T*>(filled(dtype, out * in));
+    w.packed = reinterpret_cast<T*>(guarded(packed_weight_size(out, in) * int64_t(sizeof(T))));
     w.in_features = in;
     w.out_features = out;
-    kernels.pack_weight(w, executor);
-    LinearParams p = {};
-    p.x = static_cast<const bf16*>(filled(kBFloat16, rows * in));
+    LinearParamsOf<T> p = {};
+    p.x = static_cast<const T*>(filled(dtype, rows * in));
     p.x_stride = p.in_features = in;
     p.packed_weight = w.packed;
     p.bias = floats(out);
-    p.residual = static_cast<const bf16*>(filled(kBFloat16, rows * out));
+    p.residual = static_cast<const T*>(filled(dtype, rows * out));
     p.residual_stride = p.out_features = out;
-    p.y = reinterpret_cast<bf16*>(guarded(rows * out * 2));
+    p.y = reinterpret_cast<T*>(guarded(rows * out * int64_t(sizeof(T))));
     p.rows = rows;
     for (bool gelu : {false, true}) {
       p.gelu = gelu;
-      kernels.linear(p, executor);
-      add(p.y, rows * out * 2);
+      if constexpr (wide) {
+        kernels.pack_weight_float32(w, executor);
+        kernels.linear_float32(p, executor);
+      } else {
+        kernels.pack_weight(w, executor);
+        kernels.linear(p, executor);
+      }
+      add(p.y, rows * out * int64_t(sizeof(T)));
     }
-    report("linear", kBFloat16);
+    report("linear", dtype);
   }
 
   void linear_int8(DType dtype, int64_t rows, int64_t in, int64_t out, bool grouped) {
-    const QuantizedRows x = quantize(dtype, rows, in, kInt8, false), weight = quantize(kFloat32, out, in, kInt8, true);
+    // By the generic unit, so that the counts of the one at work are not of its operands.
+    const QuantizedRows x = quantize(kGenericKernels, dtype, rows, in, kInt8, false);
+    const QuantizedRows weight = quantize(kGenericKernels, kFloat32, out, in, kInt8, true);
     PackWeightInt8Params w = {};
     w.weight_q = static_cast<const int8_t*>(weight.x_q);
     w.group_ratio = grouped ? floats(out * ((in + kInt8GroupSize - 1) / kInt8GroupSize)) : nullptr;
@@ -342,7 +355,7 @@ struct Driver {
 
   // fc1 as given, and an fc2 back to `out` features.
   void mlp_int8(LinearInt8Params fc1, int64_t hidden, int64_t out) {
-    const QuantizedRows weight = quantize(kFloat32, out, hidden, kInt8, true);
+    const QuantizedRows weight = quantize(kGenericKernels, kFloat32, out, hidden, kInt8, true);
     PackWeightInt8Params w = {};
     w.weight_q = static_cast<const int8_t*>(weight.x_q);
     w.packed = reinterpret_cast<int8_t*>(guarded(packed_weight_int8_size(out, hidden, false)));
@@ -366,6 +379,12 @@ struct Driver {
     gelu(dtype, 16384);
     quantize(dtype, 64, 1024, kInt8, false);
     attention(dtype, 1, 129, 1, 64, true);
+    if (!kernels.linear_float32) return;
+    if (dtype == kFloat32)
+      linear<float>(97, 1024, 256);
+    else
+      linear<bf16>(97, 1024, 256);
+    linear_int8(dtype, 97, 1024, 256, dtype == kFloat32);
   }
 
   void everything() {
@@ -386,9 +405,14 @@ struct Driver {
       attention(dtype, 1, 103, 2, 40, true, {0, 67, 67, 70, 103});
     }
     if (!kernels.linear) return;
-    linear(1, 8, 1);
-    linear(33, 40, 56);
-    linear(70, 1088, 33);
+    linear<bf16>(1, 8, 1);
+    linear<bf16>(33, 40, 56);
+    linear<bf16>(70, 1088, 33);
+    if (kernels.linear_float32) {
+      linear<float>(1, 8, 1);
+      linear<float>(33, 40, 56);
+      linear<float>(70, 1088, 33);
+    }
     if (!kernels.linear_int8) return;
     for (bool grouped : {false, true}) {
       linear_int8(kBFloat16, 1, 7, 1, grouped);

@@ -20,9 +20,13 @@ from tests.support.building import BuildFolder
 BUDGET = Path(__file__).with_name("instructions.json")
 UNITS, DTYPES = ("generic", "avx2"), ("float32", "bfloat16")
 TABLE = (cpu_driver.SOURCES / "cpu/kernels.h").read_text().partition("struct Kernels {")[2].partition("};")[0]
-LINEARS = ("pack_weight", "linear", "pack_weight_int8", "linear_int8", "mlp_int8")
-KERNELS = [k for k in re.findall(r"void \(\*(\w+)\)", TABLE) if k not in (*LINEARS, "peak")]
-"""The kernels of every unit; these two units have no Linear of their own."""
+LINEARS = {
+    "float32": ("pack_weight_int8", "linear_int8", "mlp_int8", "pack_weight_float32", "linear_float32"),
+    "bfloat16": ("pack_weight_int8", "linear_int8", "mlp_int8", "pack_weight", "linear"),
+}
+"""By the dtype of x; the generic unit has none."""
+KERNELS = [k for k in re.findall(r"void \(\*(\w+)\)", TABLE) if k not in {"peak", *sum(LINEARS.values(), ())}]
+"""The kernels of every unit."""
 ALLOWED = 1.03
 
 
@@ -39,10 +43,9 @@ def count(driver: Path, unit: str, dtype: str, folder: Path) -> dict[str, int]:
     annotate = ["callgrind_annotate", "--inclusive=yes", "--threshold=100", str(profile)]
     text = subprocess.run(annotate, capture_output=True, text=True, check=True).stdout
     counts = {}
-    for kernel in KERNELS:
-        found = re.search(
-            rf"([\d,]+) \([^)]*\)\s+\S*:internvit::{unit}::{kernel}\(internvit::\w+Params(?:Of<[^>]*>)? const&", text
-        )
+    for kernel in [*KERNELS, *(LINEARS[dtype] if unit == "avx2" else ())]:
+        name = rf"(?:void )?internvit::{unit}::{kernel.removesuffix('_float32')}(?:<.*>)?"
+        found = re.search(rf"([\d,]+) \([^)]*\)\s+\S*:{name}\(internvit::\w+Params(?:Of<[^>]*>)? const&", text)
         if found is None:
             raise LookupError(f"callgrind saw no call of {kernel} in the unit {unit}")
         counts[kernel] = int(found[1].replace(",", ""))
