@@ -161,6 +161,8 @@ def freezing(model: nn.Module, backend: str = "inductor") -> Callable[[Tensor], 
 def zentorch(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """AMD's zentorch, a backend of torch.compile for EPYC processors; a wheel of it fits one torch."""
     needs("zentorch", "pip install zentorch, the version of your torch")
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        raise MissingPeerError("zentorch optimises nothing without AVX-512")
     import zentorch  # registers the backend
 
     return freezing(model, zentorch.__name__)

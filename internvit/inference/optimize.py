@@ -8,8 +8,8 @@ become stale, or is verified at each call, is derived from them:
 * On a CPU with AVX2, each block's bfloat16 Linears have packed copies of their weights, LayerScale folded in where the
   stream is of their dtype; without AVX-512 those of float32 as well. Each forward reads every weight once and compares
   row checksums (`internvit.inference.linear`); a block whose weights have changed is packed again. 0.6 GB for
-  InternViT-300M, 34 ms of one EPYC core beside a forward of 0.8 s on two. A layer with hooks, adapters or replaced parts
-  runs as it is.
+  InternViT-300M, 34 ms of one EPYC core beside a forward of 0.8 s on two. A layer with hooks, adapters or replaced
+  parts runs as it is.
 * On a GPU, CUDA graphs read the weights where they lie. Each forward checks that modules, hooks, settings and addresses
   are those of the capture; if not, the graphs are captured again, or the blocks run without.
 """

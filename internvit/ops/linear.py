@@ -9,9 +9,9 @@ x86 CPUs without products of a 16-bit dtype emulate them. There operands are wid
 is exact, and the float32 sums rounded once: the 300M block's four Linears at 1025 tokens take 238 ms so, of float32's
 222, where PyTorch takes 1008 in bfloat16 and 2584 in float16 (one core of a busy Cascade Lake).
 
-With AVX2 and without AVX-512 the CPU library's GEMM multiplies float32 and bfloat16 wherever autograd does not record, so
-in inference and in the fused ops of training. It packs the weight at each call, which takes as long as widening it, and
-is faster than MKL (docs/benchmarks.md).
+With AVX2 and without AVX-512 the CPU library's GEMM multiplies float32 and bfloat16 wherever autograd does not record,
+so in inference and in the fused ops of training. It packs the weight at each call, which takes as long as widening it,
+and is faster than MKL (docs/benchmarks.md).
 """
 
 import functools
