@@ -55,7 +55,7 @@ def test_each_image_once_with_the_models_bits_and_failed_ones_named(weights, pho
     rows = table(tmp_path / "out")
     good = [path for i, path in enumerate(photos) if i not in (4, 17, 29)]
     assert rows["path"].to_pylist() == [str(path) for path in good]
-    model = InternViT.from_pretrained(weights)
+    model = internvit.optimize_for_inference(InternViT.from_pretrained(weights))
     for row in rows.to_pylist():
         with torch.inference_mode():
             wanted = model(load_pixels(row["path"], (row["height"], row["width"]))[None]).pooler_output[0]

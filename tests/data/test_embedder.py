@@ -145,7 +145,7 @@ def test_what_cannot_be_read_is_null_with_its_reason(weights, photos, arrow, poo
 def test_tiles_are_those_of_tile_image(weights, photos, seed) -> None:
     embed = embedder(weights, size=28, tiles=4, pooling="class", batch=3)
     batch = embed({"path": photos})
-    model = InternViT.from_pretrained(weights)
+    model = optimize_for_inference(InternViT.from_pretrained(weights))
     for path, features in zip(photos, batch["features"], strict=True):
         with torch.inference_mode():
             wanted = model(tile_image(path, 28, max_tiles=4)).pooler_output

@@ -154,6 +154,10 @@ def test_int8_linears(model: InternViT, tmp_path: Path, monkeypatch) -> None:
     need("onnx")
     import onnx
 
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        pytest.skip(
+            "onnxruntime's int8 products saturate without VNNI: export refuses a file that is off by more than 0.1"
+        )
     monkeypatch.setattr(targets.ONNX, "inline_bytes", 0)
     result = export_model(model, tmp_path / "model.onnx", "onnx", precision="int8", size=(56, 56), batch=2)
     assert 1e-4 < max(result.errors.values()) < 0.1
