@@ -212,5 +212,5 @@ def test_models_with_avx2(avx2, dtype, precision, generator) -> None:
         allowed = relative_error(model(pixels).last_hidden_state, truth)
         found = fast(pixels).last_hidden_state
     assert allowed < (0.02 if dtype == torch.bfloat16 else 2e-6)
-    assert relative_error(found, truth) < (0.04 if precision else 1.1 * allowed)
+    assert relative_error(found, truth) < (0.04 if precision else (1.1 if dtype == torch.bfloat16 else 1.5) * allowed)
     assert torch.equal(fast(pixels[:1]).last_hidden_state, found[:1])

@@ -75,12 +75,8 @@ def test_epilogues(case):
 
 
 def numpy_rows_are_alike() -> bool:
-    a, b = (np.random.default_rng(0).standard_normal((64, 64), np.float32) for _ in range(2))
-    return all(
-        np.array_equal((a @ b)[shift:], a[shift:] @ b)
-        and np.array_equal(np.roll(a, shift, 0) @ b, np.roll(a @ b, shift, 0))
-        for shift in range(1, 64)
-    )
+    a, b = np.random.default_rng(0).standard_normal((2, 64, 64), np.float32)
+    return all(np.array_equal(np.roll(a, shift, 0) @ b, np.roll(a @ b, shift, 0)) for shift in range(1, 64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
