@@ -28,7 +28,7 @@ def folder(build_folder):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("tests/proofs/cpu/test_units.py", "-k", emulated.UNIT),
+        ("tests/proofs/cpu/test_units.py", "tests/proofs/cpu/test_unit_linears.py", "-k", emulated.UNIT),
         ("tests/ops/test_every_op.py", "-k", "cpu and attention"),
         ("tests/inference/test_int8_fused.py", "tests/ops/test_int8.py", "-k", "fused or (test_linear and cpu)"),
     ],
