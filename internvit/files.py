@@ -5,6 +5,7 @@ locked while it is in use, so that the next writer recognises what a killed proc
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_JSON_BYTES = 64 * 2**20  # the index of a 1000B model has about 10 MB
 
 
@@ -58,6 +60,10 @@ def staging(folder: Path, name: str) -> Iterator[Staging]:
         shutil.rmtree(place, ignore_errors=True)  # of a killed process
         place.mkdir()
         yield Staging(folder, place, os.fstat(lock).st_mode & 0o777)
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:  # a write names nothing
+            error.filename = os.fspath(folder)
+        raise
     finally:
         # The lock goes last: another process may take the folder over at that moment, and then it is not empty.
         shutil.rmtree(place, ignore_errors=True)

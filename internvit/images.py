@@ -133,17 +133,26 @@ def decode_photo(data: bytes, path: str | Path) -> "Image.Image":
     try:
         with Image.open(io.BytesIO(data)) as file:
             file.load()
-            image = ImageOps.exif_transpose(file)
+            image, kind = ImageOps.exif_transpose(file), file.format
     except UnidentifiedImageError as error:
         hint = f"; {suffix} needs a plugin, or another format" if suffix[1:] in _OTHERS.split() else ""
         raise ValueError(f"{name}: not an image that Pillow can read{hint}") from error
     except Exception as error:  # decoders raise RuntimeError, struct.error, MemoryError and more
         raise ValueError(f"{name}: broken image: {str(error) or type(error).__name__}") from error
-    return to_rgb(image, name)
+    return to_rgb(image, name, kind)
 
 
-def to_rgb(image: "Image.Image", name: str) -> "Image.Image":
+_SIXTEEN_BITS = ("PNG", "PPM")
+"""Formats that have no wider integers: Pillow has given 16 bits of theirs as mode "I", 32 bits."""
+
+
+def to_rgb(image: "Image.Image", name: str, kind: str | None = None) -> "Image.Image":
     """An image of any mode as 8-bit RGB.
+
+    Args:
+        image: as Pillow opened it, or was given it.
+        name: of the image, for messages.
+        kind: Pillow's name of the format that it comes from, `image.format` by default.
 
     Raises:
         ValueError: values without a known range; the message begins with `name`.
@@ -151,7 +160,8 @@ def to_rgb(image: "Image.Image", name: str) -> "Image.Image":
     from PIL import Image
 
     if image.mode.startswith("I"):
-        image = _eight_bits(np.asarray(image), name)
+        wide = image.mode == "I" and (kind or image.format) not in _SIXTEEN_BITS
+        image = _eight_bits(np.asarray(image), name, wide)
     elif image.mode == "F":
         raise ValueError(f"{name}: float values have no known range; save it as 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -160,12 +170,16 @@ def to_rgb(image: "Image.Image", name: str) -> "Image.Image":
     return image.convert("RGB")
 
 
-def _eight_bits(values: np.ndarray, name: str) -> "Image.Image":
-    """Integers up to 65535 as 8 bits; 257 = 65535 / 255 steps of 16 bits are one of 8."""
+def _eight_bits(values: np.ndarray, name: str, wide: bool) -> "Image.Image":
+    """Integers up to 65535 as 8 bits; 257 = 65535 / 255 steps of 16 bits are one of 8.
+
+    Values up to 255 in `wide` integers, of 32 bits, are refused: 8 bits as likely as 16.
+    """
     from PIL import Image
 
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ValueError(f"{name}: values up to {values.max()} have no known range; save it as 8 or 16 bits")
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if low < 0 or high > 65535 or (wide and 0 < high < 256):
+        raise ValueError(f"{name}: integers from {low} to {high} have no known range; save it as 8 or 16 bits")
     return Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))
 
 

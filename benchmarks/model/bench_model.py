@@ -38,6 +38,12 @@ def trained_like(config: InternViTConfig) -> dict[str, Tensor]:
     return found
 
 
+@functools.lru_cache(maxsize=2)
+def rounded(config: InternViTConfig, device: str, dtype: torch.dtype, of: torch.dtype) -> dict[str, Tensor]:
+    """`trained_like` weights rounded to `dtype` and held in `of`: one memory for all who take them as they are."""
+    return {k: v.to(device, dtype).to(of) for k, v in trained_like(config).items()}
+
+
 def in_float32(linear: nn.Linear, x: Tensor) -> Tensor:
     """linear(x) with float32 products and one rounding."""
     bias = None if linear.bias is None else linear.bias.float()
@@ -56,7 +62,7 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
     mark = "" if usual == dtype else " float32"
 
     def weights(of: torch.dtype = dtype) -> dict[str, Tensor]:
-        return {k: v.to(setting.device, dtype).to(of) for k, v in trained_like(config).items()}
+        return rounded(config, setting.device, dtype, of)
 
     def features(model: Callable[[Tensor], Any], of: torch.dtype = usual) -> Callable[[Tensor], Tensor]:
         return lambda x: model(x.to(of)).last_hidden_state

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -96,6 +97,24 @@ def test_what_others_are_writing_stays(tmp_path) -> None:
         assert (tmp_path / ".checkpoint.0.writing" / "files" / "0.shard").stat().st_size == 1000
         process.stdin.close()
     assert names(tmp_path) == {"config.json", "model.safetensors"}
+
+
+ATOMIC = """
+import resource, sys
+from internvit.files import atomic_write
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+with atomic_write(sys.argv[1]) as path:
+    path.write_bytes(bytes(10000))
+"""
+
+
+@posix
+def test_a_disk_that_is_full_is_named(tmp_path) -> None:
+    """Python's error of a write names no file."""
+    command = [sys.executable, "-c", ATOMIC, str(tmp_path / "features.bin")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert re.search(rf"OSError: \[Errno \d+\] .*: '{re.escape(str(tmp_path))}'", done.stderr)
+    assert names(tmp_path) == set()
 
 
 @posix

@@ -76,6 +76,7 @@ BROKEN = {
     "flipped.png": lambda p: p.write_bytes(_flipped(_bytes("png"))),
     "float.tif": lambda p: save(p, Image.fromarray(RAMP.astype(np.float32))),
     "range.tif": lambda p: save(p, Image.fromarray(np.full((4, 4), 70000, np.int32))),
+    "eight-in-thirty-two.tif": lambda p: save(p, Image.fromarray(GREY.astype(np.int32))),
 }
 
 
@@ -111,6 +112,13 @@ def test_grey_and_16_bits(name, tmp_path) -> None:
     assert photo.mode == "RGB"
     difference = np.abs(np.asarray(photo).astype(int) - GREY.astype(int)[..., None])
     assert difference.max() <= (0 if not name.endswith("jpg") else 3)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
+def test_dark_images_of_16_bits_stay_dark(kind, tmp_path) -> None:
+    """Values of 8 bits mean 8 bits in no file of 16."""
+    path = save(tmp_path / f"dark.{kind}", Image.fromarray(np.full((24, 36), 200, np.uint16)))
+    assert (np.asarray(open_photo(path)) == 1).all()
 
 
 TRANSPARENT = {
