@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from internvit.geometry import check_pixels
 from internvit.ops.core.sequences import Sequences, readable
@@ -88,6 +89,24 @@ class PackedTokens(SequenceOf[Tensor]):
 
     def __repr__(self) -> str:
         return f"PackedTokens(images={len(self)}, tokens={self.values.shape[0]}, width={self.values.shape[1]})"
+
+
+def _leaves(packed: PackedTokens) -> tuple[list[Any], Any]:
+    return [packed.values, packed.cu_seqlens], (packed.grids, packed.lengths, packed.max_seqlen)
+
+
+def _from_leaves(leaves: Any, context: Any) -> PackedTokens:
+    """Unchecked: a tree's leaves may be anything."""
+    packed = PackedTokens.__new__(PackedTokens)
+    packed.values, ends = leaves
+    packed.grids, packed.lengths, max_seqlen = context
+    packed.sequences = Sequences(ends, max_seqlen)
+    return packed
+
+
+# DistributedDataParallel and FSDP2 look for tensors in what forward returns: with static_graph=True DDP does not reduce
+# gradients that come through others.
+register_pytree_node(PackedTokens, _leaves, _from_leaves)
 
 
 def per_token(factors: Tensor, sequences: Sequences, total: int) -> Tensor:

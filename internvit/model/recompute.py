@@ -20,6 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+MODIFIED = (
+    "a tensor that backward needs was modified in place after forward; "
+    "call backward before changing parameters or activations"
+)
+
 
 @dataclass(frozen=True)
 class Rematerialization:
@@ -31,12 +36,26 @@ class Rematerialization:
 
     def run(self, shape: torch.Size) -> Tensor:
         if tuple(t._version for t in self.inputs) != self.versions:
-            raise RuntimeError(
-                "a tensor needed to recompute an activation in backward was modified in place after forward; "
-                "call backward before changing parameters or activations"
-            )
+            raise RuntimeError(MODIFIED)
         with torch.no_grad():
             return self.compute().view(shape)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor as it is, valid while unmodified: autograd compares no versions of what went through hooks."""
+
+    tensor: Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Kept":
+        return cls(tensor, None if tensor.is_inference() else tensor._version)
+
+    def run(self, shape: torch.Size) -> Tensor:
+        if self.version not in (None, self.tensor._version):
+            raise RuntimeError(MODIFIED)
+        return self.tensor
 
 
 def _storage_of(tensor: Tensor) -> int:
@@ -54,18 +73,22 @@ class _Scope:
         # A number is reused once its storage dies: the weak reference tells the tensor meant from a later one.
         self.entries[_storage_of(tensor)] = (weakref.ref(tensor), tensor._version, rematerialization)
 
-    def pack(self, saved: Tensor) -> Tensor | tuple[Rematerialization, torch.Size]:
+    def pack(self, saved: Tensor) -> tuple[Rematerialization | Kept, torch.Size]:
+        return self._source(saved), saved.shape
+
+    def _source(self, saved: Tensor) -> Rematerialization | Kept:
         entry = self.entries.get(_storage_of(saved))
         if entry is None:
-            return saved
+            return Kept.of(saved)
         meant, version, rematerialization = entry[0](), *entry[1:]
         # A tensor written to since (a pre-hook, ReLU(inplace=True) before a Linear) is not what would be recomputed.
         same = meant is not None and saved.numel() == meant.numel() and saved._version == version
-        return (rematerialization, saved.shape) if same and saved.is_contiguous() else saved
+        return rematerialization if same and saved.is_contiguous() else Kept.of(saved)
 
     @staticmethod
-    def unpack(packed: Tensor | tuple[Rematerialization, torch.Size]) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed[0].run(packed[1])
+    def unpack(packed: tuple[Rematerialization | Kept, torch.Size]) -> Tensor:
+        source, shape = packed
+        return source.run(shape)
 
 
 class _Scopes(threading.local):

@@ -1,10 +1,11 @@
 """FSDP2 by block: torch's `fully_shard` of each block and of what is left, beside tensor parallelism or alone."""
 
+import dataclasses
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from internvit.model.block import InternViTLayer
@@ -24,7 +25,8 @@ def shard_blocks(model: Model, mesh: DeviceMesh, **settings: Any) -> Model:
         model: an `InternViT`, a backbone, or a model around one; after `internvit.parallel.parallelize` for both.
         mesh: of the data-parallel ranks, such as `mesh["dp"]`; with two dimensions, (replicate, shard).
         settings: mp_policy, reshard_after_forward, offload_policy and ignored_params, of
-            `torch.distributed.fsdp.fully_shard`.
+            `torch.distributed.fsdp.fully_shard`. The policy's casts of inputs and outputs are the model's: between
+            blocks the residual stream keeps its dtype.
 
     Returns:
         The model.
@@ -47,9 +49,11 @@ def shard_blocks(model: Model, mesh: DeviceMesh, **settings: Any) -> Model:
         stacked = local.dim() in (2, 3) and local.shape[0] == 3 and divides
         return Shard(divides[-1]) if stacked else None
 
+    policy = settings.get("mp_policy", MixedPrecisionPolicy())
+    of_blocks = settings | {"mp_policy": dataclasses.replace(policy, cast_forward_inputs=False, output_dtype=None)}
     for block in blocks:
         unwrapped = not has_own_hooks(block)
-        fully_shard(block, mesh=mesh, shard_placement_fn=placement, **settings)
+        fully_shard(block, mesh=mesh, shard_placement_fn=placement, **of_blocks)
         if unwrapped:
             block.wrapping_hooks = frozenset({*block._forward_hooks, *block._forward_pre_hooks})
     fully_shard(model, mesh=mesh, **settings)

@@ -4,6 +4,7 @@ Two sums over ranks of [B, N, C] a block forward, of what proj and fc2 give, and
 and fc1 give their inputs. The residual stream, norms, LayerScale and DropPath are the same on every rank.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from internvit.model.block import InternViTLayer, is_plain_layer
 from internvit.model.embeddings import Embeddings
 from internvit.model.fused_block import BlockParts, BranchOutput, Norm, gelu_recomputed
 from internvit.model.hooks import has_own_hooks
-from internvit.model.layers import MLP, Attention
+from internvit.model.layers import MLP, Attention, LayerNorm, RMSNorm
 from internvit.ops import linear_gelu, qk_norm_attention_qkvpacked
 from internvit.ops.core.sequences import Sequences
 from internvit.parallel.group import RankGroup
@@ -24,6 +25,8 @@ from internvit.parallel.linear import column_linear, row_linear
 from internvit.parallel.plan import TensorParallelPlan
 from internvit.parallel.qk_norm import shared_qk_norm_attention
 from internvit.reference import drop_path_scale
+
+_NOT_RUN = "which a tensor-parallel block does not run: undo it"
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -33,6 +36,8 @@ def local(parameter: Tensor) -> Tensor:
 
 def local_norm(module: Any) -> Norm:
     """A norm's parameters, which every rank has."""
+    if not isinstance(module, RMSNorm | LayerNorm):
+        raise RuntimeError(f"a norm is a {type(module).__name__}, {_NOT_RUN}")
     bias = None if module.bias is None else local(module.bias)
     return Norm(module.norm_type, local(module.weight), bias, module.eps, module.rounding)
 
@@ -136,9 +141,9 @@ class TensorParallelLayer(InternViTLayer):
 
     def parts(self, sequences: Sequences | None = None, summary: AttentionSummary | None = None) -> BlockParts:
         _refuse_packed(sequences)
-        inside = next((name for name, module in self.named_modules() if name and has_own_hooks(module)), None)
-        if inside is not None:
-            raise RuntimeError(f"{inside} has hooks, which a tensor-parallel block does not run: remove them")
+        changed = next(_changed_parts(self), None)
+        if changed is not None:
+            raise RuntimeError(f"{changed}, {_NOT_RUN}")
         attn, mlp = self.attn, self.mlp
         row_scale = self._shared_row_scale if self.training and self.drop_path_rate > 0 else None
         return BlockParts(
@@ -157,12 +162,28 @@ class TensorParallelLayer(InternViTLayer):
         return self.attn.attention_map(x, kind)
 
     def has_plain_parts(self, quantised: bool = False) -> bool:
-        return is_plain_layer(self) and not any(has_own_hooks(module) for module in self.modules())
+        return is_plain_layer(self) and not has_own_hooks(self) and next(_changed_parts(self), None) is None
 
     def _shared_row_scale(self, branch: Tensor) -> Tensor:
         """Each rank draws, so that their generators stay alike, and all take the first rank's."""
         scale = drop_path_scale(branch.shape[0], self.drop_path_rate, branch.device)
         return self.attn.group.from_first(scale)
+
+
+_CLASSES: dict[str, type[nn.Module]] = {
+    "attn": TensorParallelAttention,
+    "mlp": TensorParallelMLP,
+    **dict.fromkeys(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), nn.Linear),
+}
+
+
+def _changed_parts(layer: TensorParallelLayer) -> Iterator[str]:
+    """Adapters and hooks put into the layer since it was split: it computes with its own parameters alone."""
+    for name, expected in _CLASSES.items():
+        module = layer.get_submodule(name)
+        if not isinstance(module, expected) or type(module).forward is not expected.forward:
+            yield f"{name} is a {type(module).__name__}"
+    yield from (f"{name} has hooks" for name, module in layer.named_modules() if name and has_own_hooks(module))
 
 
 def _row_linear(x: Tensor, module: nn.Linear, group: RankGroup) -> Tensor:

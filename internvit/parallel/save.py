@@ -4,8 +4,9 @@ What is written does not depend on the ranks: a checkpoint of 2 ranks loads on 8
 `torch.distributed.checkpoint.load` reads it into the state dict of a plain `InternViT`.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from internvit.checkpoint.save import save_pretrained as save_plain
 from internvit.model.vit import InternViT
@@ -84,7 +88,8 @@ def save_checkpoint(
     """Writes parameters, and an optimizer's state, by `torch.distributed.checkpoint`; each rank writes its part.
 
     Args:
-        model: with an `InternViT` inside, split by `parallelize`, wrapped by FSDP2, both or neither.
+        model: with an `InternViT` inside, split by `parallelize`, wrapped by FSDP2, both or neither; or around that
+            `DistributedDataParallel` or `torch.compile`, whose names are left out.
         folder: made if it is not there; one process must not read it meanwhile.
         optimizer: of the model's parameters.
 
@@ -108,18 +113,23 @@ def load_checkpoint(
         optimizer: of the same kind and parameters.
 
     Raises:
-        ValueError: no checkpoint.
+        ValueError: no checkpoint, or one of another architecture.
     """
     path = checkpoint_folder(folder)
     state = _state(model, optimizer)
     stored = _stored(state, plan_of(model))
-    dcp.load(stored, checkpoint_id=str(path))
+    try:
+        dcp.load(stored, checkpoint_id=str(path))
+    except CheckpointException as error:  # a BaseException, with a traceback of each rank as its text
+        first = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{folder}: does not fit the model: {first}") from error
     if optimizer is not None:
         # Tensors were read into the state's own memory; numbers, such as learning rates, come back in `stored`.
         names = [name for name in state if name.startswith("optimizer.")]
         read = {name: state[name] if isinstance(stored[name], Tensor) else stored[name] for name in names}
         flat = {name.removeprefix("optimizer."): value for name, value in read.items()}
-        set_optimizer_state_dict(model, optimizer, flat, options=_FLAT)
+        with _gradients_aside(optimizer):
+            set_optimizer_state_dict(model, optimizer, flat, options=_FLAT)
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **settings: Any) -> None:
@@ -129,22 +139,56 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **settings
 
     Raises:
         ValueError, FileExistsError, OSError: as for `InternViT.save_pretrained`, on rank 0.
+        RuntimeError: on the others, when rank 0 has raised.
     """
+    while isinstance(model, DistributedDataParallel | torch._dynamo.OptimizedModule):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     tensors = {name: tensor for name, tensor in full_parameters(model) if tensor is not None}
-    if tensors:
-        config: Any = model.config
-        plain = InternViT(config, device="meta")
-        plain.load_state_dict(tensors, assign=True)
-        save_plain(plain, folder, **settings)
-    _barrier()
+    if not dist.is_initialized():
+        _save_plain(model, tensors, folder, settings)
+        return
+    failure: list[str | None] = [None]
+    try:
+        if tensors:
+            _save_plain(model, tensors, folder, settings)
+    except BaseException as error:
+        failure = [f"{type(error).__name__}: {error}"]
+        raise
+    finally:  # the others wait for it
+        dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise RuntimeError(f"save_pretrained: rank 0 raised {failure[0]}")
+
+
+def _save_plain(model: nn.Module, tensors: dict[str, Tensor], folder: Any, settings: dict[str, Any]) -> None:
+    config: Any = model.config
+    plain = InternViT(config, device="meta")
+    plain.load_state_dict(tensors, assign=True)
+    save_plain(plain, folder, **settings)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
     if optimizer is not None:
-        flat = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+        with _gradients_aside(optimizer):
+            flat = get_optimizer_state_dict(model, optimizer, options=_FLAT)
         state |= {f"optimizer.{name}": value for name, value in flat.items()}
     return state
+
+
+@contextlib.contextmanager
+def _gradients_aside(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """PyTorch makes no state for an optimizer that has not stepped while a parameter has a gradient, so that none
+    would be read."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
 
 
 def _stored(state: Mapping[str, Any], plan: TensorParallelPlan | None) -> dict[str, Any]:

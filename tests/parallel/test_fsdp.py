@@ -155,5 +155,24 @@ def check_mixed_precision(seed: int) -> None:
             assert relative_error(parameter.grad.full_tensor(), expected) < 0.1, name
 
 
-def test_mixed_precision_with_drop_path(seed) -> None:
+def check_float32_stream(seed: int) -> None:
+    """A stream past float16's range, as InternViT's massive channels are, stays in float32 from block to block."""
+    mesh = init_device_mesh("cpu", (2,))
+    config = TINY["4 heads, QK-norm, bias"]
+    for settings in ({}, {"output_dtype": torch.bfloat16}):
+        model = whole(config, seed).train()
+        with torch.no_grad():
+            model.encoder.layers[0].mlp.fc2.bias[3], model.encoder.layers[0].ls2[3] = 6e4, 2.0
+        model.encoder.residual_dtype = torch.float32
+        pixels = images(config, 2)
+        expected = model(pixels, output_hidden_states=True).hidden_states
+        shard_blocks(model, mesh, mp_policy=MixedPrecisionPolicy(torch.float16, torch.float32, **settings))
+        out = model(pixels, output_hidden_states=True)
+        for ours, theirs in zip(out.hidden_states[1:-1], expected[1:-1], strict=True):
+            assert relative_error(ours.float(), theirs) < 0.01
+        assert out.hidden_states[1].dtype == settings.get("output_dtype", torch.float32)
+
+
+def test_mixed_precision_with_drop_path_and_a_float32_stream(seed) -> None:
     run_ranks(2, check_mixed_precision, seed)
+    run_ranks(2, check_float32_stream, seed)

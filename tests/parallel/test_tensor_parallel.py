@@ -183,6 +183,23 @@ def check_drop_path_and_frozen_weights(seed: int) -> None:
     assert relative_error(out, theirs) < 0.02
 
 
+class Wrapped(nn.Module):
+    """A module in another's place that has its parameters, as PEFT's has."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, *args: Any) -> Any:
+        return self.base(*args)
+
+
 def check_refusals(seed: int) -> None:
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     config = TINY["4 heads, QK-norm, bias"]
@@ -205,7 +222,16 @@ def check_refusals(seed: int) -> None:
     with pytest.raises(RuntimeError, match=r"mlp\.fc1 has hooks, which a tensor-parallel block does not run"):
         split(pixels)
     handle.remove()
-    split(pixels)
+    expected = split(pixels).last_hidden_state
+    layer = split.encoder.layers[1]
+    for name in ("attn", "attn.proj", "mlp.fc2", "norm1", "norm2"):  # an adapter, for instance, added after the split
+        part = layer.get_submodule(name)
+        layer.set_submodule(name, Wrapped(part))
+        with pytest.raises(RuntimeError, match=r" is a Wrapped, which a tensor-parallel block does not run"):
+            split(pixels)
+        layer.set_submodule(name, part)
+    nn.utils.parametrize.register_parametrization(layer.mlp.fc1, "bias", nn.Identity())
+    assert torch.equal(split(pixels).last_hidden_state, expected)
 
 
 def check_everything_else(seed: int) -> None:
