@@ -12,7 +12,7 @@ from internvit import InternViT, InternViTConfig, reference
 from internvit.benchmarks.harness import peers
 from internvit.benchmarks.harness.cases import BOTH, FORWARD, OURS, BenchmarkCase, Implementation, Setting
 from internvit.benchmarks.harness.machine_limits import bfloat16_products
-from internvit.benchmarks.model.bench_model import trained_like
+from internvit.benchmarks.model.bench_model import emulated_products, trained_like
 from internvit.numerics import product_violations, relative_error
 
 
@@ -74,17 +74,24 @@ def block_case(setting: Setting, name: str, images: int, tokens: int, dtype: tor
     def timm() -> nn.Module:
         return In(peers.timm_model(config, weights()).blocks[0], usual)
 
+    def judges() -> tuple[nn.Module, nn.Module]:
+        """The plain block in `dtype` and in float64."""
+        emulation, truth = eager(), eager().double()
+        if usual != dtype:
+            emulated_products(emulation)
+        return emulation, truth
+
     def violations(result: Tensor, inputs: tuple[Tensor]) -> list[str]:
-        block = eager()
         with torch.no_grad():
-            emulation, truth = block(inputs[0]), block.double()(inputs[0].double())
+            plain, exact = judges()
+            emulation, truth = plain(inputs[0]), exact(inputs[0].double())
         return product_violations(result, truth, emulation, 1.1)
 
     def gradient_violations(grads: tuple[Tensor, ...], inputs: tuple[Tensor], incoming: tuple[Tensor]) -> list[str]:
-        block = eager()
-        (emulation,) = torch.autograd.grad(block(inputs[0]), inputs[0], incoming)
+        plain, exact = judges()
+        (emulation,) = torch.autograd.grad(plain(inputs[0]), inputs[0], incoming)
         wide = inputs[0].detach().double().requires_grad_()
-        (truth,) = torch.autograd.grad(block.double()(wide), wide, incoming[0].double())
+        (truth,) = torch.autograd.grad(exact(wide), wide, incoming[0].double())
         error, allowed = relative_error(grads[0], truth), 1.1 * relative_error(emulation, truth)
         return [] if error <= allowed else [f"gradient: relative error {error:.2e}, allowed {allowed:.2e}"]
 

@@ -50,6 +50,16 @@ def in_float32(linear: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.float(), linear.weight.float(), bias).to(x.dtype)
 
 
+def emulated_products(model: nn.Module) -> None:
+    """Has the Linears of a bfloat16 model multiply in float32, in which its products are exact.
+
+    For CPUs that emulate them: PyTorch takes minutes for those of a block.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = functools.partial(in_float32, module)  # type: ignore[method-assign]
+
+
 def model_case(setting: Setting, name: str, images: int, size: int, layers: int, every_peer: bool) -> BenchmarkCase:
     dtype = torch.bfloat16
     config = InternViTConfig.from_name(name).replace(
@@ -104,10 +114,8 @@ def model_case(setting: Setting, name: str, images: int, size: int, layers: int,
     def plain(pixels: Tensor, of: torch.dtype) -> Tensor:
         model = reference.InternViT(config).to(setting.device, of).eval()
         model.load_state_dict(weights(of))
-        if of == dtype != usual:  # PyTorch takes minutes for these products, which are exact in float32
-            for module in model.modules():
-                if isinstance(module, nn.Linear):
-                    module.forward = functools.partial(in_float32, module)  # type: ignore[method-assign]
+        if of == dtype != usual:
+            emulated_products(model)
         with torch.no_grad():
             return model(pixels.to(of)).last_hidden_state
 

@@ -141,8 +141,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **settings
         ValueError, FileExistsError, OSError: as for `InternViT.save_pretrained`, on rank 0.
         RuntimeError: on the others, when rank 0 has raised.
     """
-    while isinstance(model, DistributedDataParallel | torch._dynamo.OptimizedModule):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    while isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:  # torch.compile's
+        model = model.get_submodule("module" if isinstance(model, DistributedDataParallel) else "_orig_mod")
     tensors = {name: tensor for name, tensor in full_parameters(model) if tensor is not None}
     if not dist.is_initialized():
         _save_plain(model, tensors, folder, settings)
