@@ -31,6 +31,8 @@ _READABLE = (
 _OTHERS = "exr hdr heic heics heif heifs hif jxl jxr svg wdp"
 # Pillow takes a camera's raw file for the small TIFF preview inside it.
 _RAW = "3fr arw cr2 cr3 dng erf iiq mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f"
+# Formats without integers of 32 bits: where Pillow says so (mode "I"), they are of 16.
+_SIXTEEN_BITS = ("PNG", "PPM")
 RAW_SUFFIXES = frozenset(f".{suffix}" for suffix in _RAW.split())
 SUFFIXES = frozenset(f".{suffix}" for suffix in f"{_READABLE} {_OTHERS} {_RAW}".split())
 
@@ -140,10 +142,6 @@ def decode_photo(data: bytes, path: str | Path) -> "Image.Image":
     except Exception as error:  # decoders raise RuntimeError, struct.error, MemoryError and more
         raise ValueError(f"{name}: broken image: {str(error) or type(error).__name__}") from error
     return to_rgb(image, name, kind)
-
-
-_SIXTEEN_BITS = ("PNG", "PPM")
-"""Formats that have no wider integers: Pillow has given 16 bits of theirs as mode "I", 32 bits."""
 
 
 def to_rgb(image: "Image.Image", name: str, kind: str | None = None) -> "Image.Image":
