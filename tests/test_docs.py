@@ -139,6 +139,7 @@ def run_python(code: str, namespace: dict[str, Any], name: str) -> None:
     exec(compiled, namespace)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_python_blocks_run(page: Path, namespace_of, tmp_path, monkeypatch) -> None:
     pytest.importorskip("torchvision", reason="detectors are torchvision's")
@@ -172,6 +173,7 @@ def find(name: str) -> Any:
     raise AttributeError(name)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", documented())
 def test_examples_of_docstrings_run(name: str, namespace_of, tmp_path, monkeypatch) -> None:
     import torchvision
@@ -261,6 +263,7 @@ def test_every_public_op_has_its_place_in_the_api() -> None:
     assert {f"::: internvit.ops.{name}" for name in ops.__all__ if name != "backend"} <= set(text.splitlines())
 
 
+@pytest.mark.sampled(2)  # 11 s
 def test_the_site_builds_without_a_warning(tmp_path) -> None:
     call = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

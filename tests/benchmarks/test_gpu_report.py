@@ -71,6 +71,7 @@ def test_shares_add_up_to_one():
     assert sum(one.share for one in gpu_report.STAGES) == pytest.approx(1)
 
 
+@pytest.mark.sampled(2)  # 6 s
 def test_a_stage_that_would_overrun_by_count_fails(tmp_path, capsys, monkeypatch):
     smoke = next(one for one in gpu_report.STAGES if one.name == "smoke")
     monkeypatch.setattr(gpu_report, "STAGES", (dataclasses.replace(smoke, each=smoke.each * 10),))

@@ -43,6 +43,7 @@ def test_a_broken_kernel_is_found(capsys, monkeypatch) -> None:
     assert all(row["failures"] for row in rows)
 
 
+@pytest.mark.sampled(2)  # 5 s
 def test_the_errors_shown_are_those_of_numbers(seed: int) -> None:
     """The sums of LayerNorm's folded weights are 0: fold_norm's column said 9.4e+11 for what rounds to that."""
     every = [c for c in check.checks(quick=True, seed=seed) if c[0].startswith("fold_norm") and "layer_norm" in c[0]]

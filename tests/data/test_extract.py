@@ -353,6 +353,7 @@ with open_parts(out, {}) as parts:
 """
 
 
+@pytest.mark.sampled(2)  # 6 s
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_joining_holds_no_more_than_a_copy_buffer(tmp_path) -> None:
     """24 parts of 16 MiB; the peak may not grow by one of them. ru_maxrss would begin at the peak of this process."""

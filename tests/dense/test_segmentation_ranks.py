@@ -66,6 +66,7 @@ def train_three_times(arguments: dict[str, list[str]]) -> None:
     train_here(arguments["stopped"])
 
 
+@pytest.mark.sampled(2)  # 25 s
 def test_two_ranks_continue_to_the_bit_and_one_goes_on(place) -> None:
     arguments = {out: command(place, f"here-{out}", *FEWER)[1:] for out in ("ranks", "stopped", "fewer")}
     run_ranks(2, train_three_times, arguments)

@@ -155,6 +155,7 @@ def test_killed_while_writing_a_checkpoint(place, whole, caplog) -> None:
     check_same_run(place / "writing", whole)
 
 
+@pytest.mark.sampled(2)  # 13 s
 def test_killed_at_any_moment(place, whole) -> None:
     """SIGKILL from outside, as soon as there is a checkpoint; with processes that make the samples afterwards."""
     process = subprocess.Popen(

@@ -64,7 +64,7 @@ def dynamic(model: InternViT, tmp_path_factory) -> Callable[[str], Export]:
     return export
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("to", RUNTIMES)
 def test_any_size_and_batch(to: str, model: InternViT, dynamic: Callable[[str], Export]) -> None:
     result = dynamic(to)
@@ -167,6 +167,7 @@ def test_int8_linears(model: InternViT, tmp_path: Path, monkeypatch) -> None:
     assert json.loads({p.key: p.value for p in file.metadata_props}["internvit.precision"]) == "int8"
 
 
+@pytest.mark.sampled(4)  # 6 s
 def test_large_weights_lie_beside_the_file(model: InternViT, tmp_path: Path, monkeypatch) -> None:
     need("onnx")
     monkeypatch.setattr(targets.ONNX, "inline_bytes", 0)

@@ -137,7 +137,7 @@ def test_onnx_by_torchscript(config_name: str) -> None:
         assert close(run_onnx(buffer.getvalue(), pixels), module(pixels), 1e-5)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ops_decompose(case: Case, generator: torch.Generator) -> None:
     arguments = case.make(generator)
@@ -156,7 +156,7 @@ def test_ops_decompose(case: Case, generator: torch.Generator) -> None:
         assert relative_error(actual, expected) < 1e-12
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_onnx_of_every_op(case: Case, generator: torch.Generator) -> None:
     """Programs that hold the ops themselves, by `onnx_table`."""

@@ -84,6 +84,7 @@ def test_every_layer_that_the_table_names_is_replaced(patched) -> None:
     assert loading.patch_on_load() == list(loading.LAYERS), "again: the same"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager", "internvit"])
 def test_from_pretrained_gives_fused_blocks(folder, patched, attn_implementation) -> None:
     path, given, expected = folder
@@ -187,6 +188,7 @@ def train(model: nn.Module, folder, samples: Samples, resume: bool = False, **ch
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "use_reentrant",
     [pytest.param(None, marks=pytest.mark.slow), False, pytest.param(True, marks=pytest.mark.slow)],
@@ -252,6 +254,7 @@ def test_a_trainer_on_two_ranks_trains_as_on_one(folder, patched, tmp_path) -> N
     assert max(relative_error(weights[name], expected[name]) for name in expected) <= 1e-3
 
 
+@pytest.mark.sampled(3)  # 11 s
 def test_it_needs_no_import_of_transformers_models_before_it_is_asked() -> None:
     code = (
         "import sys, internvit; assert 'transformers' not in sys.modules;"

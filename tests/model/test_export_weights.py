@@ -62,6 +62,7 @@ def replaced(path: Path, change: Callable[[Tensor], Tensor], part: str, how: str
 PARTS = ["norm1.weight", "norm2.bias", "ls1"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", ["state_dict", "attribute"])
 @pytest.mark.parametrize("part", PARTS)
 def test_shorter_weights_end_in_an_error(saved: Path, part: str, how: str) -> None:
@@ -80,6 +81,7 @@ def test_weights_of_another_kind_end_in_an_error(saved: Path, part: str, how: st
         program(torch.randn(1, 3, *CONFIG.image_hw))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("change", [strided, Tensor.double], ids=["strided", "float64"])
 @pytest.mark.parametrize("part", ["norm1", "ls1"])
 def test_strided_and_wider_weights_compute_the_same(saved: Path, part: str, change: Callable[[Tensor], Tensor]) -> None:

@@ -58,6 +58,7 @@ MODES = {"none": (12.1, 2.1), "folded": (10.1, 2.1), "selective": (5.1, 2.8), "s
 """The most units that a block leaves, and the most of backward's FLOPs over forward's."""
 
 
+@pytest.mark.sampled(2)
 @blocks
 def test_units_of_each_mode(name) -> None:
     layer, x = counted(name)
@@ -112,6 +113,7 @@ def test_selective_checkpointing_changes_no_bit(name, folded) -> None:
     assert not torch.equal(layer(x), plain[0]), "another seed drops other paths"
 
 
+@pytest.mark.sampled(2)
 @blocks
 def test_recomputing_changes_no_bit(name, monkeypatch) -> None:
     layer, x = block(name)
@@ -182,7 +184,7 @@ def test_gradient_checkpointing_modes_and_bad_input() -> None:
         model.set_gradient_checkpointing("all")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", ["none", "selective", "block"])
 @pytest.mark.parametrize("folded", [False, True])
 def test_every_mode_compiles_whole(mode, folded) -> None:

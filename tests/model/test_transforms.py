@@ -179,6 +179,7 @@ def test_a_trace_takes_another_batch_and_keeps_gradients(norm_type, gradients) -
             assert (a - b).norm() <= 1e-9 * b.norm() + 1e-12
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("mode", ["float32", "param_dtype", "antialias"])
 def test_one_exported_program_takes_every_size(native, mode) -> None:
@@ -238,6 +239,7 @@ def test_exported_backbones_take_every_size_too() -> None:
         assert relative_error(ours, theirs) < 1e-6
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_optimised_model_is_its_model_where_code_is_transformed(dtype) -> None:
     """Packed weights must not be baked into programs, and have no derivatives."""

@@ -18,7 +18,7 @@ from tests.support.models import CONFIGS, images, pair, random_weights, timm_jud
 tiny = pytest.mark.parametrize("name", ["tiny-layer_norm", "tiny-rms_norm"])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_agrees_with_transformers_in_float32_and_bfloat16(name) -> None:
     """float32: relative error <= 1e-5. bfloat16: the error against float64 is at most 1.02 times theirs."""
@@ -127,7 +127,7 @@ def test_layers_called_alone_hooked_or_threaded_give_the_same_bits(name) -> None
     assert seen == ["InternViTLayer", *[type(middle.norm1).__name__] * 2, "Linear", "Linear"]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["300m-2-layers", "6b-2-layers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_image_has_the_same_features_alone_and_in_any_batch(name, dtype, seed: int) -> None:

@@ -99,6 +99,7 @@ def test_float32_forward_and_backward_follow_float64(case: Case, backend: str, g
     assert max(pooled_errors(case, backend, torch.float32, generator)) < 2e-6
 
 
+@pytest.mark.sampled(2)
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_forward_and_backward(case: Case, backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:

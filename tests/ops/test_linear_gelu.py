@@ -13,6 +13,7 @@ backends = pytest.mark.parametrize("backend", backends_here("linear_gelu"))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
+@pytest.mark.sampled(2)
 @backends
 @dtypes
 @pytest.mark.parametrize(("rows", "width", "out"), [(1, 40, 24), (257, 384, 1536), (65, 1024, 4096)])

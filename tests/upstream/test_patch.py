@@ -105,6 +105,7 @@ def test_outputs_and_gradients_of_the_upstream(name) -> None:
     print(f"{name}: bfloat16 {compare(*upstream(name)):.3f} of unpatched's error")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "judge"),
     [
@@ -317,6 +318,7 @@ def test_moves_loads_and_modes(name) -> None:
     assert not handle.left
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["opengvlab-rms_norm", "transformers-layer_norm", "timm-layer_norm"])
 def test_compiles_whole(name) -> None:
     torch._dynamo.reset()

@@ -59,6 +59,7 @@ def test_the_unit_that_a_native_library_never_uses_compiles_at_o1_there_alone(bu
     assert [path for path in units if "-O1" in compiles[path]] == ([generic] if len(units) > 1 else [])
 
 
+@pytest.mark.sampled(2)  # 6 s
 def test_a_library_of_some_units_runs_the_best_of_them(build, build_folder: BuildFolder, monkeypatch, tmp_path) -> None:
     if reason := native.unavailable_reason("internvit_cpu"):
         pytest.skip(reason)

@@ -32,22 +32,21 @@ def run_op_tests(host_library, pytestconfig) -> Callable[..., None]:
     return run
 
 
-def test_every_op_on_the_host(run_op_tests) -> None:
-    run_op_tests("tests/ops/test_every_op.py", "-k", "cuda and not attention")
-
-
 FEW_ROWS = "cuda and not 257x and not 1025x and not true_width"
+CONTRACTS = tuple(
+    f"tests/ops/test_{name}.py" for name in ("rms_norm", "layer_norm", "layer_scale_residual", "qk_norm", "linear_gelu")
+)
+OP_TESTS = {
+    "the contract on few rows": (*CONTRACTS, "-k", FEW_ROWS),
+    "every op": ("tests/ops/test_every_op.py", "-k", "cuda and not attention"),
+    "quantised rows": ("tests/ops/test_quant.py", "-k", "cuda and not threads"),
+}
 
 
-@pytest.mark.sampled(3)
-def test_the_contract_on_few_rows(run_op_tests) -> None:
-    files = ("rms_norm", "layer_norm", "layer_scale_residual", "qk_norm", "linear_gelu")
-    run_op_tests(*(f"tests/ops/test_{name}.py" for name in files), "-k", FEW_ROWS)
-
-
-@pytest.mark.sampled(3)
-def test_quantised_rows(run_op_tests) -> None:
-    run_op_tests("tests/ops/test_quant.py", "-k", "cuda and not threads")
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("which", OP_TESTS)
+def test_op_tests_on_the_host(run_op_tests, which) -> None:
+    run_op_tests(*OP_TESTS[which])
 
 
 @pytest.mark.slow
@@ -238,6 +237,7 @@ def test_parameters_in_another_dtype(on_host, generator) -> None:
         assert grad.dtype == dtype
 
 
+@pytest.mark.sampled(3)  # 8 s
 def test_bad_arguments_are_errors_that_name_them(host_library, seed) -> None:
     attack("internvit_cuda_host", host_library, seed)
 

@@ -44,6 +44,7 @@ def test_the_library_is_that_of_the_sources() -> None:
     assert LIBRARY.stat().st_mtime > newest.stat().st_mtime, f"{newest.name} is newer than the library: make setup"
 
 
+@pytest.mark.sampled(2)  # with the others of `rows`
 def test_every_instantiation_is_there(rows) -> None:
     """Three vector counts for five pairs of dtypes: forward aligned and scalar; backward twice aligned, once scalar.
 
@@ -65,6 +66,7 @@ def test_every_instantiation_is_there(rows) -> None:
     assert len(rows) == sum(count.values())
 
 
+@pytest.mark.sampled(2)  # with the others of `rows`
 def test_within_budget(rows) -> None:
     committed = json.loads(BUDGET.read_text())
     same = committed["nvcc"] == toolkit()  # another nvcc allocates registers its own way
@@ -83,6 +85,7 @@ def test_within_budget(rows) -> None:
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.sampled(2)  # with the others of `rows`
 def test_hot_loops_move_16_bytes(rows) -> None:
     """Where an aligned kernel still loads, only statistics and row scales are narrower; a scalar one moves elements.
 

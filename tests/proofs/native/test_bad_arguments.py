@@ -37,7 +37,7 @@ def attack(namespace: str, library: Path, seed: int, parts: int = 5) -> None:
 @pytest.mark.skipif(
     native.unavailable_reason("internvit_cpu") is not None, reason=str(native.unavailable_reason("internvit_cpu"))
 )
-@pytest.mark.parametrize("parts", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", [10, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_cpu_library_survives_bad_arguments(parts: int, seed: int) -> None:
     attack("internvit_cpu", native.FOLDER / "internvit_cpu.so", seed, parts)
 

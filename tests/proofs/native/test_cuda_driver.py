@@ -33,6 +33,7 @@ def plain(build_folder) -> Path:
     return build_folder.once("cuda/driver", build)
 
 
+@pytest.mark.sampled(2)  # 15 s
 def test_guard_pages_and_any_order_of_threads(plain) -> None:
     first = run(plain, ORDERS[0])
     assert first.returncode == 0, first.stdout[-500:]

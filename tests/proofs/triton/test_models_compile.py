@@ -2,7 +2,7 @@
 
 No GPU is needed. `python -m tests.proofs.triton.test_models_compile` writes the budget anew: read the difference before
 you commit it. It also writes for which code all of that was seen on the targets of an ordinary run (`compiled.json`):
-such a run compiles an eighth of the same launches of the same code, and all of any other.
+such a run compiles a sixteenth of the same launches of the same code, and all of any other.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from tests.support import ROOT
 
 BUDGET = Path(__file__).with_name("budget.json")
 COMPILED = Path(__file__).with_name("compiled.json")
-PARTS = 8
+PARTS = 16
 LIMITS = ("registers", "shared_bytes", "stack_bytes")
 LOOP = ("issue", "tensor", "exp", "products")
 """Of a main loop with matrix products, where the target's figures are known."""

@@ -64,7 +64,7 @@ def parametrize(
     slow = [*long, *(c for c in rest if c not in table and c not in long)]
     cases = [pytest.param(c, id=_id(c)) for c in table]
     cases += [pytest.param(c, id=_id(c), marks=pytest.mark.slow) for c in slow]
-    return lambda test: pytest.mark.sampled(3)(pytest.mark.parametrize("case", cases)(test))
+    return lambda test: pytest.mark.sampled(4)(pytest.mark.parametrize("case", cases)(test))
 
 
 def fits(case: dict[str, Any]) -> bool:
