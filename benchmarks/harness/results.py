@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,10 +181,17 @@ def code() -> dict[str, str]:
     return found
 
 
-def changed_since(results: Results) -> list[str]:
-    """The parts of the code that are not what `results` timed; all of them where it was not recorded."""
-    recorded = results.machine.get("code", {})
+def changed_since(machine: Mapping[str, Any]) -> list[str]:
+    """The parts of the code that are not what was timed there; all of them where it was not recorded."""
+    recorded = machine.get("code", {})
     return [part for part, digest in code().items() if recorded.get(part) != digest]
+
+
+def age(machine: Mapping[str, Any]) -> str:
+    """When something was timed, and which parts of the code are others since."""
+    changed = changed_since(machine)
+    note = f"; the code has changed since in {', '.join(changed)}" if changed else ""
+    return f"{machine['time'][:10]}{note}"
 
 
 def device_name(device: str) -> str:

@@ -1,18 +1,19 @@
-"""README's table, docs' page of results with its pictures, and each machine's ops, from the results: `make report`.
+"""README's table and docs' page of results with its pictures, from the results: `make report`.
 
     python -m internvit.benchmarks.reports.report [--check]
 
-Whatever stands between the markers in README.md, docs/results.md, and benchmarks/results/*/README.md are written from
-benchmarks/results/*/bench.json; `--check` writes nothing and exits 1 where they disagree. Results of other code than
-today's are marked.
+What stands between the markers in README.md, and docs/results.md, are written from benchmarks/results/*/bench.json and
+where.json; `--check` writes nothing and exits 1 where they disagree. Results of other code than today's are marked.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from internvit.benchmarks.harness.results import FOLDER, Results, Row, changed_since, read
+from internvit.benchmarks.harness.results import FOLDER, Results, Row, age, read
+from internvit.benchmarks.reports import profile_forward
 from internvit.benchmarks.reports.table import markdown, ms, replace_section
 from internvit.files import atomic_write
 
@@ -79,11 +80,17 @@ def against_best(results: Results, benches: tuple[str, ...]) -> str:
     )
 
 
-def age(results: Results) -> str:
-    """When it was timed, and which parts of the code are others since."""
-    changed = changed_since(results)
-    note = f"; the code has changed since in {', '.join(changed)}" if changed else ""
-    return f"{results.machine['time'][:10]}{note}"
+def where(path: Path) -> str:
+    """Where a forward's time goes, from a machine's where.json."""
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    machine, peak, copy = found["machine"], found["peak TFLOP/s"], found["copy GB/s"]
+    return (
+        f"Where the 300M's forward goes, {found['size']} px, batch {found['images']}, bfloat16, {age(machine)}. "
+        f"Limits: {peak:.3g} TFLOP/s from registers and L1 for Linears and attention, {copy:.0f} GB/s of copying for "
+        f"norms.\n\n{profile_forward.table(found)}"
+    )
 
 
 def summary(name: str, results: Results) -> str:
@@ -91,13 +98,14 @@ def summary(name: str, results: Results) -> str:
     machine = results.machine
     parts = [
         f"## {machine['device']}",
-        f"{machine['threads']} threads, torch {machine['torch']}, {age(results)}. Medians, in brackets over the "
+        f"{machine['threads']} threads, torch {machine['torch']}, {age(machine)}. Medians, in brackets over the "
         f"fastest of ours; every row with its spread, memory and share of the limits is in "
         f"`benchmarks/results/{name}/bench.csv`.",
         f"![Medians and spread of every implementation](results/{name}.png)",
         ways(results, "model"),
         ways(results, "block"),
         against_best(results, tuple(dict.fromkeys(r.bench for r in results.rows if r.bench not in _WHOLE))),
+        where(FOLDER / name / "where.json"),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -142,7 +150,7 @@ def pages() -> dict[Path, str]:
     """The files that are written from the results."""
     everything = all_results()
     readme = ROOT / "README.md"
-    ages = [f"{results.machine['device']}: {age(results)}" for results in everything.values()]
+    ages = [f"{results.machine['device']}: {age(results.machine)}" for results in everything.values()]
     below = f"Medians; {'. '.join(ages)}. [Other batches and sizes, blocks, ops](docs/results.md)."
     table = f"{quick_table(everything.values())}\n\n{below}"
     parts = [_HEAD, *(summary(name, results) for name, results in everything.items())]

@@ -12,6 +12,7 @@ import torch
 
 from internvit.benchmarks.harness import results, run
 from internvit.benchmarks.harness.cases import Implementation, MissingPeerError, Setting
+from internvit.benchmarks.harness.machine_limits import bfloat16_products
 from internvit.benchmarks.harness.timing import Times, copies_past_cache, last_level_cache
 from internvit.benchmarks.model import bench_training
 from internvit.benchmarks.reports import report, table
@@ -216,15 +217,26 @@ def test_base_compares_with_a_revision(measured, monkeypatch, capsys) -> None:
     assert bench("--base", "v1", "--out", "x") == 2
 
 
+def test_where_a_forward_goes_is_marked_alike(measured, tmp_path) -> None:
+    row = {"total ms": 2.0, "kernels": {"Linears": {"ms": 2.0, "of the time": 1.0, "of its limit": 0.5}}}
+    found = {"machine": measured.machine, "images": 1, "size": 448, "peak TFLOP/s": 1.0, "copy GB/s": 9.0}
+    file = tmp_path / "where.json"
+    assert report.where(file) == ""
+    for code, marked in ((measured.machine["code"], False), ({}, True)):
+        file.write_text(json.dumps(found | {"machine": measured.machine | {"code": code}, "ways": {"fused": row}}))
+        assert "| Linears | 2.0 | 100.0% | 50% |" in report.where(file)
+        assert ("the code has changed since" in report.where(file)) == marked
+
+
 def test_results_of_other_code_are_marked(measured) -> None:
-    assert results.changed_since(measured) == []
+    assert results.changed_since(measured.machine) == []
     code = measured.machine["code"]
     assert set(code) == {"csrc", "kernels", "ops", "model"}
     old = dataclasses.replace(measured, machine={**measured.machine, "code": {**code, "csrc": "0"}})
-    assert results.changed_since(old) == ["csrc"]
-    assert "changed since in csrc" in report.age(old)
+    assert results.changed_since(old.machine) == ["csrc"]
+    assert "changed since in csrc" in results.age(old.machine)
     unknown = dataclasses.replace(measured, machine={k: v for k, v in measured.machine.items() if k != "code"})
-    assert results.changed_since(unknown) == list(code)
+    assert results.changed_since(unknown.machine) == list(code)
 
 
 def test_pictures(measured, tmp_path) -> None:
@@ -349,7 +361,8 @@ def test_training_counts_and_refuses(monkeypatch) -> None:
     arguments = (bench_training.VARIANTS[0], 65, "cpu", torch.bfloat16, 1, bench_training.cpu_seconds)
     rows = {row.way: row for row in bench_training.measured(*arguments)}
     units = {way: row.units for way, row in rows.items()}
-    assert next(way for way in units if way.startswith("transformers")) == "transformers SDPA"
+    peers = [way for way in units if way.startswith("transformers")]
+    assert peers == ["transformers SDPA" if bfloat16_products("cpu") else "transformers SDPA, float32"]
     assert 18 < units[bench_training.WITHOUT] < 18.1
     assert [round(units[way]) for way in bench_training.MODES] == [18, 12, 10, 5, 1]
     assert all(row.over > 0 for row in rows.values())
