@@ -64,7 +64,7 @@ def dynamic(model: InternViT, tmp_path_factory) -> Callable[[str], Export]:
     return export
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("to", RUNTIMES)
 def test_any_size_and_batch(to: str, model: InternViT, dynamic: Callable[[str], Export]) -> None:
     result = dynamic(to)

@@ -188,7 +188,6 @@ def train(model: nn.Module, folder, samples: Samples, resume: bool = False, **ch
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "use_reentrant",
     [pytest.param(None, marks=pytest.mark.slow), False, pytest.param(True, marks=pytest.mark.slow)],

@@ -86,7 +86,7 @@ CASES = [(k, d, p) for k in ("rms_norm", "layer_norm") for d in (torch.float32, 
 SHORT = [("rms_norm", torch.float32, 0.3), ("layer_norm", torch.bfloat16, 0.0)]  # 10 s each
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("kind", "dtype", "drop_path"), SHORT + [pytest.param(*c, marks=pytest.mark.slow) for c in CASES if c not in SHORT]
 )
