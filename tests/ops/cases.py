@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from internvit.ops.backends.registry import backends_for
-from internvit.ops.core.spec import SPECS, TINY, Arguments, Inputs, OpSpec, differentiable
+from internvit.ops.core.spec import SPECS, TINY, Arguments, Inputs, OpSpec, Size, differentiable
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Case:
         """The backends that can run it on CPU tensors on this machine."""
         return backends_for(self.spec.implemented_as, "cpu", dtype, head_dim, **self.spec.demands(self.variant))
 
-    def make(self, generator: torch.Generator) -> Arguments:
-        return self.spec.examples[self.variant](Inputs(TINY, generator, torch.float64))
+    def make(self, generator: torch.Generator, size: Size = TINY) -> Arguments:
+        return self.spec.examples[self.variant](Inputs(size, generator, torch.float64))
 
     def tensors(self, arguments: Arguments) -> dict[str, Tensor]:
         """The arguments that have gradients."""

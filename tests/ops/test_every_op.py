@@ -10,7 +10,7 @@ from torch import Tensor
 import internvit
 from internvit.numerics import relative_error
 from internvit.ops.core.registration import LIBRARY
-from internvit.ops.core.spec import INFERENCE_SPECS, Arguments, converted, first_images
+from internvit.ops.core.spec import INFERENCE_SPECS, Arguments, Size, converted, first_images
 from tests.ops.cases import CASES, CASES_AND_BACKENDS, Case
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -97,6 +97,32 @@ def pooled_errors(
 @each_backend
 def test_float32_forward_and_backward_follow_float64(case: Case, backend: str, generator: torch.Generator) -> None:
     assert max(pooled_errors(case, backend, torch.float32, generator)) < 2e-6
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize(("case", "backend"), [pair for pair in CASES_AND_BACKENDS if pair[1] != "reference"], ids=str)
+def test_sums_over_many_tokens_are_as_exact_as_pytorch(case: Case, backend: str, generator: torch.Generator) -> None:
+    """The rounding of one chain of additions grows with its length: an image of 896 px has 4097 tokens."""
+    size = Size(1 if case.spec.multiplies_matrices else 48, 4097, 1, 16)
+    made = converted(converted(case.make(generator, size), torch.float32), torch.float64)
+    weights = [torch.rand(o.shape, generator=generator, dtype=torch.float64) for o in case.run(made, "reference")]
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        arguments = leaves(case, made, dtype)
+        outputs = case.run(arguments, backend)
+        return [
+            *outputs,
+            *torch.autograd.grad(
+                outputs,
+                list(case.tensors(arguments).values()),
+                [w.to(o.dtype) for w, o in zip(weights, outputs, strict=True)],
+            ),
+        ]
+
+    for ours, pytorch, exact in zip(
+        run(torch.float32, backend), run(torch.float32, "reference"), run(torch.float64, "reference"), strict=True
+    ):
+        assert relative_error(ours, exact) <= max(3 * relative_error(pytorch, exact), 4e-7)
 
 
 @pytest.mark.sampled(2)

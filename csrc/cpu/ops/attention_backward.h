@@ -18,7 +18,7 @@ namespace internvit::INTERNVIT_ISA {
 struct AttentionBackwardScratch {
   float *k_transposed, *v_transposed, *keys, *grad_keys, *grad_values;  // panels of [D, N], [N, D]
   float *queries, *grads, *probabilities, *grad_scores, *grad_queries;  // [strip, D], [strip, N]
-  float* row;                                                           // [D]
+  float *row, *weight_sum;                                              // [D]
   int64_t columns, dims, bytes;
   AttentionBackwardScratch(void* memory, int64_t n_keys, int64_t head_dim) {
     columns = round_up(n_keys, kLanes);
@@ -33,6 +33,7 @@ struct AttentionBackwardScratch {
     float** by_score[] = {&probabilities, &grad_scores};
     for (float** p : by_score) *p = arena.take<float>(kStrip * columns);
     row = arena.take<float>(dims);
+    weight_sum = arena.take<float>(dims);
     bytes = arena.used;
   }
 };
@@ -55,6 +56,14 @@ INTERNVIT_INLINE float store_normed_grad(const float* grad_hat, const T* x, cons
     dot.part[u] = fma(scaled * w, value, dot.part[u]);
   });
   return dot.total();
+}
+
+// A strip's sum goes to the total, and the next begins at 0: the rounding of one chain grows with its length.
+INTERNVIT_INLINE void add_strip(float* sum, int64_t head_dim, float* total) {
+  for_lanes(head_dim, INTERNVIT_BODY(d, lanes, u) {
+    store(total + d, load(total + d, lanes) + load(sum + d, lanes), lanes);
+    store(sum + d, broadcast(0.0f), lanes);
+  });
 }
 
 template <class T>
@@ -105,6 +114,7 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
   if (q_weight) {
     __builtin_memset(grad_q_weight, 0, uint64_t(d) * sizeof(float));
     __builtin_memset(grad_k_weight, 0, uint64_t(d) * sizeof(float));
+    __builtin_memset(s.weight_sum, 0, uint64_t(d) * sizeof(float));
   }
   for (int64_t first = 0; first < n_tokens; first += kStrip) {
     const int64_t rows = min_of(kStrip, n_tokens - first);
@@ -130,18 +140,20 @@ void attention_backward_head(const AttentionBackwardParams& p, const AttentionBa
       T* grad = writable<T>(p.grad_q, b, n, h);
       if (q_weight) {
         p.row_dot_q[dots + n] = store_normed_grad(grad_hat, token<T>(p.q, b, n, h), q_weight, p.rstd_q[statistics + n],
-                                                  d, grad, grad_q_weight);
+                                                  d, grad, s.weight_sum);
       } else {
         store_grad(grad_hat, d, grad);
       }
     }
+    if (q_weight) add_strip(s.weight_sum, d, grad_q_weight);
   }
   for (int64_t n = 0; n < n_keys; ++n) {
     const float* grad_hat = s.grad_keys + n * dims;
     T* grad = writable<T>(p.grad_k, b, n, h);
     if (q_weight) {
       p.row_dot_k[dots + n] = store_normed_grad(grad_hat, token<T>(p.k, b, n, h), k_weight,
-                                                p.rstd_k[key_statistics + n], d, grad, grad_k_weight);
+                                                p.rstd_k[key_statistics + n], d, grad, s.weight_sum);
+      if ((n + 1) % kStrip == 0 || n + 1 == n_keys) add_strip(s.weight_sum, d, grad_k_weight);
     } else {
       store_grad(grad_hat, d, grad);
     }

@@ -6,8 +6,9 @@
 //   grad_gamma = sum over rows of grad * row_scale * branch
 //   grad_weight = sum over rows of grad_normed * x_hat,  grad_bias = sum over rows of grad_normed
 //
-// Rows are cut into chunks by their number alone. A chunk sums its rows in order into its own row of `partial`, and the
-// chunks are added in order: the same bits for any number of threads.
+// Rows are cut into chunks by their number alone. A chunk sums its rows in order into its own row of `partial`, 32 rows
+// for themselves at a time, and the chunks are added in order: the same bits for any number of threads, and no chain of
+// additions whose rounding grows with the number of rows.
 #pragma once
 
 #include "cpu/simd/loops.h"
@@ -63,19 +64,42 @@ INTERNVIT_INLINE void norm_backward_row(const NormBackwardParams& p, int64_t row
   });
 }
 
+constexpr int64_t kSummedRows = 32;
+
+// Adds the sums over rows [first, last) to `partial` [3, C], by way of `group` [3, C].
+template <class T, class R>
+INTERNVIT_INLINE void norm_backward_chunk(const NormBackwardParams& p, int64_t first, int64_t last, float* partial,
+                                          float* group) {
+  const int64_t channels = p.channels;
+  float* sums[kParameterKinds];
+  for (int kind = 0; kind < kParameterKinds; ++kind) sums[kind] = p.grads[kind] ? group + kind * channels : nullptr;
+  int64_t begin = first;
+  do {
+    for (float* target : sums)
+      if (target) __builtin_memset(target, 0, uint64_t(channels) * sizeof(float));
+    const int64_t end = min_of(begin + kSummedRows, last);
+    for (int64_t row = begin; row < end; ++row)
+      norm_backward_row<T, R>(p, row, sums[kGamma], sums[kWeight], sums[kBias]);
+    for (int kind = 0; kind < kParameterKinds; ++kind) {
+      if (!sums[kind]) continue;
+      float* const total = partial + kind * channels;
+      for_lanes(channels, INTERNVIT_BODY(c, lanes, u) {
+        const Vec before = begin > first ? load(total + c, lanes) : broadcast(0.0f);
+        store(total + c, before + load(sums[kind] + c, lanes), lanes);
+      });
+    }
+    begin = end;
+  } while (begin < last);
+}
+
 template <class T, class R>
 void norm_backward_rows(const NormBackwardParams& p, const Executor& executor) {
   const int64_t channels = p.channels, chunks = p.partial_rows;
   parallel(executor, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      float* partial = p.partial + chunk * 3 * channels;
-      float* sums[3] = {p.grads[kGamma] ? partial : nullptr, p.grads[kWeight] ? partial + channels : nullptr,
-                        p.grads[kBias] ? partial + 2 * channels : nullptr};
-      for (float* target : sums)
-        if (target) __builtin_memset(target, 0, uint64_t(channels) * sizeof(float));
-      const int64_t first = p.rows * chunk / chunks, last = p.rows * (chunk + 1) / chunks;
-      for (int64_t row = first; row < last; ++row) norm_backward_row<T, R>(p, row, sums[0], sums[1], sums[2]);
-    }
+    float* group = static_cast<float*>(executor.scratch(kParameterKinds * channels * int64_t(sizeof(float))));
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      norm_backward_chunk<T, R>(p, p.rows * chunk / chunks, p.rows * (chunk + 1) / chunks,
+                                p.partial + chunk * kParameterKinds * channels, group);
   });
   if (!p.grads[kGamma] && !p.grads[kWeight] && !p.grads[kBias]) return;
   const int64_t vectors = (channels + kLanes - 1) / kLanes;
