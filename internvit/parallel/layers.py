@@ -42,13 +42,30 @@ def local_norm(module: Any) -> Norm:
     return Norm(module.norm_type, local(module.weight), bias, module.eps, module.rounding)
 
 
+class _OwnGradient(torch.autograd.Function):
+    """The same values; a gradient in memory of its own.
+
+    With one image the gradients of the class token and of positions are views of one buffer. autograd copies such a
+    view before it becomes a parameter's `grad`; inside a DTensor it does not see it, and what the next backward adds to
+    one would be added to the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].clone()
+
+
 class TensorParallelEmbeddings(Embeddings):
     """Embeddings with DTensor parameters, computed on every rank."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if not isinstance(self.position_embedding, DTensor):  # inside the call below
             return super().forward(pixel_values)
-        parameters = {name: local(parameter) for name, parameter in self.named_parameters()}
+        parameters = {name: _OwnGradient.apply(local(parameter)) for name, parameter in self.named_parameters()}
         return functional_call(self, parameters, (pixel_values,))
 
 

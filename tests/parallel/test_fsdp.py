@@ -47,8 +47,9 @@ def check_training(config: InternViTConfig, dp: DeviceMesh, tp: DeviceMesh | Non
     model.set_gradient_checkpointing(mode)
     expected, ours = sgd(plain), sgd(model)
     before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    rank = dp.get_local_rank() if dp.ndim == 1 else torch.distributed.get_rank()  # (replicate, shard): all ranks
     for _ in range(2):
-        norm = step(model, ours, pixels.chunk(dp.size())[dp.get_local_rank()])
+        norm = step(model, ours, pixels.chunk(dp.size())[rank])
         assert norm.item() == pytest.approx(step(plain, expected, pixels).item(), rel=1e-4)
     after = dict(plain.named_parameters())
     for name, tensor in full_parameters(model):
@@ -60,9 +61,12 @@ def check_training(config: InternViTConfig, dp: DeviceMesh, tp: DeviceMesh | Non
 def check_all(seed: int, folder: str, thorough: bool) -> None:
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     flat = init_device_mesh("cpu", (4,))
+    hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     for index, config in enumerate(TINY.values()):
         if thorough or index == 0:
             check_training(config, flat, None, MODES[index], seed)
+        if thorough or index == 1:
+            check_training(config, hybrid, None, MODES[index], seed)
         for mode in MODES if thorough else MODES[index : min(index + 1, 2)]:
             check_training(config, grid["dp"], grid["tp"], mode, seed)
     config = TINY["25 heads, rms_norm, QK-norm"]
