@@ -197,26 +197,36 @@ def test_packed_weights_are_needed() -> None:
 
 
 @multiplies
-@pytest.mark.parametrize("name", trained.PHOTOS)
-def test_tokens_of_a_trained_network(name: str) -> None:
-    """Against float32, after the final LayerNorm. bfloat16 with a float32 stream errs by 0.75 to 1.1 % here."""
+def test_tokens_of_a_trained_network(generator: torch.Generator) -> None:
+    """Against float32, after the final LayerNorm: the mean over three photographs, three draws of noise each.
+
+    The noise is a twentieth of an 8-bit pixel's step. It alone moves one photograph's error in int8 between 2.2 and
+    3.2 %, as the last bits of any op before do.
+    """
     network = trained.TrainedViTS()
-    pixels = trained.photo(name, 224)[1]
-    truth = network(pixels)
+    tower = network.tower
     half = internvit.InternViT(trained.CONFIG).eval()
-    half.load_state_dict(network.tower.state_dict())
+    half.load_state_dict(tower.state_dict())
     half.bfloat16()
-    errors = []
-    for settings in ({}, {"precision": "int8"}, {"precision": "int8", "skip": ()}):
-        fast = internvit.optimize_for_inference(half, out_dtype=torch.float32, **settings)
-        network.tower = fast
-        tokens = network(pixels)
-        errors.append(relative_error(tokens, truth))
-        assert F.cosine_similarity(tokens, truth, dim=-1).min() > 0.99
-    print(f"{name}: {errors[0]:.2%} in bfloat16, {errors[1]:.2%} in int8, {errors[2]:.2%} in int8 with every block")
-    assert errors[0] < 0.011
-    assert errors[1] < 0.03
-    assert errors[2] < 0.045
+    towers = [
+        internvit.optimize_for_inference(half, out_dtype=torch.float32, **settings)
+        for settings in ({}, {"precision": "int8"}, {"precision": "int8", "skip": ()})
+    ]
+    errors: list[list[float]] = [[] for _ in towers]
+    for name in trained.PHOTOS * 3:
+        photo = trained.photo(name, 224)[1]
+        pixels = photo + 1e-3 * torch.randn(photo.shape, generator=generator)
+        network.tower = tower
+        truth = network(pixels)
+        for network.tower, found in zip(towers, errors, strict=True):
+            tokens = network(pixels)
+            found.append(relative_error(tokens, truth))
+            assert F.cosine_similarity(tokens, truth, dim=-1).min() > 0.99
+    bfloat16, int8, every_block = (sum(found) / len(found) for found in errors)
+    print(f"{bfloat16:.2%} in bfloat16, {int8:.2%} in int8, {every_block:.2%} in int8 with every block")
+    assert bfloat16 < 0.010
+    assert int8 < 0.026
+    assert every_block < 0.038
 
 
 @multiplies
