@@ -1,6 +1,5 @@
 """The GEMM of `triton_gemm` with each of its epilogues against float64."""
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -21,6 +20,7 @@ from tests.proofs.triton.interpreted.harness import (
     generator,
     parametrize,
     run,
+    skip_unless_numpy_rows_are_alike,
 )
 from tests.support.models import features, opengvlab_judge, timm_judge, transformers_judge
 
@@ -74,17 +74,11 @@ def test_epilogues(case):
         assert numerics.product_violations(a, t, e) == []
 
 
-def numpy_rows_are_alike() -> bool:
-    a, b = np.random.default_rng(0).standard_normal((2, 64, 64), np.float32)
-    return all(np.array_equal(np.roll(a, shift, 0) @ b, np.roll(a @ b, shift, 0)) for shift in range(1, 64))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epilogue", ["gelu", "residual"])
 def test_an_image_has_the_same_bits_in_any_batch(dtype, epilogue):
     """Rows stand at other places of other tiles, whose number is the batch's."""
-    if not numpy_rows_are_alike():
-        pytest.skip("numpy's matmul, by which the interpreter multiplies, sums a row by its place on this machine")
+    skip_unless_numpy_rows_are_alike()
     g, dtype = torch.Generator().manual_seed(3), getattr(torch, dtype)
     x, residual = (torch.randn(3, 50, n, generator=g).to(dtype) for n in (96, 136))
     weight, vector = torch.randn(136, 96, generator=g).to(dtype), torch.randn(136, generator=g).to(dtype)

@@ -12,7 +12,7 @@ from internvit.numerics import DISTRIBUTIONS, relative_error
 from internvit.ops.core.spec import INFERENCE_SPECS, Inputs, Size, as_tuple
 from tests.ops.test_inference_ops import registered
 from tests.proofs.triton.interpreted.byte_count import counting
-from tests.proofs.triton.interpreted.harness import DTYPES, Memory, run
+from tests.proofs.triton.interpreted.harness import DTYPES, Memory, run, skip_unless_numpy_rows_are_alike
 
 BACKEND = "triton_gemm"
 BACKENDS = {"fold_norm": "triton", "norm_linear": "triton_gemm", "norm_qkv": "triton_gemm"}
@@ -53,6 +53,8 @@ def test_layouts_and_batches(name, variant, generator):
         assert torch.equal(a, b)
     batched = [n for n in ("x", "residual", "mean", "rstd") if arguments.get(n) is not None]
     for images in (slice(0, 0), slice(1, 2)):
+        if images.stop > 0:
+            skip_unless_numpy_rows_are_alike()
         some = spec.run(arguments | {n: arguments[n][images] for n in batched}, backend)
         for a, b in zip(some, whole, strict=True):
             assert torch.equal(a, b[images])
