@@ -29,9 +29,9 @@ struct Factor {
   int64_t row, depth;
 };
 
-// A product's terms are added among themselves, then to c: one chain over all of a deep product has an error that grows
-// with its depth (attention over 4097 keys: 1.2e-6, so 4e-7). A stream of depth * kRows floats is asked for meanwhile,
-// if there is one.
+// The terms are summed first, then added to c: the error of one chain of additions grows with its length (attention
+// over 4097 keys: 1.2e-6 by one chain, 4e-7 by blocks of kBlockDepth). A stream of depth * kRows floats is prefetched
+// meanwhile, if there is one.
 template <int kRows, int kVectors, bool kStream = false>
 INTERNVIT_INLINE void multiply_block(int64_t depth, Factor a, const float* b, int64_t ldb, float* c, int64_t ldc,
                                      bool accumulate, const float* stream = nullptr) {
@@ -88,8 +88,8 @@ INTERNVIT_INLINE void store_column(const float* head, int64_t depth, int64_t n, 
   for (int64_t d = 0; d < depth; ++d) out[d * kPanelColumns] = head ? head[d] : 0.0f;
 }
 
-// c [rows, cols] (+)= a [rows, depth] b [depth, cols]; cols is a multiple of 16. Terms are added in the order of depth,
-// kBlockDepth of them for themselves.
+// c [rows, cols] (+)= a [rows, depth] b [depth, cols]; cols is a multiple of 16. Blocks of kBlockDepth terms are
+// summed and added in the order of depth.
 void multiply(int64_t rows, int64_t cols, int64_t depth, Factor a, Columns b, float* c, int64_t ldc, bool accumulate) {
   int64_t k = 0;
   do {
