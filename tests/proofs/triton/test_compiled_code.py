@@ -139,6 +139,33 @@ def test_fused_op_rounds_as_two_ops(arch, norm_type, dtype, residual_dtype, chan
     assert not apart - fused
 
 
+SUMS_IN_CI = (("sm_90", 64, False), ("gfx942", 128, True))
+SUMS = [
+    pytest.param(arch, *heads, marks=() if (arch, *heads) in SUMS_IN_CI else pytest.mark.slow)
+    for arch, heads in itertools.product(TARGETS, ((64, False), (128, True)))
+]
+
+
+@pytest.mark.parametrize(("arch", "head_dim", "normed"), SUMS)
+def test_float32_attention_sums_each_tile_by_itself(arch, head_dim, normed):
+    """Of its products none goes on from the last tile's sum, in one chain of additions over all tokens."""
+    x = torch.empty(1, 1025, 2, head_dim)
+    weight = torch.empty(2 * head_dim) if normed else None
+    rstd = torch.empty(1, 1025) if normed else None
+    lse = torch.empty(1, 2, 1025)
+    args = (weight, weight, rstd, rstd)
+    found = specializations(arch, attention, x, x, x, 0.125, *args)
+    found += specializations(arch, attention_backward, x, x, x, x, x, lse, 0.125, *args, x, x, x)
+    products = collections.Counter()
+    for one in found:
+        code = one.compile(TARGETS[arch]).asm["ttgir"]
+        zeros = set(re.findall(r"(%\w+) = arith.constant dense<0.0", code))
+        starts = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", code)
+        assert set(starts) <= zeros, one.function
+        products[one.function] += len(starts)
+    assert all(products[f"attention_{kernel}"] for kernel in ("kernel", "grad_q_kernel", "grad_kv_kernel"))
+
+
 @pytest.mark.parametrize(("strides", "unit"), [((72, 3456), 8), ((64, 3072), 1), ((72, 20), 1), ((0, 8), 8), ((), 1)])
 def test_stride_unit(strides, unit):
     assert stride_unit(*strides) == unit
