@@ -131,7 +131,7 @@ def test_the_peak_of_training_agrees_with_a_run(mode, folded, field, layers, siz
 
 
 @sizes
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_bytes_of_inference_agree_with_a_run(size) -> None:
     """In a process of its own: after a torch.compile that failed, PyTorch 2.14 keeps a later model's tensor alive."""
     code = f"""

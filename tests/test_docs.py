@@ -139,7 +139,7 @@ def run_python(code: str, namespace: dict[str, Any], name: str) -> None:
     exec(compiled, namespace)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_python_blocks_run(page: Path, namespace_of, tmp_path, monkeypatch) -> None:
     pytest.importorskip("torchvision", reason="detectors are torchvision's")

@@ -147,7 +147,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-@pytest.mark.sampled(2)  # 12 s
+@pytest.mark.sampled(4)  # 12 s
 def test_a_build_without_torch_succeeds_and_runs_elsewhere(wheel, tmp_path) -> None:
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel]
     subprocess.run(install, check=True, capture_output=True)

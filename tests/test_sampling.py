@@ -55,7 +55,7 @@ def test_values_without_a_hash_count_as_others_do() -> None:
     assert parts(family, 3) == parts(numbered, 3)
 
 
-@pytest.mark.sampled(3)  # three processes of pytest, 10 s of a core
+@pytest.mark.sampled(6)  # three processes of pytest, 10 s of a core
 def test_workers_run_the_same_part(tmp_path) -> None:
     (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
     (tmp_path / "test_family.py").write_text(

@@ -327,7 +327,7 @@ def test_a_peer_that_raises_when_it_is_called_is_a_gap() -> None:
     assert {r.variant: r.note for r in rows}["peer"] == "failed: RuntimeError: No available kernel"
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_the_bench_package_needs_no_extra() -> None:
     """A GPU machine may have torch and Triton only."""
     code = """
@@ -347,7 +347,7 @@ print(table.plain(found))
     assert "rms_norm 257x3200, bfloat16, forward" in done.stdout
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_pytest_benchmark_runs_the_same_cases() -> None:
     call = [sys.executable, "-m", "pytest", "-q", "benchmarks/ops/bench_rms_norm.py", "--quick", "--benchmark-disable"]
     done = subprocess.run([*call, "-k", "float32 and not backward"], capture_output=True, text=True, cwd=ROOT)
@@ -355,7 +355,7 @@ def test_pytest_benchmark_runs_the_same_cases() -> None:
     assert "2 passed, 2 skipped" in done.stdout, done.stdout
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_training_counts_and_refuses(monkeypatch) -> None:
     pytest.importorskip("transformers", reason="the peer beside ours")
     arguments = (bench_training.VARIANTS[0], 65, "cpu", torch.bfloat16, 1, bench_training.cpu_seconds)

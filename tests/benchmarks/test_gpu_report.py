@@ -55,7 +55,7 @@ def rehearse(stages, folder, capsys):
         assert collected <= {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_gpu*.py")}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_every_stage_fits_and_runs_in_its_small_form(tmp_path, capsys, pytestconfig):
     """A part of them in every second run, by its seed."""
     assert {name for turn in TURNS for name in turn} == {one.name for one in gpu_report.STAGES}
@@ -71,7 +71,7 @@ def test_shares_add_up_to_one():
     assert sum(one.share for one in gpu_report.STAGES) == pytest.approx(1)
 
 
-@pytest.mark.sampled(2)  # 6 s
+@pytest.mark.sampled(4)  # 6 s
 def test_a_stage_that_would_overrun_by_count_fails(tmp_path, capsys, monkeypatch):
     smoke = next(one for one in gpu_report.STAGES if one.name == "smoke")
     monkeypatch.setattr(gpu_report, "STAGES", (dataclasses.replace(smoke, each=smoke.each * 10),))

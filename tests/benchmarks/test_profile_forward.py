@@ -18,7 +18,7 @@ def test_families_of_ops() -> None:
     assert {name: where.family(name) for name in names} == names
 
 
-@pytest.mark.sampled(2)  # 8 s
+@pytest.mark.sampled(4)  # 8 s
 def test_shares_add_up(capsys) -> None:
     found = where.measure(images=1, size=56, rounds=1, layers=1)
     for row in found["ways"].values():

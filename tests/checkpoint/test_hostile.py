@@ -329,7 +329,7 @@ def test_random_bytes(tmp_path, name: str, data: bytes) -> None:
     load_or_refuse(place(tmp_path, name, data))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", sorted(FORMS))
 @FUZZ

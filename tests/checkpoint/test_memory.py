@@ -62,7 +62,7 @@ def six_billion_shards(folder: Path, config: InternViTConfig, form: str) -> tupl
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("form", ["shards", "split", "pth"])
 def test_peak_memory_of_6b(tmp_path, form: str) -> None:
     config = VARIANTS["internvit-6b-448px-v2.5"].replace(num_hidden_layers=2)

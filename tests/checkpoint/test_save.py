@@ -57,6 +57,7 @@ def test_overwriting_leaves_no_stale_file(tmp_path, before: str, after: str) -> 
     assert_loaded(load_pretrained(InternViT, tmp_path), second.state_dict())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("before", ["5GB", "600KB"])
 @pytest.mark.parametrize("after", ["5GB", "600KB"])
 def test_interrupted_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, before: str, after: str) -> None:

@@ -20,6 +20,7 @@ class Wrapped(nn.Module):
         self.add_module(name, module)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["opengvlab", "transformers"])
 @pytest.mark.parametrize(
     "wrap",

@@ -30,7 +30,7 @@ except ValueError as error:
 """
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.skipif(os.name != "posix", reason="runs truncate(1)")
 @pytest.mark.parametrize(("copies", "size"), [(1, 0), (1, 5000), (4, 100_000)])
 def test_a_file_truncated_in_place_while_it_is_read(tmp_path, copies: int, size: int) -> None:

@@ -74,6 +74,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layers", [None, "0,-1"])
 def test_features_are_the_librarys_to_the_bit(weights, photos, tmp_path, layers, capsys) -> None:
     out = tmp_path / "features.safetensors"
@@ -112,7 +113,7 @@ def test_pca_and_broken_images(weights, photos, tmp_path, capsys) -> None:
     assert not (tmp_path / "b.safetensors").exists()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
 def test_interrupted_and_taken_up_again(weights, tmp_path, how, capsys) -> None:
     folder = tmp_path / "many"

@@ -71,7 +71,7 @@ def close(actual: Tensor, truth: Tensor, bound: float = 1e-5) -> None:
     assert (actual.double() - truth).norm() <= bound * truth.norm()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("size", [(224, 224), (336, 504), (504, 504)])
 @pytest.mark.parametrize(
     ("layers", "indices", "norm_type"), [(24, (7, 11, 15, 23), "layer_norm"), (48, (11, 23, 35, 47), "rms_norm")]
@@ -198,6 +198,7 @@ def test_bfloat16_maps_and_output_dtype() -> None:
     assert all(x.isfinite().all() for x in (*maps, *wide_maps))
 
 
+@pytest.mark.sampled(2)
 @torch.no_grad()
 def test_compiles_whole() -> None:
     backbone = made(config(3), out_indices=(0, 2)).eval()

@@ -359,6 +359,7 @@ def test_a_resumed_run_refuses_other_data_classes_and_weights(frozen) -> None:
     assert "written with other the frozen weights" in refused(place, "out", *changes)
 
 
+@pytest.mark.sampled(2)
 def test_a_resumed_run_on_a_frozen_tower_continues(frozen, caplog) -> None:
     place, changes = frozen
     with caplog.at_level("INFO"):

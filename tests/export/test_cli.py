@@ -37,7 +37,7 @@ def run(capsys, *arguments: object, code: int = 0) -> str:
     return captured.out if code == 0 else captured.err
 
 
-@pytest.mark.sampled(2)  # 8 s
+@pytest.mark.sampled(4)  # 8 s
 def test_image_tokens_of_an_internvl(folder: Path, tmp_path: Path, capsys) -> None:
     photo = tmp_path / "photo.png"
     Image.fromarray((torch.rand(60, 90, 3) * 255).byte().numpy()).save(photo)

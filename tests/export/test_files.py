@@ -64,7 +64,7 @@ def dynamic(model: InternViT, tmp_path_factory) -> Callable[[str], Export]:
     return export
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("to", RUNTIMES)
 def test_any_size_and_batch(to: str, model: InternViT, dynamic: Callable[[str], Export]) -> None:
     result = dynamic(to)
@@ -79,7 +79,7 @@ def test_any_size_and_batch(to: str, model: InternViT, dynamic: Callable[[str], 
     assert pooled.shape == (3, CONFIG.hidden_size)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("to", ["onnx", "openvino", "pt2"])
 def test_sizes_off_the_patch_grid_are_refused(to: str, dynamic: Callable[[str], Export]) -> None:
     """And not cut down to it: a convolution ignores what is left over."""
@@ -115,7 +115,7 @@ def test_feature_maps_and_image_tokens(to: str, connector: InternVLConnector, tm
     assert out.shape == (1, 4 * 6 // 4, 40)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("to", ["onnx", "openvino", "pt2"])
 def test_the_documented_use(
     to: str, model: InternViT, dynamic: Callable[[str], Export], tmp_path: Path, monkeypatch

@@ -81,7 +81,7 @@ def close(actual: list[Tensor], expected: object, bound: float = 2e-6) -> bool:
     return len(actual) == len(wanted) and all(relative_error(a, e) < bound for a, e in zip(actual, wanted, strict=True))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "config_name"), DOORS)
 def test_exported_programs_decompose(name: str, config_name: str) -> None:
     module, pixels = make(name, config_name)
@@ -116,7 +116,7 @@ def run_onnx(file: bytes, pixels: Tensor) -> list[Tensor]:
     return [torch.from_numpy(out) for out in session.run(None, {session.get_inputs()[0].name: pixels.numpy()})]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "config_name"), DOORS)
 def test_onnx(name: str, config_name: str) -> None:
     pytest.importorskip("onnxscript")
@@ -137,7 +137,7 @@ def test_onnx_by_torchscript(config_name: str) -> None:
         assert close(run_onnx(buffer.getvalue(), pixels), module(pixels), 1e-5)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ops_decompose(case: Case, generator: torch.Generator) -> None:
     arguments = case.make(generator)
@@ -156,7 +156,7 @@ def test_ops_decompose(case: Case, generator: torch.Generator) -> None:
         assert relative_error(actual, expected) < 1e-12
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_onnx_of_every_op(case: Case, generator: torch.Generator) -> None:
     """Programs that hold the ops themselves, by `onnx_table`."""

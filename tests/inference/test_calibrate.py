@@ -111,6 +111,7 @@ def errors_of(model: internvit.InternViT, exact: internvit.InternViT, images, **
         return [state_error([fast(x)[0]], [exact(x)[0]]).channel for x in images]
 
 
+@pytest.mark.sampled(2)
 @multiplies
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_calibrated_model(variant: str, images, tmp_path) -> None:
@@ -133,6 +134,7 @@ def test_a_calibrated_model(variant: str, images, tmp_path) -> None:
     assert torch.equal(loaded(images[7].bfloat16())[0], fast(images[7].bfloat16())[0])
 
 
+@pytest.mark.sampled(2)
 @multiplies
 def test_the_worst_linears_stay_bfloat16_until_the_target_is_met(images) -> None:
     model = small_model(VARIANTS[0], torch.float32, 0)

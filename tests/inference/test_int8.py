@@ -196,6 +196,7 @@ def test_packed_weights_are_needed() -> None:
     assert torch.equal(named(pixels).last_hidden_state, plain(pixels).last_hidden_state)
 
 
+@pytest.mark.sampled(2)
 @multiplies
 def test_tokens_of_a_trained_network(generator: torch.Generator) -> None:
     """Against float32, after the final LayerNorm: the mean over three photographs, three draws of noise each.

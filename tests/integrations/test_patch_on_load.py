@@ -116,6 +116,7 @@ def test_models_built_after_the_end_are_transformers_own(folder) -> None:
     assert torch.equal(plain(**given).logits, expected)
 
 
+@pytest.mark.sampled(2)
 def test_copies_pickles_and_saved_folders(folder, patched, tmp_path) -> None:
     path, given, expected = folder
     model = load(path)
@@ -188,6 +189,7 @@ def train(model: nn.Module, folder, samples: Samples, resume: bool = False, **ch
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "use_reentrant",
     [pytest.param(None, marks=pytest.mark.slow), False, pytest.param(True, marks=pytest.mark.slow)],

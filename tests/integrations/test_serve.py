@@ -173,7 +173,7 @@ def stalled(port: int, number: int) -> Iterator[list[socket.socket]]:
         yield clients
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_stalled_uploads_give_their_places_back(tmp_path) -> None:
     with serving(tmp_path, "--queue", "2", "--upload-seconds", "3") as server, stalled(server.port, 2) as clients:
         for client in clients:
@@ -184,7 +184,7 @@ def test_stalled_uploads_give_their_places_back(tmp_path) -> None:
         assert server.check(encoded(28, 28)) == 200
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_sigterm_does_not_wait_for_stalled_uploads(tmp_path) -> None:
     options = ("--upload-seconds", "600", "--shutdown-seconds", "1")
     with serving(tmp_path, *options) as server, stalled(server.port, 1):
@@ -196,7 +196,7 @@ def test_sigterm_does_not_wait_for_stalled_uploads(tmp_path) -> None:
         assert server.process.wait(30) in (0, -signal.SIGTERM)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_features_that_are_not_finite_are_no_answer(tmp_path) -> None:
     """float16 ends at 65504."""
 
@@ -227,6 +227,7 @@ def test_options_are_checked(monkeypatch, capsys) -> None:
         main()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("options", "dtype"), [([], "float32"), (["--precision", "int8"], "bfloat16"), (["--dtype", "float16"], "float16")]
 )

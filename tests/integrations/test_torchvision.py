@@ -86,6 +86,7 @@ def test_mask_rcnn_trains_and_detects() -> None:
     assert detections[0]["masks"].shape[1:] == (1, 60, 90)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["MaskRCNN", "FasterRCNN", "KeypointRCNN", "RetinaNet", "FCOS"])
 def test_detectors_take_the_backbone_with_their_default_anchors(name) -> None:
     detection = pytest.importorskip("torchvision.models.detection", reason="torchvision is not installed")

@@ -73,6 +73,7 @@ def test_shorter_weights_end_in_an_error(saved: Path, part: str, how: str) -> No
         replaced(saved, shorter, part, how)(torch.randn(1, 3, *CONFIG.image_hw))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", ["state_dict", "attribute"])
 @pytest.mark.parametrize("part", PARTS)
 def test_weights_of_another_kind_end_in_an_error(saved: Path, part: str, how: str) -> None:

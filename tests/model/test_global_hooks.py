@@ -99,6 +99,7 @@ def test_a_forward_that_a_class_gets_later_runs(name, monkeypatch) -> None:
         assert torch.equal(model(pixels).last_hidden_state, expected)
 
 
+@pytest.mark.sampled(2)
 def test_a_forward_of_pytorchs_that_was_another_before() -> None:
     """A process that replaces one before it imports the library."""
     code = """

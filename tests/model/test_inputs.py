@@ -126,6 +126,7 @@ def test_unknown_checkpointing_arguments_are_refused_and_known_ones_arrive(monke
     assert seen == [{"use_reentrant": False, "determinism_check": "none"}] * 3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm_type", ["layer_norm", "rms_norm"])
 def test_sixteen_threads_at_many_sizes(norm_type) -> None:
     model = tiny(norm_type)

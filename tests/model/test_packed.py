@@ -194,6 +194,7 @@ def test_compiled_encoder_takes_any_total() -> None:
     assert len(graphs) <= 2, "the second has a dynamic total, number of images and max_seqlen"
 
 
+@pytest.mark.sampled(2)
 def test_compiles_with_dynamic_shapes_from_the_first_call() -> None:
     """Channels are symbolic too, where they are those of an input."""
     model, plain = build("tiny-rms_norm"), build("tiny-rms_norm")

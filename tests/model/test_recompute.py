@@ -58,7 +58,7 @@ MODES = {"none": (12.1, 2.1), "folded": (10.1, 2.1), "selective": (5.1, 2.8), "s
 """The most units that a block leaves, and the most of backward's FLOPs over forward's."""
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @blocks
 def test_units_of_each_mode(name) -> None:
     layer, x = counted(name)
@@ -92,6 +92,7 @@ def test_flops_of_each_mode(name) -> None:
         assert 2 < flops < MODES[mode][1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["300m-2-layers", "tiny-rms_norm"])
 @pytest.mark.parametrize("folded", ["", " folded"])
 def test_selective_checkpointing_changes_no_bit(name, folded) -> None:
@@ -149,6 +150,7 @@ def test_recomputation_crosses_layer_boundaries_in_the_encoder(monkeypatch) -> N
     assert all(map(torch.equal, expected, model_grads(model, pixels)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", ["none", "selective", "block"])
 def test_a_model_holds_what_its_blocks_leave(mode, monkeypatch) -> None:
     """During forward too: an entry made inside a checkpoint would hold the pre-activation until the encoder ends."""
@@ -184,7 +186,7 @@ def test_gradient_checkpointing_modes_and_bad_input() -> None:
         model.set_gradient_checkpointing("all")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("mode", ["none", "selective", "block"])
 @pytest.mark.parametrize("folded", [False, True])
 def test_every_mode_compiles_whole(mode, folded) -> None:

@@ -38,7 +38,7 @@ def test_float32_tokens_are_the_judges(network, name) -> None:
     assert relative_error(tokens, expected) < 1e-5
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @photos
 def test_16_bit_stays_close_and_as_close_as_the_reference(network, name) -> None:
     model, judge = network

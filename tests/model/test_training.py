@@ -174,6 +174,7 @@ def test_100_steps_stay_as_near_the_reference_as_another_order_of_summation(kind
         assert distance <= SLACK * parameter_drift
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["layer_norm, drop path", "rms_norm, QK-norm, drop path"])
 @pytest.mark.parametrize("folded", [False, True])
 def test_checkpointed_training_has_the_same_bits(kind, folded) -> None:
@@ -212,7 +213,7 @@ def test_autocast(kind, mode, folded, dtype) -> None:
     assert seen == {dtype, (torch.float32, torch.float32)}
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @two_kinds
 @modes
 @pytest.mark.parametrize("residual_dtype", [None, torch.float32], ids=str)

@@ -179,7 +179,7 @@ def test_a_trace_takes_another_batch_and_keeps_gradients(norm_type, gradients) -
             assert (a - b).norm() <= 1e-9 * b.norm() + 1e-12
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("mode", ["float32", "param_dtype", "antialias"])
 def test_one_exported_program_takes_every_size(native, mode) -> None:

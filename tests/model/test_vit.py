@@ -18,7 +18,7 @@ from tests.support.models import CONFIGS, images, pair, random_weights, timm_jud
 tiny = pytest.mark.parametrize("name", ["tiny-layer_norm", "tiny-rms_norm"])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_agrees_with_transformers_in_float32_and_bfloat16(name) -> None:
     """float32: relative error <= 1e-5. bfloat16: the error against float64 is at most 1.02 times theirs."""
@@ -127,7 +127,7 @@ def test_layers_called_alone_hooked_or_threaded_give_the_same_bits(name) -> None
     assert seen == ["InternViTLayer", *[type(middle.norm1).__name__] * 2, "Linear", "Linear"]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", ["300m-2-layers", "6b-2-layers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_image_has_the_same_features_alone_and_in_any_batch(name, dtype, seed: int) -> None:
@@ -232,6 +232,7 @@ def test_resize_pos_embeddings() -> None:
             model.resize_pos_embeddings(*arguments)
 
 
+@pytest.mark.sampled(2)
 @tiny
 def test_compile_whole_inference_and_training(name) -> None:
     torch._dynamo.reset()
@@ -312,6 +313,7 @@ def test_attention_maps_are_the_references() -> None:
 ROWS = {"class": lambda whole: whole[:, :, 0], "columns": lambda whole: whole.sum(-2)}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["tiny-rms_norm", "tiny-layer_norm"])
 @pytest.mark.parametrize("kind", ROWS)
 def test_rows_are_those_of_the_maps(name, kind) -> None:

@@ -131,6 +131,7 @@ def test_best_grid_is_transformers(height, width, bounds) -> None:
     assert best_grid(height, width, 448, *bounds) == (rows, columns)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("height", "width", "max_tiles", "count"),
     [(512, 512, 12, 2), (300, 1200, 12, 5), (2000, 1500, 12, 13), (4000, 3000, 40, 13), (100, 100, 12, 1)],

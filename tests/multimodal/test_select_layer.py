@@ -64,6 +64,7 @@ def test_every_door_takes_the_state_of_config_json(chat, tmp_path, seed, name, s
     assert relative_error(torch.from_numpy(chosen({"image": pixels.numpy()})["features_2"]), last) <= 1e-5
 
 
+@pytest.mark.sampled(2)
 def test_a_program_takes_it(chat) -> None:
     tower = InternViT(CONFIG).eval()
     tower.load_state_dict(chat.vision_model.state_dict())

@@ -145,6 +145,7 @@ def test_a_wrong_argument_fails_when_a_program_is_traced(trace: Any) -> None:
         trace(Norm(), (torch.randn(2, 5, 16), torch.randn(15)))
 
 
+@pytest.mark.sampled(2)
 def test_a_registered_op_may_be_fake_before_anything_runs() -> None:
     """As in a program that is compiled first: the backend is then loaded inside a fake op."""
     code = """

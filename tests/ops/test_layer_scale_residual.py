@@ -9,7 +9,7 @@ from tests.ops.shapes import norm_shapes
 backends = pytest.mark.parametrize("backend", backends_here("layer_scale_residual"))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @backends
 @norm_shapes
 def test_contract(backend, rows, width, distribution, dtype, generator) -> None:

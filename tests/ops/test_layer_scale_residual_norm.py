@@ -30,7 +30,7 @@ def norm_of(x, weight, bias, norm_type: str):
     return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(8)
 @backends
 @kinds
 @norm_shapes

@@ -191,7 +191,7 @@ def test_with_avx2_the_library_multiplies(avx2, dtype, generator, monkeypatch) -
     assert weight.grad is not None
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("precision", [None, "int8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_models_with_avx2(avx2, dtype, precision, generator) -> None:

@@ -30,7 +30,7 @@ def upstream(qkv, q_weight, k_weight) -> torch.Tensor:
     return (((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @backends
 @roundings
 @pytest.mark.parametrize("distribution", ["normal", "massive", "near_zero"])

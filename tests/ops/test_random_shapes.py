@@ -60,7 +60,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert relative_error(actual, expected) < 2 * bound
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @each_backend
 @examples(12)
 @PROBLEMS
@@ -91,7 +91,7 @@ def forward_and_backward(case: Case, arguments: Arguments, backend: str) -> tupl
     return [o.detach() for o in outputs], list(gradients)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @each_backend
 @examples(6)
 @PROBLEMS

@@ -318,7 +318,7 @@ def test_moves_loads_and_modes(name) -> None:
     assert not handle.left
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", ["opengvlab-rms_norm", "transformers-layer_norm", "timm-layer_norm"])
 def test_compiles_whole(name) -> None:
     torch._dynamo.reset()

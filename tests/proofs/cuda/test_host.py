@@ -43,7 +43,7 @@ OP_TESTS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("which", OP_TESTS)
 def test_op_tests_on_the_host(run_op_tests, which) -> None:
     run_op_tests(*OP_TESTS[which])
@@ -119,7 +119,7 @@ def test_every_width(on_host, kind, channels, generator) -> None:
 PAIRS = [(t, r) for t in DTYPES for r in dict.fromkeys((t, torch.float32))]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("dtype", "residual_dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("channels", [40, 384, 1024, 1028, 3200])
 @pytest.mark.parametrize("kind", KINDS)

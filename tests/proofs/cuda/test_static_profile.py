@@ -44,7 +44,7 @@ def test_the_library_is_that_of_the_sources() -> None:
     assert LIBRARY.stat().st_mtime > newest.stat().st_mtime, f"{newest.name} is newer than the library: make setup"
 
 
-@pytest.mark.sampled(2)  # with the others of `rows`
+@pytest.mark.sampled(4)  # with the others of `rows`
 def test_every_instantiation_is_there(rows) -> None:
     """Three vector counts for five pairs of dtypes: forward aligned and scalar; backward twice aligned, once scalar.
 

@@ -34,6 +34,7 @@ def attack(namespace: str, library: Path, seed: int, parts: int = 5) -> None:
     assert done.returncode == 0, done.stdout[calls.start() :][:4000]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(
     native.unavailable_reason("internvit_cpu") is not None, reason=str(native.unavailable_reason("internvit_cpu"))
 )

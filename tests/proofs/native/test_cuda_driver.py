@@ -133,7 +133,7 @@ BUGS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(bug, build_folder, tmp_path) -> None:
     file, right, wrong, message = BUGS[bug]

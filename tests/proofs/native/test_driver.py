@@ -71,13 +71,13 @@ def test_a_planted_row_too_many_hits_the_guard(driver: Path, unit: str) -> None:
     assert run(driver, unit, "serial", "bounds").returncode < 0
 
 
-@pytest.mark.sampled(3)  # 10 s of compiling
+@pytest.mark.sampled(6)  # 10 s of compiling
 def test_thread_sanitizer_on_the_generic_unit(thread_sanitized: Path) -> None:
     done = run(thread_sanitized, "generic", "threads")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.sampled(3)  # 10 s of compiling
+@pytest.mark.sampled(6)  # 10 s of compiling
 def test_thread_sanitizer_sees_a_planted_race(thread_sanitized: Path) -> None:
     done = run(thread_sanitized, "generic", "threads", "race")
     assert done.returncode != 0

@@ -28,6 +28,7 @@ def driver(build_folder) -> Path:
     return cpu_driver.build(build_folder)
 
 
+@pytest.mark.sampled(2)
 def test_no_kernel_takes_more_instructions(budget, driver, tmp_path) -> None:
     counts = instructions.measure(driver, tmp_path)
     assert set(counts) == set(budget)

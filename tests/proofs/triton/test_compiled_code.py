@@ -146,6 +146,7 @@ SUMS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("arch", "head_dim", "normed"), SUMS)
 def test_float32_attention_sums_each_tile_by_itself(arch, head_dim, normed):
     """Of its products none goes on from the last tile's sum, in one chain of additions over all tokens."""
@@ -171,6 +172,7 @@ def test_stride_unit(strides, unit):
     assert stride_unit(*strides) == unit
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("head_dim", [72, 88, 104])
 def test_heads_that_8_divides_load_16_bytes(head_dim):
     """SigLIP-SO400M, EVA-g and OpenCLIP bigG: 2 bytes a load when strides are known to divide by 16 or not at all."""
@@ -196,6 +198,7 @@ def test_a_masked_tail_of_queries_does_not_spill(arch):
     assert row["registers"] < 200
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_86", "sm_120"))])
 @pytest.mark.parametrize("head_dim", [72, pytest.param(128, marks=pytest.mark.slow)])
 def test_packs_of_other_heads_do_not_spill(arch, head_dim):
@@ -217,6 +220,7 @@ OTHER_KEYS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("arch", "head_dim", "packed"), OTHER_KEYS)
 def test_other_keys_than_queries_do_not_spill(arch, head_dim, packed):
     """No model launches these kernels: packs and batches whose keys are not the queries' own."""

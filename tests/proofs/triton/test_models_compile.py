@@ -136,7 +136,7 @@ def check_launches(arch, folder, part=None):
     return code
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("arch", FAST)
 def test_every_launch_compiles_within_budget(arch, tmp_path, pytestconfig):
     check_launches(arch, tmp_path, part=pytestconfig.option.seed // len(FAST) % PARTS)

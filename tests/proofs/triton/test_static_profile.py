@@ -19,7 +19,7 @@ from internvit.ops import linear
 from tests.proofs.triton.test_models_compile import profile, pytestmark  # noqa: F401 (pytest reads it)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_rows_can_be_compiled_by_another_program(tmp_path):
     """`source` alone is enough: the kernel's module and name, its signature, constants and options."""
     rows = profile(tmp_path, "--arch", "sm_90", "--only", "300m-448px bfloat16: eval, wide")

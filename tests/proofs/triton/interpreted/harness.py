@@ -52,8 +52,8 @@ def parametrize(
 ) -> Callable:
     """Each pair of values of any two factors; as slow tests the product of the factors in `full`, the others in turns.
 
-    A run has a third of the pairs, by its seed, and every value of each factor. `allowed` says what may be in it; pairs
-    that take the interpreter too long for that are slow tests as well.
+    A run has a quarter of the pairs, by its seed, and every value of each factor. `allowed` says what may be in it;
+    pairs that take the interpreter too long for that are slow tests as well.
     """
     table = pairwise(factors, allowed, [])
     long = pairwise(factors, lambda case: True, table)

@@ -35,6 +35,7 @@ def rows_of(name, x, queries, keys):
     return x[:, queries] if name == "lse" else x[queries if name in BY_QUERY else keys]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("tiles", "head_dim"), TILES)
 def test_packs_against_float64_and_alone_and_dense(tiles, head_dim, generator, monkeypatch):
     """A sequence has the bits that it has alone, and as a batch of one."""

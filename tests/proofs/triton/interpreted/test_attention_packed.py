@@ -71,6 +71,7 @@ SAME_BITS = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("lengths", "tiles", "head_dim", "normed"), SAME_BITS)
 def test_same_bits_in_a_pack_alone_and_dense(lengths, tiles, head_dim, normed, generator, monkeypatch):
     """With the masked tile of keys behind the loop, D = 64, and with masks on every tile."""

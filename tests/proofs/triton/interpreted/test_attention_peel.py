@@ -11,7 +11,7 @@ from tests.proofs.triton.interpreted.test_attention import NAMES, emulate, probl
 from tests.proofs.triton.interpreted.test_qk_norm import statistics
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("rows", "columns", "tokens", "expected"),  # peeled of rows, of columns, masked tail
     [

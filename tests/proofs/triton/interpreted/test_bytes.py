@@ -15,7 +15,7 @@ def check(name, row):
     assert not over, f"{name}: {', '.join(over)}; if that is meant: {byte_count.START}"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("channels", [1024, 3200])
 @pytest.mark.parametrize("op", byte_count.cases(1024))
 def test_activation_bytes(op, channels):
@@ -34,7 +34,7 @@ def test_attention_bytes(case):
     check(byte_count.attention_name(*case), row)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", byte_count.LINEAR, ids=str)
 def test_gemm_bytes(case):
     row = byte_count.measure_linear(*case)

@@ -207,6 +207,7 @@ def test_a_model_takes_both_gemms(norm_type, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("judge", [opengvlab_judge, transformers_judge, timm_judge])
 def test_a_patched_model_takes_both_gemms(judge, monkeypatch):
     """The residual stood outside the GEMMs of patched blocks, in a pass of its own."""

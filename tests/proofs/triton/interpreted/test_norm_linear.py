@@ -28,6 +28,7 @@ DATA = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("dtype", "distribution"), DATA)
 @pytest.mark.parametrize(("name", "variant"), CASES, ids=[f"{n}-{v}" for n, v in CASES])
 def test_the_contract(name, variant, dtype, distribution, generator):
@@ -203,6 +204,7 @@ def test_bytes():
     assert moved.within([weight, folded[0]]) == 2 * weight.nbytes
 
 
+@pytest.mark.sampled(2)
 def test_packed_images_and_a_float32_stream():
     model = tiny("rms_norm", torch.bfloat16)
     images = [torch.randn(3, n, 28).bfloat16() for n in (28, 42)]

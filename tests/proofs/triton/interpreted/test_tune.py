@@ -64,7 +64,7 @@ def run(monkeypatch, *arguments):
     tune.main()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_what_tune_writes_is_what_the_kernels_take(rehearsal, monkeypatch, capsys):
     run(monkeypatch, "--out", rehearsal)
     for cached in CACHED:
@@ -90,7 +90,7 @@ def test_what_tune_writes_is_what_the_kernels_take(rehearsal, monkeypatch, capsy
     assert "is not read from where it is" not in capsys.readouterr().out
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_a_wrong_candidate_is_not_taken_and_a_file_elsewhere_is_named(rehearsal, tmp_path, monkeypatch, capsys):
     outputs = tune._outputs
 
@@ -104,13 +104,14 @@ def test_a_wrong_candidate_is_not_taken_and_a_file_elsewhere_is_named(rehearsal,
     assert f"put it at {rehearsal}" in capsys.readouterr().out
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_two_percent_are_needed(rehearsal, monkeypatch):
     monkeypatch.setattr(tune, "measure", lambda calls, device: {key: 1.0 - 0.005 * i for i, key in enumerate(calls)})
     run(monkeypatch, "--out", rehearsal, "--only", "qk_norm")
     assert json.loads(rehearsal.read_text())["configs"] == {}
 
 
+@pytest.mark.sampled(2)
 def test_a_run_that_is_cut_short_keeps_what_it_measured(rehearsal, monkeypatch):
     best = tune.best
 
