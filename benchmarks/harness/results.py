@@ -172,9 +172,7 @@ def code() -> dict[str, str]:
     found = {}
     for part, folders in _TIMED.items():
         digest = hashlib.sha256()
-        files = [
-            p for folder in folders for p in (root / folder).rglob("*") if p.suffix in (".py", ".h", ".cpp", ".cu")
-        ]
+        files = [path for folder in folders for path in (root / folder).rglob("*") if path.suffix in _CODE]
         for path in sorted(files):
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
         found[part] = digest.hexdigest()[:16]

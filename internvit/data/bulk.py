@@ -24,15 +24,16 @@ from internvit.data.embedder import Embedder
 from internvit.data.plan import update_plan
 from internvit.data.preprocess import Preprocessor
 from internvit.data.shard_files import FORMATS, Row, ShardFiles
-from internvit.data.sources import Item, Shard, absolute, check_column, list_sources, open_shard
+from internvit.data.shards import Item, Shard, check_unchanged, open_shard
+from internvit.data.sources import RUN_FILE, RUN_FORMAT, absolute, check_column, list_sources
 from internvit.files import locked
 from internvit.images import printable
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "internvit features in shards"
 _SHARD_BYTES = 256 * 2**20  # of features, by which the default number of images a shard is bounded
 _SHARD_IMAGES = 256  # 154 MB of pixels at 448 x 448
+_SAFETENSORS_IMAGES = 250_000  # the format's header has at most 100 MB: 400 bytes for an image's name and entry
 
 
 @dataclass(frozen=True)
@@ -125,18 +126,19 @@ def extract_folder(
     out = absolute(out)
     listed = list_sources(sources, out)
     check_column(column, listed)
-    embedder = {**embedder, "name_or_path": _portable(embedder["name_or_path"])}
+    embedder = {**embedder, **{name: _portable(embedder.get(name)) for name in ("name_or_path", "connector")}}
     made = _driver_embedder(embedder) if remote else Embedder(**embedder)
     of_worker = made.settings()
     if remote and embedder.get("device"):
         of_worker["device"] = torch.device(embedder["device"]).type
     with _locked(out):
         settings = {**of_worker, "format": format, "column": str(column)}
-        files = ShardFiles(out, format, made.columns, made.shape, made.out_dtype, made.source, _fingerprint(settings))
+        source = printable(made.source)  # a column has to be UTF-8
+        files = ShardFiles(out, format, made.columns, made.shape, made.out_dtype, source, _fingerprint(settings))
         _claim(out, settings)
         for part in ("data", "failures", "plan"):
             storage.remove_unfinished(storage.join(out, part))
-        shards = update_plan(files, listed, shard or _images_per_shard(made), retry_failed)
+        shards = update_plan(files, listed, shard or _images_per_shard(made), retry_failed, column)
         result, waiting = _take_up(out, files, shards, retry_failed)
         if strict and result.failed:
             raise ValueError(
@@ -162,6 +164,8 @@ def _check(format: str, shard: int | None) -> None:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if shard is not None and shard < 1:
         raise ValueError(f"shard: expected at least 1, got {shard}")
+    if shard is not None and shard > _SAFETENSORS_IMAGES and format == "safetensors":
+        raise ValueError(f"shard: expected at most {_SAFETENSORS_IMAGES} images in a safetensors file, got {shard}")
 
 
 def _portable(name_or_path: Any) -> Any:
@@ -180,10 +184,10 @@ def _driver_embedder(embedder: dict[str, Any]) -> Embedder:
 @contextlib.contextmanager
 def _locked(out: str) -> Iterator[None]:
     """One driver at a time, where the file system has locks."""
-    if storage.is_url(out):
+    if (local := storage.local_path(out)) is None:
         yield
         return
-    folder = Path(out)
+    folder = Path(local)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{printable(out)}: expected a folder, or nothing, got a file")
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,23 +200,25 @@ def _fingerprint(settings: dict[str, str]) -> str:
 
 
 def _images_per_shard(embedder: Embedder) -> int:
-    sides = [side or 1024 for side in embedder.shape]  # of a shape that varies, a guess
-    size = int(np.prod(sides)) * np.dtype(embedder.out_dtype).itemsize * len(embedder.columns)
+    size = embedder.max_features * np.dtype(embedder.out_dtype).itemsize * len(embedder.columns)
     return min(_SHARD_IMAGES, max(1, _SHARD_BYTES // size))
 
 
 def _claim(out: str, settings: dict[str, str]) -> None:
     """Writes run.json, or compares the settings with those that are there."""
-    place = storage.join(out, "run.json")
-    if storage.stat(place) is None:
+    place = storage.join(out, RUN_FILE)
+    there = storage.stat(place) is not None
+    if not (there and storage.is_url(out)):  # an object store would list all files
+        storage.remove_unfinished(out, RUN_FILE)
+    if not there:
         if any(True for _ in storage.walk(out)):
             raise ValueError(f"{printable(out)}: holds other files; give a folder that is empty or not there")
-        content = {"format": _FORMAT, "fingerprint": _fingerprint(settings), "settings": settings}
+        content = {"format": RUN_FORMAT, "fingerprint": _fingerprint(settings), "settings": settings}
         storage.write_atomically(place, json.dumps(content, indent=1).encode())
         return
     try:
         content = json.loads(storage.read_bytes(place))
-        stored = dict(content["settings"]) if content["format"] == _FORMAT else None
+        stored = dict(content["settings"]) if content["format"] == RUN_FORMAT else None
     except (ValueError, KeyError, TypeError):
         stored = None
     if stored is None:
@@ -262,7 +268,7 @@ def decode_item(item: Item, preprocess: Preprocessor) -> np.ndarray | str:
         return preprocess(item.load(), item.path)
     except UnicodeEncodeError:
         return f"{printable(item.path)}: the name is not UTF-8, as a column has to be"
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last: a URL whose library is not here
         return str(error)
 
 
@@ -270,6 +276,7 @@ def embed_shard(
     job: Job, embedder: Embedder, shard: Shard, paths: Sequence[str], images: Sequence[np.ndarray | str]
 ) -> Done:
     """Embeds the decoded images of a shard and writes its file."""
+    check_unchanged(shard)  # all are read now
     broken = next((image for image in images if isinstance(image, str)), None)
     if job.strict and broken:
         raise ValueError(broken)

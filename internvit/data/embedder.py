@@ -1,6 +1,7 @@
 """`Embedder`: features of batches of images, for engines that call a class on batches, and for a plain loop."""
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from internvit.data.digest import tensors_digest
 from internvit.data.finite import not_finite
 from internvit.data.pooling import POOLINGS, pool, pooled_shape
-from internvit.data.preprocess import Preprocessor
+from internvit.data.preprocess import MAX_PATCHES, Preprocessor
 from internvit.images import normalize, printable
 from internvit.inference.optimize import optimize_for_inference
 from internvit.model.feature_maps import take_indices
@@ -136,7 +137,8 @@ class Embedder:
         # A router compares the tiles of an image, which may come from several batches.
         self._router = self.connector if isinstance(self.connector, InternVLFlashConnector) else None
         self._connector = self.connector if isinstance(self.connector, InternVLConnector) else None
-        self.preprocess = Preprocessor(self.config.patch_size, self._size(size, tiles), tiles)
+        multiple = self._patches_together()
+        self.preprocess = Preprocessor(self.config.patch_size, self._size(size, tiles, multiple), tiles, multiple)
 
     def _hidden_states(self) -> tuple[int, ...] | None:
         """Which hidden states the columns are of, 0 the embeddings; None for the last alone."""
@@ -146,7 +148,14 @@ class Embedder:
             return None
         return (state_index(self.connector.select_layer, self.config.num_hidden_layers),)
 
-    def _size(self, size: int | tuple[int, int] | str | None, tiles: int) -> tuple[int, int] | None:
+    def _patches_together(self) -> int:
+        """Height and width of the patches that a connector makes one token of."""
+        if self.connector is None:
+            return 1
+        side = round(1 / self.connector.downsample_ratio)
+        return side if self._router is None else side**2  # which may take the smaller number of tokens
+
+    def _size(self, size: int | tuple[int, int] | str | None, tiles: int, multiple: int) -> tuple[int, int] | None:
         if size == "image" and not tiles:
             return None
         pair: Any = self.config.image_hw if size is None else (size, size) if isinstance(size, int) else size
@@ -155,6 +164,11 @@ class Embedder:
             raise ValueError(
                 f"size: expected (height, width) in multiples of {patch} pixels, None{'' if tiles else ' or image'}, "
                 f"got {size!r}"
+            )
+        if any(side // patch % multiple for side in pair):
+            raise ValueError(
+                f"size: expected multiples of {multiple * patch} pixels, of which the connector makes a token, got "
+                f"{pair[0]}x{pair[1]}"
             )
         if tiles and pair[0] != pair[1]:
             raise ValueError(f"size: tiles are squares, got {pair[0]}x{pair[1]}")
@@ -174,6 +188,14 @@ class Embedder:
             return (None, self._router.get_parameter("mlp1.3.weight").shape[0])
         tiled = (None,) if self.preprocess.tiles else ()
         return tiled + pooled_shape(self.pooling, self.config, grid, self._connector)
+
+    @property
+    def max_features(self) -> int:
+        """How many numbers an image has in each column, at most."""
+        size, patch = self.preprocess.size, self.config.patch_size
+        patches = MAX_PATCHES if size is None else size[0] * size[1] // patch**2
+        shape = pooled_shape("tokens" if self._router else self.pooling, self.config, (1, patches), self._connector)
+        return math.prod(filter(None, shape)) * (self.preprocess.tiles + 1 if self.preprocess.tiles else 1)
 
     def settings(self) -> dict[str, str]:
         """Everything that features depend on but the images; weights by a digest of their bits."""

@@ -12,14 +12,20 @@ from typing import Any
 
 from internvit.data import storage
 from internvit.data.shard_files import ShardFiles
-from internvit.data.sources import Shard, cut
+from internvit.data.shards import Shard, cut
 from internvit.data.storage import Stat
 from internvit.images import printable
 
 _NAMED = 5  # files in a message
 
 
-def update_plan(files: ShardFiles, sources: Sequence[Stat], per_shard: int, retry_failed: bool = False) -> list[Shard]:
+def update_plan(
+    files: ShardFiles,
+    sources: Sequence[Stat],
+    per_shard: int,
+    retry_failed: bool = False,
+    column: str | None = None,
+) -> list[Shard]:
     """The shards of all sources, those of an earlier run first and as they were, but for files that failed.
 
     Args:
@@ -27,9 +33,11 @@ def update_plan(files: ShardFiles, sources: Sequence[Stat], per_shard: int, retr
         sources: as they are now.
         per_shard: images in a new shard.
         retry_failed: leave files that failed, and have changed or are gone, out of the shards that they are in.
+        column: of Parquet files, with the images.
 
     Raises:
-        ValueError: a source of an earlier run has changed or is not among the sources.
+        ValueError: a source of an earlier run has changed or is not among the sources; a Parquet file has no such
+            column.
     """
     plans: list[list[Shard]] = []
     while storage.stat(_place(files, len(plans))) is not None:
@@ -51,7 +59,7 @@ def update_plan(files: ShardFiles, sources: Sequence[Stat], per_shard: int, retr
     if failed:
         plans = [_without(files, number, plan, failed) for number, plan in enumerate(plans)]
     added = [source for source in sources if source.path not in planned or source.path in failed]
-    new = cut(added, per_shard, len(shards))
+    new = cut(added, per_shard, len(shards), column)
     if new:
         storage.write_atomically(_place(files, len(plans)), _serialize(new))
     return [shard for plan in [*plans, new] for shard in plan]
@@ -62,14 +70,17 @@ def _place(files: ShardFiles, number: int) -> str:
 
 
 def _failed(files: ShardFiles, shards: Sequence[Shard], paths: Collection[str]) -> set[str]:
-    """Which of these files have no features because they failed; never an archive that was opened."""
+    """Which of these files have no features because they failed: of an archive that was opened every image."""
     failed: set[str] = set()
     partly: set[str] = set()
     for shard in shards if paths else ():
         within = [file.path for file in shard.files() if file.path in paths]
         if not within:
             continue
-        listed = files.failed_paths(shard.index) if shard.kind in ("files", "broken") else ()
+        if shard.kind in ("tar", "parquet"):
+            (failed if files.failed(shard.index) == len(shard) else partly).update(within)
+            continue
+        listed = files.failed_paths(shard.index)
         failed.update(path for path in within if printable(path) in listed)
         partly.update(path for path in within if printable(path) not in listed)
     return failed - partly
@@ -95,9 +106,8 @@ def _left(shard: Shard, failed: Collection[str]) -> Shard:
     if len(kept) == len(entries):
         return shard
     names, sizes, mtimes = zip(*kept, strict=True) if kept else ((), (), ())
-    return replace(
-        shard, kind="files", source="", size=0, mtime=0, stop=len(kept), names=names, sizes=sizes, mtimes=mtimes
-    )
+    left = Shard(shard.index, "files", "", 0, 0, 0, len(kept))
+    return replace(left, names=names, sizes=sizes, mtimes=mtimes)
 
 
 def _some(paths: list[str], what: str) -> str:

@@ -24,11 +24,13 @@ class Preprocessor:
         patch_size: of the model.
         size: (height, width); None keeps each image's size, rounded to whole patches, at most `MAX_PATCHES`.
         tiles: at most so many square tiles of `size` an image, as InternVL cuts them, and a thumbnail; 0 for none.
+        multiple: of patches that an image's own height and width are rounded to, as a connector's pixel shuffle asks.
     """
 
     patch_size: int
     size: tuple[int, int] | None
     tiles: int = 0
+    multiple: int = 1
 
     def __call__(self, value: Any, name: str = "image") -> np.ndarray:
         """Pixels of one image.
@@ -55,11 +57,11 @@ class Preprocessor:
         return resize_photo(photo, self.size or self._own_size(photo.height, photo.width))[None]
 
     def _own_size(self, height: int, width: int) -> tuple[int, int]:
-        patch = self.patch_size
-        scale = min(1.0, (MAX_PATCHES * patch * patch / (height * width)) ** 0.5)
-        # Of a long strip, whose short side is rounded up to one patch, the long side gives way.
-        rows = min(max(1, round(height * scale / patch)), MAX_PATCHES)
-        return rows * patch, min(max(1, round(width * scale / patch)), MAX_PATCHES // rows) * patch
+        unit, most = self.patch_size * self.multiple, MAX_PATCHES // self.multiple**2
+        scale = min(1.0, (most * unit * unit / (height * width)) ** 0.5)
+        # Of a long strip, whose short side is rounded up to one unit, the long side gives way.
+        rows = min(max(1, round(height * scale / unit)), most)
+        return rows * unit, min(max(1, round(width * scale / unit)), most // rows) * unit
 
 
 def _photo(value: Any, name: str) -> Any:

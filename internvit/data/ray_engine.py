@@ -20,7 +20,7 @@ import torch
 
 from internvit.data.bulk import Done, Job, decode_item, differing, done_before, embed_shard
 from internvit.data.embedder import Embedder
-from internvit.data.sources import Shard, open_shard
+from internvit.data.shards import Shard, open_shard
 
 _Batch = dict[str, Any]
 
@@ -62,7 +62,12 @@ def run_ray(
     gpu = job.settings["device"] == "cuda"
     available = ray.cluster_resources()
     cpus = int(available.get("CPU", 1))
-    workers = workers or max(1, int(available.get("GPU", 0)) if gpu else cpus // 2)
+    gpus = int(available.get("GPU", 0))
+    if gpu and not gpus and workers is None:
+        if started:
+            ray.shutdown()
+        raise ValueError("device: got cuda, but the Ray cluster has no GPU; give workers to wait for one")
+    workers = workers or max(1, gpus if gpu else cpus // 2)
     rows = ray.data.from_items([{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards))
     # An actor on CPUs takes 0.99 of one, a decoder 0.01: when nodes are lost and all actors start again on those that
     # are left, the decoders that they wait for still find room. Their number is bounded instead.
@@ -85,6 +90,9 @@ def run_ray(
             if row["error"] is not None:
                 raise ValueError(row["error"])
             yield Done(int(row["index"]), int(row["images"]), int(row["failed"]))
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise RuntimeError(f"Ray: {lines[-1].strip()}") from error
     finally:
         if started:
             ray.shutdown()
@@ -113,8 +121,14 @@ class EmbedShards:
         if job.settings["device"] == "cpu":
             torch.set_num_threads(1)  # bits depend on the number of threads, and must not on the cluster
         self.job = job
-        self.embedder = Embedder(**job.embedder)
-        self.difference = differing(job.settings, self.embedder.settings())
+        self.problem = ""
+        try:
+            self.embedder = Embedder(**job.embedder)
+        except (ValueError, OSError, ImportError) as error:  # goes to the driver as a value, as in `decode_batch`
+            self.problem = f"a worker cannot load the model: {error}"
+            return
+        if difference := differing(job.settings, self.embedder.settings()):
+            self.problem = f"a worker has other weights or settings than the driver: {difference}"
 
     def __call__(self, batch: _Batch) -> _Batch:
         try:
@@ -128,9 +142,8 @@ class EmbedShards:
         }
 
     def _run(self, shard: Shard, paths: list[str], described: list[Any] | str, pixels: np.ndarray) -> Done:
-        if self.difference:
-            node = platform.node()
-            raise ValueError(f"{node}: a worker has other weights or settings than the driver: {self.difference}")
+        if self.problem:
+            raise ValueError(f"{platform.node()}: {self.problem}")
         if isinstance(described, str):
             raise ValueError(described)
         done = done_before(self.job.files, shard)

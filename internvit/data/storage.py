@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from internvit.files import atomic_write, staging
 from internvit.images import printable, read_file, walk_files
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/:]*)(.*?)((?:::.*)?)", re.DOTALL)
+# scheme, authority with its port, path, chain
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://((?:[^/:]|:(?!:))*)(.*?)((?:::.*)?)", re.DOTALL)
 # Their objects appear whole when the upload ends; a rename would copy them.
 _OBJECT_STORES = re.compile(r"\b(s3a?|gcs|gs|abfss?|az)\b")
 
@@ -32,6 +33,14 @@ class Stat(NamedTuple):
 
 def is_url(path: str) -> bool:
     return _URL.fullmatch(path) is not None
+
+
+def local_path(path: str) -> str | None:
+    """The path of a local file or of a file:// URL; None elsewhere."""
+    if not is_url(path):
+        return path
+    scheme, chained = path.partition("://")[0].lower(), "::" in path
+    return filesystem(path)[1] if scheme == "file" and not chained else None
 
 
 def import_pyarrow() -> Any:
@@ -179,16 +188,19 @@ def write_atomically(path: str, data: Any) -> None:
     system.move(unfinished, inner)
 
 
-def remove_unfinished(folder: str) -> None:
-    """Removes what killed processes have left of `write_atomically`; what a local process still writes stays."""
+def remove_unfinished(folder: str, only: str | None = None) -> None:
+    """Removes what killed processes have left of `write_atomically`, of the file `only` or of all; what a local process
+    still writes stays."""
     if not is_url(folder):
         names = [_UNFINISHED.fullmatch(name) for name in (os.listdir(folder) if os.path.isdir(folder) else ())]
         for match in filter(None, names):
-            with staging(Path(folder), match[1]):  # takes the place over, and removes it at the end
-                pass
+            if only in (None, match[1]):
+                with staging(Path(folder), match[1]):  # takes the place over, and removes it at the end
+                    pass
         return
     for entry in walk(folder):
-        if _UNFINISHED.fullmatch(entry.path.partition("::")[0].rpartition("/")[2]):
+        match = _UNFINISHED.fullmatch(entry.path.partition("::")[0].rpartition("/")[2])
+        if match and only in (None, match[1]):
             remove(entry.path)
 
 
@@ -207,3 +219,10 @@ def join(folder: str, *names: str) -> str:
     match = _URL.fullmatch(folder)
     chain = match[4] if match else ""
     return "/".join([folder[: len(folder) - len(chain)].rstrip("/"), *names]) + chain
+
+
+def parent(path: str) -> str:
+    """The folder of a file; of a URL the chain stays at the end."""
+    match = _URL.fullmatch(path)
+    chain = match[4] if match else ""
+    return path[: len(path) - len(chain)].rpartition("/")[0] + chain

@@ -209,7 +209,7 @@ def test_a_model_is_taken_as_it_is(weights, loading) -> None:
 def test_the_callers_connector_stays_as_it_is(weights) -> None:
     connector = InternVLConnector(64, 48).train()
     before = {name: tensor.clone() for name, tensor in connector.state_dict().items()}
-    embed = embedder(weights, dtype="bfloat16", pooling="connector", connector=connector)
+    embed = embedder(weights, dtype="bfloat16", size=28, pooling="connector", connector=connector)
     assert connector.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in connector.state_dict().items())
     assert {p.dtype for p in embed.connector.parameters()} == {torch.bfloat16}

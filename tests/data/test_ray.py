@@ -159,6 +159,31 @@ def test_workers_with_other_weights_are_refused(cluster, tmp_path, monkeypatch) 
         extract_folder([str(tmp_path / "in")], str(tmp_path / "out"), embedder, engine=engine)
 
 
+def test_workers_that_cannot_load_the_weights_say_so_in_a_line(cluster, tmp_path) -> None:
+    from internvit.data.ray_engine import run_ray
+
+    weights = save_tower(tmp_path / "weights")
+    write_photos(tmp_path / "in", 4, 0)
+
+    def engine(job, embedder, shards):
+        weights.rename(tmp_path / "elsewhere")
+        yield from run_ray(job, embedder, shards, address=cluster.address)
+
+    embedder = {"name_or_path": weights, "size": 28, "device": "cpu"}
+    with pytest.raises(ValueError, match=r"a worker cannot load the model: [^\n]*$"):
+        extract_folder([str(tmp_path / "in")], str(tmp_path / "out"), embedder, engine=engine)
+
+
+def test_a_gpu_that_no_node_has_is_not_waited_for(cluster, tmp_path) -> None:
+    weights = save_tower(tmp_path / "weights")
+    write_photos(tmp_path / "in", 4, 0)
+    call = command(tmp_path / "in", "--weights", weights, "--out", tmp_path / "out", "--engine", "ray", "--size", "28")
+    call += ["--device", "cuda", "--address", cluster.address]
+    done = subprocess.run(call, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 2
+    assert "device: got cuda, but the Ray cluster has no GPU" in " ".join(done.stderr.split())
+
+
 def test_map_batches_takes_the_embedder(cluster, tmp_path) -> None:
     weights = save_tower(tmp_path / "weights")
     paths = write_photos(tmp_path / "in", 12, 0, broken=(5,))
