@@ -199,8 +199,8 @@ def remove_unfinished(folder: str, only: str | None = None) -> None:
                     pass
         return
     for entry in walk(folder):
-        match = _UNFINISHED.fullmatch(entry.path.partition("::")[0].rpartition("/")[2])
-        if match and only in (None, match[1]):
+        left = _UNFINISHED.fullmatch(entry.path.partition("::")[0].rpartition("/")[2])
+        if left and only in (None, left[1]):
             remove(entry.path)
 
 
