@@ -105,6 +105,8 @@ def read_file(path: str | Path) -> bytes:
         FileNotFoundError: no such file.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise ValueError(f"{printable(path)}: a path has no NUL")
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
             raise ValueError(f"{printable(path)}: not a regular file")

@@ -122,6 +122,8 @@ def open_file(path: str) -> Any:
 def stat(path: str) -> Stat | None:
     """A file's size and time; None if there is no such file."""
     if not is_url(path):
+        if "\0" in path:
+            return None
         try:
             status = os.stat(path)
         except OSError:

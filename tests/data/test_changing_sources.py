@@ -122,6 +122,13 @@ def test_two_colons_in_local_names(tmp_path) -> None:
         assert len(list_sources([str(source)])) == 2
 
 
+def test_a_name_in_a_list_that_no_file_can_have(weights, photos, tmp_path) -> None:
+    (tmp_path / "list.txt").write_text(f"{photos[0]}\nx\0y.png\n")
+    assert run(weights, [tmp_path / "list.txt"], tmp_path / "out").failed == 1
+    (failure,) = table(tmp_path / "out", "failures").to_pylist()
+    assert "y.png: a path has no NUL" in failure["error"]
+
+
 def test_a_server_on_a_port(weights, photos, tmp_path) -> None:
     pytest.importorskip("fsspec", reason="URLs of http are fsspec's")
     pytest.importorskip("aiohttp", reason="fsspec asks it for http")
