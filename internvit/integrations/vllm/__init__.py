@@ -23,13 +23,13 @@ def register() -> None:
     """
     setting = os.environ.get("INTERNVIT_VLLM", "")
     listed = os.environ.get("VLLM_PLUGINS", "").split(",")
-    if setting in ("", "0") and "internvit" not in listed:
+    if setting == "0" or (setting == "" and "internvit" not in listed):
         return
     import vllm
     from vllm.logger import init_logger
 
     logger = init_logger("vllm.plugins.internvit")
-    if setting not in ("", "0", "1"):
+    if setting not in ("", "1"):
         logger.warning("internvit: vLLM's own vision tower is used: expected INTERNVIT_VLLM=0 or 1, got %r", setting)
     elif ".".join(vllm.__version__.split(".")[:2]) not in VLLM_VERSIONS:
         logger.warning(

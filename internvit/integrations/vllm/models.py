@@ -8,8 +8,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.models import interns1, internvl
 
 from internvit.config import InternViTConfig
-from internvit.inference.precision import PRECISIONS
+from internvit.inference.precision import PRECISIONS, quantised_linears
 from internvit.integrations.vllm.tower import InternViTTower
+from internvit.multimodal.connector import state_index
 
 logger = init_logger("vllm.plugins.internvit")
 
@@ -19,7 +20,7 @@ class InternVLChatModel(internvl.InternVLChatModel):
 
     def _init_vision_model(self, config: Any, quant_config: Any, *, prefix: str) -> nn.Module:
         vision, selected = config.vision_config, config.select_layer
-        num_layers = selected + 1 + (vision.num_hidden_layers if selected < 0 else 0)
+        num_layers = state_index(selected, vision.num_hidden_layers)  # vLLM's own runs one more from 0 on
         reason = None if quant_config is None else f"a quant_config ({quant_config.get_name()})"
         tower = make_tower(vision, num_layers, reason)
         return tower or super()._init_vision_model(config, quant_config, prefix=prefix)
@@ -55,6 +56,8 @@ def make_tower(vision_config: Any, num_layers: int, reason: str | None = None) -
         logger.warning("internvit: vLLM's own vision tower is used: %s", reason)
         return None
     tower = InternViTTower(config, num_layers, precision, vllm_config.parallel_config.tensor_parallel_size > 1)
+    if next(tower.parameters()).device.type != "meta":  # as it is where no images are asked for
+        quantised_linears(tower._model[0], precision, ())  # a precision that cannot be ends the start, no later request
     logger.info("internvit: the vision tower is %s", tower.extra_repr())
     return tower
 

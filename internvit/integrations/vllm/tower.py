@@ -1,7 +1,7 @@
 """An InternViT in the place of vLLM's vision tower: its call, its names of parameters, its loading of weights."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from vllm.model_executor.models.vision import run_dp_sharded_vision_model
 from internvit.config import InternViTConfig
 from internvit.inference.optimize import OptimizedInternViT, optimize_for_inference
 from internvit.model.vit import InternViT
-from internvit.names import EXTRAS, match, names_of
+from internvit.names import match, names_of
 
 
 class InternViTTower(nn.Module):
@@ -35,14 +35,17 @@ class InternViTTower(nn.Module):
         data_parallel: bool = False,
     ) -> None:
         super().__init__()
+        # vLLM reads it: an adapter of the language model may name these modules too, which it then passes over.
+        self.embedding_modules = ("qkv", "proj", "fc1", "fc2")
         model = InternViT(config.replace(num_hidden_layers=num_layers)).eval()
         self.embeddings, self.encoder = model.embeddings, model.encoder
         self._model = (model,)  # in a tuple, so no submodule: its parameters would have two names
         self.stored_layers, self.precision, self.data_parallel = config.num_hidden_layers, precision, data_parallel
         self._thirds: dict[str, set[int]] = {}  # of a packed parameter, those loaded since it was last whole
         for name, parameter in self.named_parameters():
+            parameter.requires_grad_(False)  # vLLM writes into its own Linears' outside of no_grad
             if ".qkv." in name:
-                parameter.weight_loader = load_qkv  # type: ignore[attr-defined]
+                parameter.weight_loader = qkv_loader(parameter)  # type: ignore[attr-defined]
 
     @functools.cached_property
     def _optimized(self) -> tuple[OptimizedInternViT]:  # in a tuple: no submodule either
@@ -75,11 +78,13 @@ class InternViTTower(nn.Module):
         Raises:
             ValueError: a name that no parameter of this tower has.
         """
+        if self.precision is not None:  # which Linears are int8 depends on the weights
+            self.__dict__.pop("_optimized", None)
         parameters = dict(self.named_parameters())
         loaded = set()
         for key, tensor in weights:
             found = match(key)
-            if EXTRAS.fullmatch(key) or (found is not None and not found.prefix and self._is_cut(found.layer)):
+            if key == "embeddings.mask_token" or (found is not None and not found.prefix and self._is_cut(found.layer)):
                 continue
             name = "" if found is None or found.prefix else names_of("opengvlab", found.name.canonical, found.layer)[0]
             if found is None or name not in parameters:
@@ -104,6 +109,24 @@ class InternViTTower(nn.Module):
 
     def extra_repr(self) -> str:
         return f"an InternViT of {len(self.encoder.layers)} layers, precision {self.precision}"
+
+
+def qkv_loader(live: nn.Parameter) -> Callable[..., None]:
+    """`load_qkv` of the parameter `live`: of q, k and v those that a reload does not bring stay as they are.
+
+    vLLM reloads a module into a new uninitialised parameter, and copies all of it into the live one at the end; before,
+    it counts elements with one on the meta device.
+    """
+
+    def load(param: nn.Parameter, loaded_weight: Tensor, shard_id: int | None = None) -> None:
+        new = shard_id is not None and param is not live and not param.is_meta
+        if new and param.data_ptr() != live.data_ptr() and not hasattr(param, "has_live_rows"):
+            with torch.no_grad():
+                param.copy_(live)
+            param.has_live_rows = True  # type: ignore[attr-defined]
+        load_qkv(param, loaded_weight, shard_id)
+
+    return load
 
 
 def load_qkv(param: nn.Parameter, loaded_weight: Tensor, shard_id: int | None = None) -> None:

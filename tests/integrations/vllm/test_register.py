@@ -38,6 +38,7 @@ def registered(monkeypatch) -> dict[str, str]:
         ("1", None, True),
         (None, "other,internvit", True),
         ("1", "internvit", True),
+        ("0", "internvit", False),
     ],
 )
 def test_registers_where_it_is_enabled(monkeypatch, registered, caplog, setting, plugins, enabled) -> None:

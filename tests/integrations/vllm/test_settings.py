@@ -93,6 +93,16 @@ def test_settings_that_do_not_exist(folder, settings) -> None:
         pass
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("int8", "float16"), ("fp8", "bfloat16")])
+def test_a_precision_that_cannot_be_ends_the_start(folder, precision, dtype) -> None:
+    """It ended the engine at the first image, and with it all requests."""
+    if torch.cuda.is_available():
+        pytest.skip("of a CPU")
+    settings = {"internvit": {"precision": precision}}
+    with pytest.raises(ValueError, match=precision), engine(folder, True, dtype=dtype, additional_config=settings):
+        pass
+
+
 def vllm_settings(**changes):
     multimodal = SimpleNamespace(mm_encoder_tp_mode="weights", mm_encoder_attn_backend=None, mm_encoder_attn_dtype=None)
     lora = SimpleNamespace(enable_tower_connector_lora=changes.pop("tower_lora", False))
