@@ -42,11 +42,13 @@ def engine(folder: Path, plugin: bool, **settings: Any) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INTERNVIT_VLLM", "1" if plugin else "0")
         patch.setattr(vllm.plugins, "plugins_loaded", False)
-        llm = vllm.LLM(str(link), **{**common, **settings})
+        llm = None
         try:
+            llm = vllm.LLM(str(link), **{**common, **settings})
             yield llm
-        finally:
-            llm.llm_engine.engine_core.shutdown()
+        finally:  # also where it cannot be built
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()
             cleanup_dist_env_and_memory()

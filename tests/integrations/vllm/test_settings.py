@@ -1,6 +1,7 @@
 """Where vLLM's own tower stays, with one line that says why; precision; no images at all."""
 
 import contextlib
+import importlib
 import json
 import logging
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ CONFIG = InternViTConfig(
 
 @contextlib.contextmanager
 def warnings_of_the_plugin():
+    importlib.import_module("vllm.logger")  # which sets logging up, and turns off the loggers that there are already
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

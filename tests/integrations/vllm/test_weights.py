@@ -80,6 +80,8 @@ def test_a_reload_of_some_of_q_k_and_v_leaves_the_others(tmp_path, seed, generat
     with engine(tmp_path / "first", True, dtype="bfloat16") as llm:
         features(llm, pixels)
         for _ in range(2):
+            freed = [torch.full((384, 128), float("nan"), dtype=torch.bfloat16) for _ in range(200)]
+            del freed  # what new memory holds then
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(given)})
             assert torch.equal(features(llm, pixels), expected(merged, pixels))
         bias = torch.randn(256, generator=generator).bfloat16()
