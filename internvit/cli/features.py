@@ -141,8 +141,10 @@ def _is_one_file(out: str) -> bool:
     if not out or (out.lower().endswith(_OTHER_FILES) and not Path(out).is_dir()):
         got = f"{out}; a folder may end with /" if out else "an empty name"
         raise click.UsageError(f"--out: expected a .safetensors file or a folder, got {got}")
+    from internvit.data.storage import is_url
+
     one_file = out.lower().endswith(".safetensors")
-    if one_file and "://" in out:
+    if one_file and is_url(out):
         raise click.UsageError(f"--out: a URL is for a folder of features, got {out}")
     return one_file
 

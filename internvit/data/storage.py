@@ -37,10 +37,10 @@ def is_url(path: str) -> bool:
 
 def local_path(path: str) -> str | None:
     """The path of a local file or of a file:// URL; None elsewhere."""
-    if not is_url(path):
+    match = _URL.fullmatch(path)
+    if match is None:
         return path
-    scheme, chained = path.partition("://")[0].lower(), "::" in path
-    return filesystem(path)[1] if scheme == "file" and not chained else None
+    return filesystem(path)[1] if match[1].lower() == "file" and not match[4] else None
 
 
 def import_pyarrow() -> Any:
@@ -218,13 +218,16 @@ def remove(path: str) -> None:
 
 def join(folder: str, *names: str) -> str:
     """A path below a folder or URL; a chain stays at the end."""
-    match = _URL.fullmatch(folder)
-    chain = match[4] if match else ""
+    chain = _chain(folder)
     return "/".join([folder[: len(folder) - len(chain)].rstrip("/"), *names]) + chain
 
 
 def parent(path: str) -> str:
-    """The folder of a file; of a URL the chain stays at the end."""
-    match = _URL.fullmatch(path)
-    chain = match[4] if match else ""
+    """The folder of a file or URL; a chain stays at the end."""
+    chain = _chain(path)
     return path[: len(path) - len(chain)].rpartition("/")[0] + chain
+
+
+def _chain(path: str) -> str:
+    match = _URL.fullmatch(path)
+    return match[4] if match else ""
